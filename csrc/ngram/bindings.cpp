@@ -1,0 +1,5 @@
+#include <pybind11/pybind11.h>
+
+namespace pgolf {
+void bind_ngram(pybind11::module_&) {}
+}  // namespace pgolf

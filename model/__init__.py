@@ -1,0 +1,1 @@
+"""The thin model and training layer over `pgolf_kernels`."""

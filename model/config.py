@@ -1,0 +1,319 @@
+"""The configuration of a run: one frozen dataclass in sections, typed and validated.
+
+`model/presets.py` holds one instance per reference system; `model/settings.py` reads flags and environment variables
+over a preset. Field names are unique over all sections, so that every field is one command-line flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. `L` layers, width `D`, `H` query and `Hkv` key/value heads of `D / H` dimensions."""
+
+    vocab_size: int = 8192
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 4.0
+    negative_slope: float = 0.5
+    logit_softcap: float = 30.0
+    rope_base: float = 10000.0
+    rope_dims: int = 16
+    rope_train_seq_len: int = 2048
+    qk_gain_init: float = 5.0
+    tied_embed_init_std: float = 0.005
+    ln_scale: bool = True  # divide a block's normed inputs by sqrt(layer + 1)
+    xsa_last_n: int = 11  # the last n layers subtract self-attention to their own value
+    xsa_form: Literal["projection", "self_weight"] = "projection"
+    loop_form: Literal["inline", "rerun"] = "inline"  # rerun: once more after the whole stack (pull request 1499)
+    loop_start: int = 3
+    loop_end: int = 5
+    num_loops: int = 2  # extra passes over [loop_start, loop_end] once the loop is active
+    skip_form: Literal["gated", "additive"] = "gated"
+    parallel_start: int = 8  # first parallel-residual block; -1: none
+    parallel_lanes: Literal[1, 2] = 2
+    bigram_vocab_size: int = 0  # 0: no bigram embedding
+    bigram_dim: int = 128
+    smear_gate: bool = False
+    value_residual: bool = False
+    hidden_gain: bool = False  # a learned scale per hidden unit of the MLP
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    def layer_order(self, loop: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(encoder, decoder) physical layer indices in order of use, with the loop inactive or active."""
+        order = list(range(self.num_layers))
+        if loop and self.loop_form == "inline" and self.num_loops > 0:
+            looped = list(range(self.loop_start, self.loop_end + 1))
+            order = order[: self.loop_start] + looped * (self.num_loops + 1) + order[self.loop_end + 1 :]
+        half = len(order) // 2
+        return tuple(order[:half]), tuple(order[half:])
+
+    @property
+    def num_skips(self) -> int:
+        encoder, decoder = self.layer_order(loop=True)
+        return min(len(encoder), len(decoder))
+
+    def validate(self) -> None:
+        _require(self.vocab_size >= 2, "vocab_size", self.vocab_size, "at least 2")
+        _require(self.vocab_size <= 65536, "vocab_size", self.vocab_size, "at most 65536 (shards hold uint16)")
+        _require(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
+        _require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
+        _require(self.num_kv_heads >= 1, "num_kv_heads", self.num_kv_heads, "at least 1")
+        _require(self.model_dim % self.num_heads == 0, "model_dim", self.model_dim, f"a multiple of num_heads={self.num_heads}")
+        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
+        _require(self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim, "rope_dims", self.rope_dims, f"even and at most head_dim={self.head_dim}")
+        _require(0 <= self.xsa_last_n <= self.num_layers, "xsa_last_n", self.xsa_last_n, f"0 to num_layers={self.num_layers}")
+        _require(0 <= self.loop_start <= self.loop_end < self.num_layers, "loop_start", self.loop_start, "0 <= loop_start <= loop_end < num_layers")
+        _require(self.num_loops >= 0, "num_loops", self.num_loops, "at least 0")
+        _require(-1 <= self.parallel_start <= self.num_layers, "parallel_start", self.parallel_start, "-1 (none) to num_layers")
+        _require(self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_dir: str = "data"  # a folder with manifest.json, or the public layout's root
+    train_seq_len: int = 2048
+    loader: Literal["documents", "shuffled", "stream"] = "documents"
+    cu_bucket_size: int = 64  # cu_seqlens are padded to a multiple of this, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = 1337
+    iterations: int = 20000
+    max_wallclock_seconds: float = 600.0  # 0: no wall-clock budget, `iterations` decides
+    reserve_seconds: float = 13.0  # kept back from the budget for Hessians and quantisation
+    train_batch_tokens: int = 786432  # over all ranks and micro-batches
+    micro_batches: int = 8  # a step has this many, divided over the ranks
+    warmup_steps: int = 20
+    warmdown_frac: float = 0.72
+    warmdown_iters: int = 0  # > 0: warm down over so many steps of the present length (pull request 1499)
+    min_lr: float = 0.0
+    enable_looping_at: float = 0.35  # fraction of the budget from which the loop is active
+    loop_start_step: int = -1  # >= 0: the loop starts at this step instead (pull request 1499)
+    matrix_lr: float = 0.022
+    tied_embed_lr: float = 0.03
+    scalar_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    muon_momentum: float = 0.97
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500
+    muon_steps: int = 5  # Newton-Schulz iterations
+    muon_row_normalize: bool = True
+    muon_wd: float = 0.095
+    embed_wd: float = 0.085
+    adam_wd: float = 0.02
+    grad_clip_norm: float = 0.3
+    grad_clip: Literal["per_rank", "global"] = "per_rank"
+    restore_muon_momentum: bool = True  # False: the warm-up's momentum survives, as in the public 1530 and 1727
+    ema_decay: float = 0.9965
+    ema_dtype: Literal["float32", "parameter"] = "float32"
+    late_qat_threshold: float = 0.0  # fake-quantise once the lr multiplier is below; 0: never (pull request 1499)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: bool = True
+    train_log_every: int = 500
+    val_loss_every: int = 4000  # 0: only at the end
+    checkpoint_every: int = 0  # steps; 0: only when interrupted
+    run_dir: str = "runs"
+    run_id: str = ""  # empty: made from the preset, the seed and the time
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    calibration_batches: int = 64
+    calibration_tokens: int = 98304  # a batch, on every rank
+    quant_recipe: Literal["gptq", "pr1499"] = "gptq"
+    matrix_bits: int = 6
+    attn_clip_sigmas: float = 12.85
+    mlp_bits: int = 6
+    mlp_clip_sigmas: float = 12.85
+    embed_bits: int = 8
+    embed_clip_sigmas: float = 20.0
+    clip_rule: Literal["sigma", "absmax", "search"] = "sigma"
+    gptq_damping: float = 0.01
+    gptq_block_size: int = 128
+    prune_fraction: float = 0.0  # smallest weights zeroed before GPTQ (pull request 1499: 0.03)
+    keep_fp16: tuple[str, ...] = ()  # names of matrices that stay fp16
+    codec: Literal["context", "static", "brotli", "lzma", "zstd"] = "context"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    eval_mode: str = "lora-ttt"  # plain, sliding, sgd-ttt, lora-ttt, phased, sliding-cache; "+ngram-tilt" may follow
+    eval_seq_len: int = 2048
+    eval_stride: int = 64
+    eval_batch_seqs: int = 32
+    # Document-wise LoRA test-time training (pull requests 1530, 1727).
+    ttt_lora_rank: int = 96
+    ttt_lora_lr: float = 1e-4
+    ttt_chunk_size: int = 32
+    ttt_batch_size: int = 64
+    ttt_eval_seq_len: int = 2048
+    ttt_grad_steps: int = 1
+    ttt_weight_decay: float = 0.5
+    ttt_beta1: float = 0.0
+    ttt_beta2: float = 0.999
+    ttt_optimizer: Literal["adam", "sgd"] = "adam"
+    ttt_k_lora: bool = True
+    ttt_o_lora: bool = True
+    ttt_mlp_lora: bool = True
+    # Multi-phase global SGD between groups of documents (pull request 1727).
+    phased_num_phases: int = 4
+    phased_prefix_docs: int = 2000
+    phased_order: Literal["length", "stream"] = "length"
+    global_ttt_lr: float = 0.001
+    global_ttt_momentum: float = 0.9
+    global_ttt_epochs: int = 1
+    global_ttt_chunk_tokens: int = 32768
+    global_ttt_batch_seqs: int = 32
+    global_ttt_warmup_start_lr: float = 0.0
+    global_ttt_warmup_chunks: int = 0
+    global_ttt_grad_clip: float = 1.0
+    global_ttt_respect_doc_boundaries: bool = True
+    # Chunked score-first SGD (pull requests 1413, 1514).
+    sgd_ttt_lr: float = 0.005
+    sgd_ttt_momentum: float = 0.9
+    sgd_ttt_epochs: int = 3
+    sgd_ttt_chunk_tokens: int = 32768
+    sgd_ttt_batch_seqs: int = 32
+    sgd_ttt_grad_clip: float = 1.0
+    sgd_ttt_freeze_blocks: int = 0
+    # N-gram tilt (pull request 1514).
+    ngram_base_beta: float = 2.0
+    ngram_agree_bonus: float = 0.1
+    ngram_within_threshold: float = 0.25
+    ngram_within_beta: float = 0.0
+    ngram_word_threshold: float = 0.8
+    ngram_word_beta: float = 0.0
+    ngram_order_stride: int = 2
+    ngram_table_bits: int = 26
+    ngram_hash: Literal["compatible", "full"] = "compatible"
+    # Sliding LoRA with an n-gram cache (pull request 1499).
+    cache_alpha: float = 0.2
+    cache_order: int = 7
+    cache_pretrain_tokens: int = 2_000_000
+    cache_reset_every: int = 8
+    compat: bool = False  # reproduce the published scorer's defects; its ledger is marked "not a legal score"
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "pr1530"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field, its value and what was wanted."""
+        self.model.validate()
+        for section, name, value in self.items():
+            _check_literal(section, name, value)
+        train = self.train
+        _require(train.micro_batches >= 1, "micro_batches", train.micro_batches, "at least 1")
+        _require(
+            train.train_batch_tokens % train.micro_batches == 0,
+            "train_batch_tokens",
+            train.train_batch_tokens,
+            f"a multiple of micro_batches={train.micro_batches}",
+        )
+        for name in ("matrix_bits", "mlp_bits", "embed_bits"):
+            _require(2 <= getattr(self.quant, name) <= 8, name, getattr(self.quant, name), "2 to 8")
+        _require(0 <= self.quant.prune_fraction < 1, "prune_fraction", self.quant.prune_fraction, "0 <= value < 1")
+        _require(1 <= self.eval.phased_num_phases <= 8, "phased_num_phases", self.eval.phased_num_phases, "1 to 8")
+        _require(1 <= self.eval.ttt_lora_rank <= 128, "ttt_lora_rank", self.eval.ttt_lora_rank, "1 to 128")
+
+    def items(self) -> list[tuple[str, str, Any]]:
+        """(section, field, value) of every field below the sections."""
+        return [
+            (section.name, f.name, getattr(getattr(self, section.name), f.name))
+            for section in dataclasses.fields(self)
+            if section.name != "preset"
+            for f in dataclasses.fields(getattr(self, section.name))
+        ]
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with fields replaced by their (unique) names, whatever their section."""
+        sections = {name: section for section, name, _ in self.items()}
+        updates: dict[str, dict[str, Any]] = {}
+        top: dict[str, Any] = {}
+        for name, value in changes.items():
+            if name == "preset":
+                top["preset"] = value
+            elif name in sections:
+                updates.setdefault(sections[name], {})[name] = value
+            else:
+                raise ConfigError(f"unknown setting {name!r}")
+        for section, values in updates.items():
+            top[section] = dataclasses.replace(getattr(self, section), **values)
+        return dataclasses.replace(self, **top)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of to_dict (also after a trip through JSON); unknown fields are an error."""
+        types = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "quant": QuantConfig, "eval": EvalConfig}
+        parts: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == "preset":
+                parts[key] = str(value)
+            elif key in types and isinstance(value, dict):
+                known = {f.name for f in dataclasses.fields(types[key])}
+                unknown = sorted(set(value) - known)
+                _require(not unknown, f"config section {key!r}", unknown, f"fields of {types[key].__name__}")
+                parts[key] = types[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            else:
+                raise ConfigError(f"config: got section {key!r}, wanted one of preset, {', '.join(types)}")
+        return cls(**parts)
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def _check_literal(section: str, name: str, value: Any) -> None:
+    allowed = _LITERALS.get(name)
+    if allowed is not None:
+        _require(value in allowed, name, value, "one of " + ", ".join(map(str, allowed)))
+
+
+def _literals() -> dict[str, tuple[Any, ...]]:
+    import typing
+
+    found = {}
+    for section in (ModelConfig, DataConfig, TrainConfig, QuantConfig, EvalConfig):
+        for name, kind in typing.get_type_hints(section).items():
+            if typing.get_origin(kind) is Literal:
+                found[name] = typing.get_args(kind)
+    return found
+
+
+_LITERALS = _literals()

@@ -1,0 +1,25 @@
+"""Errors a user can mend: the command line prints them as one line, without a traceback."""
+
+
+class PgolfError(Exception):
+    """Base of the errors that name what was wrong, where, and what was wanted."""
+
+
+class ConfigError(PgolfError):
+    """A configuration value, flag or environment variable that cannot be used."""
+
+
+class DataError(PgolfError):
+    """A text file, shard, tokenizer or manifest that is damaged or does not fit the others."""
+
+
+class ArtifactError(PgolfError):
+    """An artifact or checkpoint that is damaged, from a newer format, or not one at all."""
+
+
+class LegalityError(PgolfError):
+    """An evaluation that would break a rule of the benchmark (see model/evaluate/ledger.py)."""
+
+
+class TrainError(PgolfError):
+    """Training that cannot go on: a loss that is not finite, a batch that does not divide, out of memory."""

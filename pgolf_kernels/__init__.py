@@ -1,0 +1,1 @@
+"""Kernels for training and shipping tiny language models."""

@@ -1,0 +1,100 @@
+"""How a native or Triton function becomes a torch op.
+
+Every kernel file registers its ops through :func:`register_op`: schema, CPU and CUDA kernels, fake, autograd and the
+autocast redispatch. Native functions get addresses, sizes, strides, a dtype code and, on CUDA, a device ordinal and a
+stream; they check nothing, so everything is checked before they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pgolf_kernels import _native
+
+LIBRARY = torch.library.Library("pgolf", "DEF")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def has_native_cuda() -> bool:
+    """Whether the native module was built with CUDA."""
+    return _native.has_cuda()
+
+
+def num_threads() -> int:
+    """Threads a native CPU kernel may use: PyTorch's own setting."""
+    return torch.get_num_threads()
+
+
+def stream_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """(device ordinal, address of the current CUDA stream) of a CUDA tensor."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def reference_on_cuda(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A CUDA kernel for builds without CUDA: the PyTorch reference, announced once."""
+
+    @functools.wraps(reference)
+    def kernel(*args: Any) -> Any:
+        _warn_once(name)
+        return reference(*args)
+
+    return kernel
+
+
+@functools.cache
+def _warn_once(name: str) -> None:
+    warnings.warn(
+        f"pgolf_kernels was built without CUDA: {name} runs its PyTorch reference on the GPU. "
+        "`pgolf doctor` names the command that mends it.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def register_op(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    not_differentiable: str = "not differentiable",
+) -> Any:
+    """Registers `pgolf::<schema>` and returns the op (call it like a function).
+
+    `backward` and `setup_context` are those of `torch.library.register_autograd`. Without them a derivative raises
+    `RuntimeError` with the op's name and `not_differentiable`: an op with no formula at all would give silently wrong
+    second derivatives. Under autocast the op sees its arguments unchanged and its body runs below autocast, so that
+    eager and compiled results agree.
+    """
+    LIBRARY.define(schema)
+    name = schema.split("(", 1)[0]
+    op = getattr(torch.ops.pgolf, name).default
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"pgolf::{name}", fake, lib=LIBRARY)
+
+    def below_autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*args)
+
+    LIBRARY.impl(name, below_autocast, "AutocastCPU")
+    LIBRARY.impl(name, below_autocast, "AutocastCUDA")
+
+    if backward is None:
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(f"pgolf::{name}: {not_differentiable}")
+
+    torch.library.register_autograd(f"pgolf::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return op
