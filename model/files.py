@@ -1,0 +1,117 @@
+"""Writing files and folders so that a reader never sees half of one, and hashing them.
+
+A file is written beside its final place, flushed to the disk and renamed (`os.replace`); a folder is built under a
+temporary name and renamed. Whatever ends the write early (an error, a full disk, Ctrl-C) removes what was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from model.errors import PgolfError
+
+# Errors of the place that is written to, whatever inside the `with` block met them.
+_PLACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+_READ_SIZE = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None) -> Iterator[IO[Any]]:
+    """A file object whose contents appear at `path` in one step when the block ends without an error.
+
+    `mode` is "wb" or "w" (UTF-8 unless `encoding` says otherwise; newlines are written as they are). The file that was
+    at `path` stays untouched until then. Raises PgolfError when the place cannot be written or is full.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode: got {mode!r}, wanted 'wb' or 'w'")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    text = {} if mode == "wb" else {"encoding": encoding or "utf-8", "newline": ""}
+    try:
+        file = open(temporary, mode.replace("w", "x"), **text)  # noqa: SIM115 (closed below, before the rename)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        finally:
+            file.close()
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in _PLACE_ERRORS or error.filename == str(temporary):
+            raise _cannot_write(path, error) from error
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends without an error.
+
+    With `replace` a folder that is already there is exchanged for the new one; otherwise only an empty one is. Raises
+    PgolfError when the place cannot be written, is full, or holds something that may not be replaced.
+    """
+    path = Path(path)
+    check_replaceable(path, replace=replace)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        check_replaceable(path, replace=replace)
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        if error.errno in _PLACE_ERRORS or str(temporary) in str(error.filename):
+            raise _cannot_write(path, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, replace: bool) -> None:
+    """Raises PgolfError unless `path` is free, an empty folder, or (with `replace`) any folder."""
+    if path.is_dir():
+        if not replace and any(path.iterdir()):
+            raise PgolfError(f"{path}: the folder is not empty, wanted a new or an empty one")
+    elif path.exists():
+        raise PgolfError(f"{path}: is a file, wanted a folder")
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's contents as 64 hexadecimal digits, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_SIZE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _cannot_write(path: Path, error: OSError) -> PgolfError:
+    reason = error.strerror or str(error)
+    return PgolfError(f"{path}: cannot be written ({reason}), wanted a folder that can be written, with enough space")
