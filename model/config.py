@@ -28,6 +28,7 @@ class ModelConfig:
     rope_base: float = 10000.0
     rope_dims: int = 16
     rope_train_seq_len: int = 2048
+    rope_rescale: bool = False  # a larger base for sequences over rope_train_seq_len (pull requests 1413, 1514)
     qk_gain_init: float = 5.0
     tied_embed_init_std: float = 0.005
     ln_scale: bool = True  # divide a block's normed inputs by sqrt(layer + 1)
@@ -78,13 +79,40 @@ class ModelConfig:
         _require(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
         _require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
         _require(self.num_kv_heads >= 1, "num_kv_heads", self.num_kv_heads, "at least 1")
-        _require(self.model_dim % self.num_heads == 0, "model_dim", self.model_dim, f"a multiple of num_heads={self.num_heads}")
-        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
-        _require(self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim, "rope_dims", self.rope_dims, f"even and at most head_dim={self.head_dim}")
-        _require(0 <= self.xsa_last_n <= self.num_layers, "xsa_last_n", self.xsa_last_n, f"0 to num_layers={self.num_layers}")
-        _require(0 <= self.loop_start <= self.loop_end < self.num_layers, "loop_start", self.loop_start, "0 <= loop_start <= loop_end < num_layers")
+        _require(
+            self.model_dim % self.num_heads == 0,
+            "model_dim",
+            self.model_dim,
+            f"a multiple of num_heads={self.num_heads}",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+            "rope_dims",
+            self.rope_dims,
+            f"even and at most head_dim={self.head_dim}",
+        )
+        _require(
+            0 <= self.xsa_last_n <= self.num_layers, "xsa_last_n", self.xsa_last_n, f"0 to num_layers={self.num_layers}"
+        )
+        _require(
+            0 <= self.loop_start <= self.loop_end < self.num_layers,
+            "loop_start",
+            self.loop_start,
+            "0 <= loop_start <= loop_end < num_layers",
+        )
         _require(self.num_loops >= 0, "num_loops", self.num_loops, "at least 0")
-        _require(-1 <= self.parallel_start <= self.num_layers, "parallel_start", self.parallel_start, "-1 (none) to num_layers")
+        _require(
+            -1 <= self.parallel_start <= self.num_layers,
+            "parallel_start",
+            self.parallel_start,
+            "-1 (none) to num_layers",
+        )
         _require(self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "above 0")
 
 
@@ -279,7 +307,13 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """The inverse of to_dict (also after a trip through JSON); unknown fields are an error."""
-        types = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "quant": QuantConfig, "eval": EvalConfig}
+        types = {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "train": TrainConfig,
+            "quant": QuantConfig,
+            "eval": EvalConfig,
+        }
         parts: dict[str, Any] = {}
         for key, value in values.items():
             if key == "preset":

@@ -1,0 +1,135 @@
+"""Low-rank adapters of a batch of documents, for test-time training.
+
+An adapter of kind k at slot s adds (x A^T) B^T to a projection's output, with its own A [r, in] and B [out, r] for each
+document. A slot is a position in the layer order (a looped layer has one per pass); q, k and v adapters join their
+projections, "o" and "mlp" adapters read the branch's normed input and join its output, "lm_head" joins the logits before
+the softcap (pull request 1530). One adapter may also serve every row of the batch (pull request 1499).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from pgolf_kernels import batched_lora, batched_lora_multi
+
+KINDS = ("q", "k", "v", "o", "mlp", "lm_head")
+
+
+def adapter_shapes(config: ModelConfig, kind: str) -> tuple[int, int]:
+    """(in, out) features of an adapter."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
+    out = {"k": config.kv_dim, "v": config.kv_dim, "lm_head": config.vocab_size}.get(kind, config.model_dim)
+    return config.model_dim, out
+
+
+@dataclass
+class Adapters:
+    """`a[kind]` [slots, B, r, in] and `b[kind]` [slots, B, out, r]; "lm_head" has one slot.
+
+    `index` [documents], int64, picks the adapter of each row of the batch when rows are fewer than adapters or in
+    another order; None: row i has adapter i, or all rows share the one there is.
+    """
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    index: Tensor | None = None
+    cu_seqlens: Tensor | None = field(default=None)  # documents of a packed row; None: one document per row
+
+    @classmethod
+    def zeros(
+        cls,
+        config: ModelConfig,
+        slots: int,
+        batch: int,
+        rank: int,
+        kinds: tuple[str, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Adapters:
+        """All-zero adapters; `draw` gives A its initial values."""
+        a, b = {}, {}
+        for kind in kinds:
+            features, out = adapter_shapes(config, kind)
+            count = 1 if kind == "lm_head" else slots
+            a[kind] = torch.zeros(count, batch, rank, features, device=device, dtype=dtype)
+            b[kind] = torch.zeros(count, batch, out, rank, device=device, dtype=dtype)
+        return cls(a, b)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every A and B, in a fixed order."""
+        for kind in self.a:
+            yield self.a[kind]
+            yield self.b[kind]
+
+    def draw(self, row: int, generator: torch.Generator) -> None:
+        """A of one document ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; `generator` lives on the CPU."""
+        for kind, a in self.a.items():
+            bound = 1.0 / math.sqrt(a.size(-1))
+            for slot in range(a.size(0)):
+                values = torch.empty(a.shape[2:], dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                a[slot, row].copy_(values)
+            self.b[kind][:, row].zero_()
+
+    def requires_grad_(self, value: bool = True) -> Adapters:
+        for tensor in self.tensors():
+            tensor.requires_grad_(value)
+        return self
+
+    def pair(self, kind: str, slot: int) -> tuple[Tensor, Tensor]:
+        return self.a[kind][slot], self.b[kind][slot]
+
+    def qkv(self, slot: int, x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """The three projections of x, each with its adapter where there is one."""
+        present = [kind for kind in ("q", "k", "v") if kind in self.a]
+        pairs = [self.pair(kind, slot) if kind in present else (None, None) for kind in ("q", "k", "v")]
+        flat = self._flatten(x)
+        outputs = batched_lora_multi(
+            flat,
+            list(weights),
+            [a for a, _ in pairs],
+            [b for _, b in pairs],
+            cu_seqlens=self.cu_seqlens,
+            adapter_index=self.index,
+        )
+        return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
+
+    def add(self, kind: str, slot: int, x: Tensor, output: Tensor) -> Tensor:
+        """`output` plus the adapter's share of x, or `output` itself without such an adapter."""
+        if kind not in self.a:
+            return output
+        a, b = self.pair(kind, slot)
+        flat = self._flatten(x)
+        residual = output.reshape(*flat.shape[:-1], output.size(-1))
+        y = batched_lora(flat, None, a, b, residual=residual, cu_seqlens=self.cu_seqlens, adapter_index=self.index)
+        return y.view_as(output)
+
+    def head(self) -> tuple[Tensor | None, Tensor | None]:
+        """(A [B, r, D], B [B, V, r]) of the logits' adapter, or (None, None)."""
+        return self.pair("lm_head", 0) if "lm_head" in self.a else (None, None)
+
+    def document_ids(self, rows: int, length: int, device: torch.device) -> Tensor:
+        """Adapter of every position of a [rows, length] batch, flattened: int64 [rows * length]."""
+        if self.cu_seqlens is not None:
+            positions = torch.arange(rows * length, device=device)
+            documents = torch.searchsorted(self.cu_seqlens[1:].long().contiguous(), positions, right=True)
+        else:
+            documents = torch.arange(rows, device=device).repeat_interleave(length)
+            if self._shared:
+                documents = torch.zeros_like(documents)
+        return documents if self.index is None else self.index[documents]
+
+    @property
+    def _shared(self) -> bool:
+        return self.index is None and self.cu_seqlens is None and next(iter(self.a.values())).size(1) == 1
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        if self.cu_seqlens is not None:
+            return x.reshape(-1, x.size(-1))
+        return x.reshape(1, -1, x.size(-1)) if self._shared else x

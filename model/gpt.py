@@ -1,0 +1,383 @@
+"""The network: one GPT for training, scoring and test-time training of all five reference systems.
+
+    x0 = RMSNorm(E[t])                                              (+ bigram embedding, smear gate: pull request 1499)
+    block l:  h = m0 x + m1 x0;  n = RMSNorm(h) / sqrt(l + 1)
+              y = h + a * Attention(n);  x' = y + b * MLP(RMSNorm(y) / sqrt(l + 1))
+    loss = cross entropy of softcap * tanh(RMSNorm(x) E^T / softcap)
+
+Layers run in `ModelConfig.layer_order(loop)`: the first half pushes its outputs on a stack, the second half pops one
+before each block (`skip_form`). From block `parallel_start` on, attention and MLP read the same input (one lane,
+pull request 1514) or a lane each (two lanes, pull requests 1530 and 1727). Weights of a kind are stacked into one
+parameter ("bank"), so that the optimiser sees a few large tensors.
+
+Activations have the dtype of `compute_dtype`; parameters stay fp32 and are cast once a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from model.adapters import Adapters
+from model.config import ModelConfig
+from model.layers import (
+    attention_without_self,
+    bigram_index,
+    document_starts,
+    fake_quantize,
+    rms_norm,
+    rope_tables,
+    smear,
+)
+from pgolf_kernels import fused_mlp, linear_softcap_cross_entropy, qk_rope, varlen_attention, xsa
+
+Collect = Callable[[tuple[str, ...], Tensor], None]
+LANE_RESIDUAL_INIT = 1.1
+VALUE_RESIDUAL_INIT = (0.95, 0.05)
+QAT_MIN_ELEMENTS = 8192
+
+
+@dataclass
+class _Weights:
+    """One layer's matrices, cast to the compute dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass
+class _Pass:
+    """What every block of one forward call shares."""
+
+    weights: list[_Weights]
+    cos: Tensor
+    sin: Tensor
+    starts: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    adapters: Adapters | None
+    collect: Collect | None
+    first_value: Tensor | None = field(default=None)
+
+
+class GPT(nn.Module):
+    """See the module's docstring. `config` is a ModelConfig; parameters start as the reference systems' do.
+
+    Initial values: E ~ N(0, tied_embed_init_std); q, k, v and up matrices orthogonal; o and down matrices zero; scales
+    and mixes such that each block starts as the identity.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.late_qat = False  # fake-quantise the matrices (pull request 1499)
+        layers, dim, hidden = config.num_layers, config.model_dim, config.hidden_dim
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape))
+
+        def full(value: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, value))
+
+        self.tok_emb = empty(config.vocab_size, dim)
+        self.qo_bank = empty(2 * layers, dim, dim)
+        self.kv_bank = empty(2 * layers, config.kv_dim, dim)
+        self.up_bank = empty(layers, hidden, dim)
+        self.down_bank = empty(layers, dim, hidden)
+        self.q_gain = full(config.qk_gain_init, layers, config.num_heads)
+        self.attn_scale = full(1.0, layers, dim)
+        self.mlp_scale = full(1.0, layers, dim)
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(layers, dim), torch.zeros(layers, dim)], dim=1))
+        self.skip_weights = full(1.0, config.num_skips, dim)
+        if config.skip_form == "gated":
+            self.skip_gates = full(0.0, config.num_skips, dim)
+        if config.parallel_lanes == 2 and config.parallel_start >= 0:
+            self.lane_mix = full(1.0, layers, 2, 2)
+            self.lane_resid = full(LANE_RESIDUAL_INIT, layers, 2)
+        if config.bigram_vocab_size:
+            self.bigram_embed = empty(config.bigram_vocab_size, config.bigram_dim)
+            self.bigram_proj = empty(dim, config.bigram_dim)
+            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
+        if config.smear_gate:
+            self.smear = full(-1.5, dim)
+        if config.value_residual:
+            self.v_lambda = nn.Parameter(torch.tensor(VALUE_RESIDUAL_INIT).repeat(layers - 1, 1))
+        if config.hidden_gain:
+            self.hidden_gain = full(1.0, layers, hidden)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the matrices from torch's default generator."""
+        layers = self.config.num_layers
+        nn.init.normal_(self.tok_emb, std=self.config.tied_embed_init_std)
+        for layer in range(layers):
+            nn.init.orthogonal_(self.qo_bank[layer])
+            nn.init.orthogonal_(self.kv_bank[layer])
+            nn.init.orthogonal_(self.kv_bank[layers + layer])
+            nn.init.orthogonal_(self.up_bank[layer])
+        nn.init.zeros_(self.qo_bank[layers:])
+        nn.init.zeros_(self.down_bank)
+        if self.config.bigram_vocab_size:
+            nn.init.normal_(self.bigram_embed, std=0.02)
+            nn.init.orthogonal_(self.bigram_proj)
+            self.bigram_proj.mul_(1.0 / math.sqrt(2 * layers))
+
+    def matrix_names(self) -> list[tuple[str, str, int | None]]:
+        """(name, parameter, index in its bank) of every matrix that is quantised, the embedding last (index None)."""
+        layers = self.config.num_layers
+        names: list[tuple[str, str, int | None]] = []
+        for i in range(layers):
+            names += [
+                (f"blocks.{i}.attn.q", "qo_bank", i),
+                (f"blocks.{i}.attn.k", "kv_bank", i),
+                (f"blocks.{i}.attn.v", "kv_bank", layers + i),
+                (f"blocks.{i}.attn.o", "qo_bank", layers + i),
+                (f"blocks.{i}.mlp.up", "up_bank", i),
+                (f"blocks.{i}.mlp.down", "down_bank", i),
+            ]
+        return [*names, ("tok_emb", "tok_emb", None)]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        loop: bool = True,
+        adapters: Adapters | None = None,
+        collect: Collect | None = None,
+    ) -> Tensor:
+        """Final normed hidden states, [..., D] for input_ids [...].
+
+        input_ids: [B, T], each row one causal sequence, or with `cu_seqlens` (int32, from 0, padded with repeated
+        ends) one packed row [N] or [1, N] of documents no longer than `max_seqlen`. Positions run on through a packed
+        row: only their differences matter. `loop` chooses the layer order. `collect(names, x)` is called with the
+        input x of the matrices `names`, for Hessians.
+        """
+        config = self.config
+        ids = input_ids.view(1, -1) if input_ids.dim() == 1 else input_ids
+        if cu_seqlens is not None and (ids.size(0) != 1 or max_seqlen is None):
+            raise ValueError(
+                f"input_ids: got shape {tuple(input_ids.shape)} with cu_seqlens, wanted [N] or [1, N] and max_seqlen"
+            )
+        rows, length = ids.shape
+        needs_starts = config.bigram_vocab_size > 0 or config.smear_gate or config.xsa_form == "self_weight"
+        starts = document_starts(cu_seqlens, rows, length, ids.device) if needs_starts else None
+        cos, sin = rope_tables(length, config, ids.device, self.compute_dtype)
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
+            max_seqlen = length
+        state = _Pass(self._weights(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect)
+
+        x = nn.functional.embedding(ids, self.tok_emb).to(self.compute_dtype)
+        if config.bigram_vocab_size:
+            pair = nn.functional.embedding(bigram_index(ids, starts, config.bigram_vocab_size), self.bigram_embed)
+            projection = self._maybe_fake_quantize(self.bigram_proj.to(self.compute_dtype), 31)
+            x = x + nn.functional.linear(pair.to(x.dtype), projection) * self.bigram_scale.to(x.dtype)
+        x = rms_norm(x)
+        if config.smear_gate:
+            x = smear(x, self.smear, starts)
+        x = rms_norm(self._layers(x, state, loop))
+        if collect is not None:
+            collect(("tok_emb",), x)
+        return x.view(*input_ids.shape, config.model_dim)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        *,
+        reduction: str = "mean",
+        positions: Tensor | None = None,
+        temperature: float = 1.0,
+        hints: Tensor | None = None,
+        adapters: Adapters | None = None,
+        **inputs: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Cross entropy in nats of `targets` (shape of input_ids); other arguments as in `hidden`.
+
+        `positions` (int64, flat) selects the positions that go through the head: the result then has one entry a
+        position. `reduction` "none" gives fp32 losses in the shape of the (selected) targets. With `hints` (int64,
+        one a scored position, -1: none) the result is (nll, log p(hint)).
+        """
+        hidden = self.hidden(input_ids, adapters=adapters, **inputs).reshape(-1, self.config.model_dim)
+        flat_targets = targets.reshape(-1)
+        lora_a, lora_b = adapters.head() if adapters is not None else (None, None)
+        documents = None
+        if lora_a is not None:
+            rows, length = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
+            documents = adapters.document_ids(rows, length, hidden.device)
+        if positions is not None:
+            hidden, flat_targets = hidden[positions], flat_targets[positions]
+            documents = documents[positions] if documents is not None else None
+        result = linear_softcap_cross_entropy(
+            hidden,
+            self.tok_emb.to(self.compute_dtype),
+            flat_targets,
+            self.config.logit_softcap,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            doc_ids=documents,
+            temperature=temperature,
+            hints=hints,
+            reduction=reduction,
+        )
+        if reduction == "none" and positions is None and hints is None:
+            return result.view(targets.shape)
+        return result
+
+    def forward(self, input_ids: Tensor, targets: Tensor, **options: object) -> Tensor | tuple[Tensor, Tensor]:
+        """`loss`; the entry that torch.compile and distributed wrappers see."""
+        return self.loss(input_ids, targets, **options)
+
+    def logits(
+        self, input_ids: Tensor, *, adapters: Adapters | None = None, temperature: float = 1.0, **inputs: object
+    ) -> Tensor:
+        """softcap * tanh(x E^T / softcap) / temperature, fp32 (fp64 for an fp64 model), [..., V]."""
+        x = self.hidden(input_ids, adapters=adapters, **inputs)
+        raw = nn.functional.linear(x, self.tok_emb.to(x.dtype))
+        if adapters is not None and "lm_head" in adapters.a:
+            flat = raw.view(1, -1, raw.size(-1)) if raw.dim() == 2 else raw
+            raw = adapters.add("lm_head", 0, x.view(*flat.shape[:-1], x.size(-1)), flat).view_as(raw)
+        raw = raw if raw.dtype == torch.float64 else raw.float()
+        return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
+
+    def _weights(self) -> list[_Weights]:
+        layers, dtype = self.config.num_layers, self.compute_dtype
+        qo, kv = (self._maybe_fake_quantize(bank.to(dtype), 31).unbind() for bank in (self.qo_bank, self.kv_bank))
+        up, down = (self._maybe_fake_quantize(bank.to(dtype), 15).unbind() for bank in (self.up_bank, self.down_bank))
+        return [_Weights(qo[i], kv[i], kv[layers + i], qo[layers + i], up[i], down[i]) for i in range(layers)]
+
+    def _maybe_fake_quantize(self, weight: Tensor, clip_range: int) -> Tensor:
+        per_matrix = weight.shape[-1] * weight.shape[-2]
+        return fake_quantize(weight, clip_range) if self.late_qat and per_matrix > QAT_MIN_ELEMENTS else weight
+
+    def _layers(self, x: Tensor, state: _Pass, loop: bool) -> Tensor:
+        """All blocks in order; x is the input embedding and stays available to every block."""
+        config = self.config
+        x0 = x
+        encoder, decoder = config.layer_order(loop)
+        skips: list[Tensor] = []
+        for slot, layer in enumerate(encoder):
+            x = self._block(x, x0, layer, slot, state)
+            skips.append(x)
+        lanes: tuple[Tensor, Tensor] | None = None
+        for position, layer in enumerate(decoder):
+            slot = len(encoder) + position
+            if config.parallel_lanes == 2 and 0 <= config.parallel_start <= layer and lanes is None:
+                lanes = (x, x)
+            if skips and position < config.num_skips:
+                skip = skips.pop()
+                if lanes is None:
+                    x = self._join_skip(x, skip, position)
+                else:
+                    lanes = (self._join_skip(lanes[0], skip, position), lanes[1])
+            if lanes is None:
+                x = self._block(x, x0, layer, slot, state)
+            else:
+                lanes = self._lane_block(lanes, x0, layer, slot, state)
+        if lanes is not None:
+            x = 0.5 * (lanes[0] + lanes[1])
+        if loop and config.loop_form == "rerun":
+            for _ in range(config.num_loops):
+                for layer in range(config.loop_start, config.loop_end + 1):
+                    x = self._block(x, x0, layer, layer, state)
+        return x
+
+    def _join_skip(self, x: Tensor, skip: Tensor, position: int) -> Tensor:
+        weighted = self.skip_weights[position].to(x.dtype) * skip
+        if self.config.skip_form == "additive":
+            return x + weighted
+        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[position].to(x.dtype)))
+
+    def _mix(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
+        mix = self.resid_mix[layer].to(x.dtype)
+        return mix[0] * x + mix[1] * x0
+
+    def _norm(self, x: Tensor, layer: int) -> Tensor:
+        return rms_norm(x) / math.sqrt(layer + 1) if self.config.ln_scale else rms_norm(x)
+
+    def _block(self, x: Tensor, x0: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
+        h = self._mix(x, x0, layer)
+        normed = self._norm(h, layer)
+        y = h + self.attn_scale[layer].to(x.dtype) * self._attention(normed, layer, slot, state)
+        one_lane = self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer
+        branch = self._mlp(normed if one_lane else self._norm(y, layer), layer, slot, state)
+        return y + self.mlp_scale[layer].to(x.dtype) * branch
+
+    def _lane_block(
+        self, lanes: tuple[Tensor, Tensor], x0: Tensor, layer: int, slot: int, state: _Pass
+    ) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530)."""
+        dtype = lanes[0].dtype
+        attended = self._attention(self._norm(self._mix(lanes[0], x0, layer), layer), layer, slot, state)
+        attended = self.attn_scale[layer].to(dtype) * attended
+        fed = self.mlp_scale[layer].to(dtype) * self._mlp(self._norm(lanes[1], layer), layer, slot, state)
+        keep, post = self.lane_resid[layer].to(dtype), self.lane_mix[layer].to(dtype)
+        return (
+            keep[0] * lanes[0] + post[0, 0] * attended + post[1, 0] * fed,
+            keep[1] * lanes[1] + post[0, 1] * attended + post[1, 1] * fed,
+        )
+
+    def _attention(self, normed: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
+        config, weights = self.config, state.weights[layer]
+        rows, length, dim = normed.shape
+        if state.collect is not None:
+            state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
+        projections = (weights.q, weights.k, weights.v)
+        if state.adapters is None:
+            q, k, v = (nn.functional.linear(normed, weight) for weight in projections)
+        else:
+            q, k, v = state.adapters.qkv(slot, normed, projections)
+        q = q.view(rows, length, config.num_heads, config.head_dim)
+        k = k.view(rows, length, config.num_kv_heads, config.head_dim)
+        v = v.view(rows, length, config.num_kv_heads, config.head_dim)
+        if config.value_residual:
+            if layer == 0:
+                state.first_value = v
+            else:
+                share = torch.softmax(self.v_lambda[layer - 1].to(v.dtype), dim=0)
+                v = share[0] * v + share[1] * state.first_value
+        q, k = qk_rope(q, k, self.q_gain[layer], state.cos, state.sin)
+        subtract_self = layer >= config.num_layers - config.xsa_last_n
+        if subtract_self and config.xsa_form == "self_weight":
+            y = attention_without_self(q, k, v, state.starts)
+        else:
+            packed = (t.reshape(rows * length, t.size(2), t.size(3)) for t in (q, k, v))
+            y = varlen_attention(*packed, state.cu_seqlens, state.max_seqlen).view(q.shape)
+            if subtract_self:
+                y = xsa(y, v)
+        y = y.reshape(rows, length, dim)
+        if state.collect is not None:
+            state.collect((f"blocks.{layer}.attn.o",), y)
+        output = nn.functional.linear(y, weights.o)
+        return output if state.adapters is None else state.adapters.add("o", slot, normed, output)
+
+    def _mlp(self, normed: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
+        config, weights = self.config, state.weights[layer]
+        gain = self.hidden_gain[layer] if config.hidden_gain else None
+        if state.collect is None:
+            output = fused_mlp(normed, weights.up, weights.down, negative_slope=config.negative_slope, hidden_gain=gain)
+        else:
+            output, hidden = fused_mlp(
+                normed,
+                weights.up,
+                weights.down,
+                negative_slope=config.negative_slope,
+                hidden_gain=gain,
+                return_hidden=True,
+            )
+            state.collect((f"blocks.{layer}.mlp.up",), normed)
+            state.collect((f"blocks.{layer}.mlp.down",), hidden)
+        return output if state.adapters is None else state.adapters.add("mlp", slot, normed, output)
