@@ -1,0 +1,38 @@
+# Thin calls of scripts/; the README gives the same commands without make.
+VENV ?= .venv
+export PGOLF_VENV = $(VENV)
+PYTHON_BIN = $(VENV)/bin/python
+# Test processes. One on a GPU machine: the GPU tests measure what is queued on the device.
+JOBS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: demo test check lint format setup setup-dev clean
+
+demo: setup
+	$(VENV)/bin/pgolf demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(JOBS) -m "not long"
+
+check: setup-dev lint
+	sh scripts/check.sh
+
+lint: setup-dev
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(PYTHON_BIN) -m mypy
+
+format: setup-dev
+	$(PYTHON_BIN) -m ruff check --fix .
+	$(PYTHON_BIN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+setup:
+	@sh scripts/setup.sh
+
+setup-dev:
+	@PGOLF_EXTRAS=test,dev sh scripts/setup.sh
+
+clean:
+	rm -rf build dist *.egg-info pgolf_kernels/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
