@@ -1,7 +1,7 @@
 """State dicts of the reference systems, into ours and back.
 
-Pull requests 1413, 1514 and 1499 keep a matrix per projection ("blocks.3.attn.c_q.weight"), 1530 and 1727 stacked banks;
-ours stacks everything (model/gpt.py). Both directions are exact.
+Pull requests 1413, 1514 and 1499 keep a matrix per projection ("blocks.3.attn.c_q.weight"), 1530 and 1727 stacked
+banks; ours stacks everything (model/gpt.py). Both directions are exact.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_zero_adapters_leave_every_score_bit_equal():
 
 
 def test_adapters_can_be_shared_indexed_and_packed():
-    model, golden = golden_model("pr1530")
+    model, _ = golden_model("pr1530")
     full = load_safetensors("lora_pr1530.safetensors")
     kinds = ("q", "v", "o", "lm_head")
 
