@@ -1,8 +1,8 @@
 """Low-rank adapters of a batch of documents, for test-time training.
 
 An adapter of kind k at slot s adds (x A^T) B^T to a projection's output, with its own A [r, in] and B [out, r] for
-each document. A slot is a position in the layer order (a looped layer has one per pass); q, k and v adapters join
-their projections, "o" and "mlp" adapters read the branch's normed input and join its output, "lm_head" joins the logits before
+each document. A slot is a position in the layer order (a looped layer has one per pass). Adapters of q, k and v join
+their projections; "o" and "mlp" read the branch's normed input and join its output; "lm_head" joins the logits before
 the softcap (pull request 1530). One adapter may also serve every row of the batch (pull request 1499).
 """
 
