@@ -1,0 +1,278 @@
+"""Text files to a data set: tokenizer, shards and a manifest that says what they hold.
+
+    DIR/manifest.json        what is below, with hashes
+    DIR/tokenizer.model      SentencePiece
+    DIR/train_000000.bin ... shards; documents are whole, each behind BOS
+    DIR/valid_000000.bin ...
+
+The same input gives the same bytes. The folder appears in one step at the end; nothing is left when a build is stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.data.progress import progress
+from model.data.shards import BOS_ID, write_shard
+from model.data.text import Document, find_inputs, read_documents
+from model.data.tokenizer import ByteTables, Tokenizer, train_tokenizer
+from model.errors import DataError
+from model.files import atomic_folder, atomic_write, check_replaceable, sha256_bytes, sha256_file
+
+FORMAT = "pgolf-dataset"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+DEFAULT_SHARD_TOKENS = 100_000_000  # as the public shards
+TOKENIZER_TEXT_BYTES = 25_000_000  # the tokenizer is trained on so much, taken evenly from the training text
+_BATCH_BYTES = 4 << 20
+
+
+def build_dataset(
+    inputs: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    normalization: str = "identity",
+    valid_docs: int | None = None,
+    valid_inputs: Iterable[str | os.PathLike[str]] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    allow_overlap: bool = False,
+    replace: bool = False,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Builds the data set `out` from text files or folders and returns its manifest.
+
+    Either `vocab_size` (a tokenizer is trained on the training text, with this `normalization`) or `tokenizer` (an
+    existing SentencePiece model) is needed. Validation is `valid_inputs` if there are any, else the first `valid_docs`
+    documents (default: one in twenty, at most 50,000). `allow_overlap` admits documents that are in both splits,
+    `replace` a folder that is already there. Empty documents are left out and counted.
+
+    Raises DataError for text that cannot be read or kept, an empty split, documents in both splits, a tokenizer that
+    does not fit; PgolfError when `out` cannot be written.
+    """
+    if (vocab_size is None) == (tokenizer is None):
+        raise DataError("build: wanted either a vocabulary size or an existing tokenizer")
+    if shard_tokens < 2:
+        raise DataError(f"shard_tokens: got {shard_tokens}, wanted at least 2")
+    out = Path(out)
+    check_replaceable(out, replace=replace)
+    threads = threads or os.cpu_count() or 1
+    corpus = _survey(find_inputs(inputs), find_inputs(valid_inputs) if valid_inputs else [], valid_docs, quiet=quiet)
+    overlap = corpus.check_overlap(allow_overlap)
+
+    with atomic_folder(out, replace=replace) as folder:
+        if tokenizer is not None:
+            used = Tokenizer.load(tokenizer)
+            source = f"given: {Path(tokenizer).name}"
+        else:
+            sample = corpus.tokenizer_text(quiet=quiet)
+            used = Tokenizer(train_tokenizer(sample, vocab_size, normalization=normalization, threads=threads))
+            source = f"trained on one in {corpus.tokenizer_stride} of the training documents"
+        with atomic_write(folder / TOKENIZER) as file:
+            file.write(used.model)
+        tables = used.byte_tables()
+        splits = {
+            name: _write_split(folder, name, corpus, used, tables, shard_tokens, threads, quiet=quiet)
+            for name in ("train", "valid")
+        }
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": sha256_bytes(used.model),
+                "vocab_size": used.vocab_size,
+                "source": source,
+                "normalization": "identity"
+                if used.exact
+                else normalization
+                if tokenizer is None
+                else "the tokenizer's",
+            },
+            "bytes_counted_on": "the original text" if used.exact else "the normalised text",
+            "leading_space_is_text": tables.leading_space_is_text,
+            "splits": splits,
+            "validation": corpus.valid_rule,
+            "documents_in_both_splits": overlap,
+            "empty_documents_left_out": corpus.empty,
+            "inputs": corpus.describe_inputs(),
+        }
+        with atomic_write(folder / MANIFEST, "w") as file:
+            file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+@dataclass
+class _Corpus:
+    """What the first reading found: which documents belong to which split, and how much there is."""
+
+    train_files: list[Path]
+    valid_files: list[Path]
+    valid_docs: int  # this many documents at the head of train_files are validation; 0 with valid_files
+    valid_rule: str
+    digests: dict[str, list[bytes]] = field(default_factory=lambda: {"train": [], "valid": []})
+    train_bytes: int = 0  # of train_files
+    empty: int = 0
+
+    @property
+    def tokenizer_stride(self) -> int:
+        return max(1, -(-self.train_bytes // TOKENIZER_TEXT_BYTES))
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The split's documents that are not empty, in order."""
+        for name, document in self.all_documents():
+            if name == split and document.text:
+                yield document
+
+    def all_documents(self) -> Iterator[tuple[str, Document]]:
+        for document in read_documents(self.valid_files):
+            yield "valid", document
+        seen = 0
+        for document in read_documents(self.train_files):
+            seen += bool(document.text)
+            yield ("valid" if seen <= self.valid_docs else "train"), document
+
+    def tokenizer_text(self, *, quiet: bool) -> Iterator[str]:
+        with progress("tokenizer text", len(self.digests["train"]), quiet=quiet) as task:
+            for number, document in enumerate(self.documents("train")):
+                task.advance()
+                if number % self.tokenizer_stride == 0:
+                    yield document.text
+
+    def check_overlap(self, allowed: bool) -> int:
+        """How many different documents are in both splits. Raises DataError for any, unless allowed."""
+        both = set(self.digests["train"]) & set(self.digests["valid"])
+        if both and not allowed:
+            example = next(d.where for d in self.documents("train") if hashlib.sha256(d.text.encode()).digest() in both)
+            raise DataError(
+                f"{len(both)} documents are in both training and validation, wanted none ({example} is one); remove them "
+                "or allow the overlap"
+            )
+        return len(both)
+
+    def describe_inputs(self) -> list[dict[str, Any]]:
+        return [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in [*self.valid_files, *self.train_files]
+        ]
+
+
+def _survey(train_files: list[Path], valid_files: list[Path], valid_docs: int | None, *, quiet: bool) -> _Corpus:
+    """Reads everything once: checks that it is text, counts it and takes each document's digest."""
+    if valid_files and valid_docs is not None:
+        raise DataError("build: wanted either a number of validation documents or validation files")
+    corpus = _Corpus(train_files, valid_files, 0, "the files given for it")
+    with progress("reading", quiet=quiet) as task:
+        for split, document in corpus.all_documents():
+            task.advance()
+            if not document.text:
+                corpus.empty += 1
+                continue
+            data = document.text.encode()
+            corpus.digests[split].append(hashlib.sha256(data).digest())
+            if split == "train":
+                corpus.train_bytes += len(data)
+    if not valid_files:
+        found = corpus.digests["train"]
+        count = min(50_000, -(-len(found) // 20)) if valid_docs is None else valid_docs
+        if not 0 < count < len(found):
+            raise DataError(f"validation: {count} of {len(found)} documents, wanted at least one in each split")
+        corpus.valid_docs = count
+        corpus.valid_rule = f"the first {count} documents"
+        corpus.digests = {"valid": found[:count], "train": found[count:]}
+    for split in ("train", "valid"):
+        if not corpus.digests[split]:
+            raise DataError(f"{split}: no document with text in it, wanted at least one")
+    return corpus
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    corpus: _Corpus,
+    tokenizer: Tokenizer,
+    tables: ByteTables,
+    shard_tokens: int,
+    threads: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Encodes a split and writes its shards; returns its part of the manifest."""
+    shards: list[dict[str, Any]] = []
+    pending: list[np.ndarray] = []
+    size = total_bytes = documents = 0
+    text_digest = hashlib.sha256()
+
+    def flush() -> None:
+        nonlocal size
+        path = folder / f"{split}_{len(shards):06d}.bin"
+        write_shard(path, np.concatenate(pending))
+        shards.append({"file": path.name, "tokens": size, "documents": len(pending), "sha256": sha256_file(path)})
+        pending.clear()
+        size = 0
+
+    with progress(f"encoding {split}", len(corpus.digests[split]), quiet=quiet) as task:
+        for batch in _batches(corpus.documents(split)):
+            encoded = tokenizer.encode_batch([document.text for document in batch], threads)
+            decoded = tokenizer.decode_batch(encoded)
+            for document, ids, text in zip(batch, encoded, decoded, strict=True):
+                tokens = np.array([BOS_ID, *ids], dtype=np.uint16)
+                total_bytes += _check_document(document, tokens, text, tokenizer, tables)
+                text_digest.update(document_digest(text))
+                documents += 1
+                if pending and size + tokens.size > shard_tokens:
+                    flush()
+                pending.append(tokens)
+                size += tokens.size
+            task.advance(len(batch))
+    flush()
+    return {
+        "documents": documents,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": total_bytes,
+        "text_sha256": text_digest.hexdigest(),
+        "shards": shards,
+    }
+
+
+def document_digest(text: str) -> bytes:
+    """SHA-256 of a document's UTF-8; a split's `text_sha256` is the SHA-256 of these, one after the other."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _check_document(document: Document, tokens: np.ndarray, text: str, tokenizer: Tokenizer, tables: ByteTables) -> int:
+    """The document's bytes, after making sure that the tokens hold its text and the tables count it exactly."""
+    if tokenizer.exact and text != document.text:
+        raise DataError(
+            f"{document.where}: {tokenizer.name} does not give this text back, wanted one with byte fallback"
+        )
+    counted = int(tables.stream_bytes(tokens).sum())
+    if counted != len(text.encode()):
+        raise DataError(
+            f"{document.where}: the byte tables of {tokenizer.name} count {counted} bytes, wanted {len(text.encode())}"
+        )
+    return counted
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
