@@ -98,33 +98,44 @@ if [ -d "$venv" ] && ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
     say "$venv does not work any more (interrupted, or its Python is gone): making it anew"
     rm -rf "$venv"
 fi
-wanted_packages=$({ "$python" -V; echo "$extras $gpu"; cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum)
+wanted_packages=$({ "$python" -V; echo "$gpu"; cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum)
 wanted_native=$({
     echo "${PGOLF_CUDA:-auto} ${PGOLF_CUDA_ARCHS:-} ${PGOLF_CXXFLAGS:-} ${CUDA_HOME:-} $CXX"
     cat setup.py
     find csrc -type f | LC_ALL=C sort | while read -r file; do cksum "$file"; done
 } | cksum)
-if [ "$(cat "$venv/.pgolf-packages" 2>/dev/null)" != "$wanted_packages" ]; then
-    rm -f "$venv/.pgolf-packages" "$venv/.pgolf-native"
+stamped() { [ "$(cat "$venv/.pgolf-$1" 2>/dev/null)" = "$2" ]; }
+stamp() { echo "$2" >"$venv/.pgolf-$1"; }
+installed=yes
+for extra in $(echo "$extras" | tr , ' '); do
+    stamped "extra-$extra" "$wanted_packages" || installed=no
+done
+
+if [ $installed = no ]; then
+    rm -f "$venv/.pgolf-native"
     [ -d "$venv" ] || "$python" -m venv "$venv"
     index=""
-    if [ $gpu = no ]; then
-        index=$("$venv/bin/python" scripts/cpu_index.py)
-        say "downloads about 0.6 GB (PyTorch for CPU, Triton, and the rest); 3 GB where only PyTorch's CUDA build can be had"
+    if [ $gpu = yes ]; then
+        say "installing into $venv: downloads about 3 GB (PyTorch with CUDA, Triton, and the rest)"
     else
-        say "downloads about 3 GB (PyTorch with CUDA, Triton, and the rest)"
+        index=$("$venv/bin/python" scripts/cpu_index.py)
+        say "installing into $venv: downloads about 0.6 GB (PyTorch for CPU, Triton, and the rest)," \
+            "3 GB where only PyTorch's CUDA build can be had"
     fi
-    "$venv/bin/python" -m pip install --quiet --upgrade pip
-    # shellcheck disable=SC2086  # a list of packages, possibly empty
-    [ -z "$nvidia_packages" ] || "$venv/bin/python" -m pip install -c constraints.txt $nvidia_packages
-    # shellcheck disable=SC2086  # one option and its value, or nothing
-    "$venv/bin/python" -m pip install --progress-bar off -c constraints.txt $index -e ".[$extras]"
-    echo "$wanted_packages" >"$venv/.pgolf-packages"
-    echo "$wanted_native" >"$venv/.pgolf-native"
-    say "installed into $venv"
-elif [ "$(cat "$venv/.pgolf-native" 2>/dev/null)" != "$wanted_native" ]; then
-    say "the native sources changed: building again"
+    quiet=--quiet
+    [ ! -t 1 ] || quiet=""
+    # shellcheck disable=SC2086  # $quiet, $index and $nvidia_packages are options or lists, possibly empty
+    {
+        "$venv/bin/python" -m pip install --quiet --upgrade pip
+        [ -z "$nvidia_packages" ] || "$venv/bin/python" -m pip install $quiet -c constraints.txt $nvidia_packages
+        "$venv/bin/python" -m pip install $quiet -c constraints.txt $index -e ".[$extras]"
+    }
+    for extra in $(echo "$extras" | tr , ' '); do stamp "extra-$extra" "$wanted_packages"; done
+    stamp native "$wanted_native"
+    say "done"
+elif ! stamped native "$wanted_native"; then
+    say "the native sources or their settings changed: building again"
     rm -f "$venv/.pgolf-native"
     "$venv/bin/python" setup.py -q build_ext --inplace
-    echo "$wanted_native" >"$venv/.pgolf-native"
+    stamp native "$wanted_native"
 fi
