@@ -1,0 +1,174 @@
+"""Triton kernels of residual.py: persistent programs over tiles of whole rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf_kernels import _triton_op
+
+if TYPE_CHECKING:
+    from pgolf_kernels.residual import ResidualConfig
+
+
+@triton.jit
+def _stream(s0, s1, s2, s3, s4, s5, s6, s7, k: tl.constexpr):
+    """The k-th of eight pointers, chosen when the kernel is compiled."""
+    if k == 0:
+        return s0
+    elif k == 1:
+        return s1
+    elif k == 2:
+        return s2
+    elif k == 3:
+        return s3
+    elif k == 4:
+        return s4
+    elif k == 5:
+        return s5
+    elif k == 6:
+        return s6
+    else:
+        return s7
+
+
+@triton.jit
+def _forward_kernel(
+    s0, s1, s2, s3, s4, s5, s6, s7, coefficients, total_ptr, normed_ptr, rows, eps, scale,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for k in tl.static_range(STREAMS):
+            weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
+            pointer = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
+            total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
+        if NORM:
+            factor = scale * tl.rsqrt(tl.sum(total * total, axis=1) / DIM + eps)
+            tl.store(normed_ptr + offsets, (total * factor[:, None]).to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    s0, s1, s2, s3, s4, s5, s6, s7, g0, g1, g2, g3, g4, g5, g6, g7,
+    coefficients, d_total_ptr, d_normed_ptr, partial_ptr, rows, eps, scale,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    TOTAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    # One accumulator a coefficient row; unused ones are dropped by the compiler.
+    a0 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a1 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a2 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a3 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a4 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a5 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a6 = tl.zeros((ROWS, BLOCK), tl.float32)
+    a7 = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        grad = tl.zeros((ROWS, BLOCK), tl.float32)
+        if TOTAL:
+            grad += tl.load(d_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            for k in tl.static_range(STREAMS):
+                weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
+                pointer = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
+                total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+            d_normed = tl.load(d_normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            r = tl.rsqrt(tl.sum(total * total, axis=1) / DIM + eps)
+            inner = tl.sum(d_normed * total, axis=1) / DIM
+            grad += scale * r[:, None] * (d_normed - total * (r * r * inner)[:, None])
+        for k in tl.static_range(STREAMS):
+            weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
+            # Read again rather than kept: the tile is in L1, and registers decide how many rows are in flight.
+            source = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
+            product = grad * tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+            target = _stream(g0, g1, g2, g3, g4, g5, g6, g7, k)
+            tl.store(target + offsets, (weight[None, :] * grad).to(target.dtype.element_ty), mask=mask)
+            if k == 0:
+                a0 += product
+            elif k == 1:
+                a1 += product
+            elif k == 2:
+                a2 += product
+            elif k == 3:
+                a3 += product
+            elif k == 4:
+                a4 += product
+            elif k == 5:
+                a5 += product
+            elif k == 6:
+                a6 += product
+            else:
+                a7 += product
+    partial = partial_ptr + tl.program_id(0) * STREAMS * DIM + columns
+    for k in tl.static_range(STREAMS):
+        tl.store(partial + k * DIM, tl.sum(_stream(a0, a1, a2, a3, a4, a5, a6, a7, k), axis=0), mask=inside)
+
+
+def _pad(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors + [tensors[0]] * (8 - len(tensors))
+
+
+def _programs(rows: int, tile: int, tensor: Tensor, per_multiprocessor: int) -> int:
+    return max(1, min(triton.cdiv(rows, tile), _triton_op.grid_size(tensor) * per_multiprocessor))
+
+
+def forward(
+    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool, config: ResidualConfig
+) -> tuple[Tensor, Tensor]:
+    first = streams[0]
+    dim = first.shape[-1]
+    rows = first.numel() // dim
+    total = torch.empty_like(first)
+    normed = torch.empty_like(first) if with_norm else first.new_empty(0)
+    if rows == 0:
+        return total, normed
+    grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
+    _forward_kernel[grid](
+        *_pad(streams), coefficients, total, normed, rows, eps, scale,
+        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows, NORM=with_norm,
+        num_warps=config.forward_warps,
+    )  # fmt: skip
+    return total, normed
+
+
+def backward(
+    streams: list[Tensor],
+    coefficients: Tensor,
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    scale: float,
+    eps: float,
+    config: ResidualConfig,
+) -> tuple[list[Tensor], Tensor]:
+    first = streams[0]
+    dim = first.shape[-1]
+    rows = first.numel() // dim
+    d_streams = [torch.empty_like(s) for s in streams]
+    if rows == 0:
+        return d_streams, torch.zeros_like(coefficients)
+    programs = _programs(rows, config.backward_rows, first, config.backward_programs)
+    partial = torch.empty(programs, len(streams), dim, dtype=torch.float32, device=first.device)
+    _backward_kernel[(programs,)](
+        *_pad(streams), *_pad(d_streams), coefficients,
+        first if d_total is None else d_total, first if d_normed is None else d_normed, partial, rows, eps, scale,
+        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
+        TOTAL=d_total is not None, NORM=d_normed is not None, num_warps=config.backward_warps,
+    )  # fmt: skip
+    return d_streams, partial.sum(0).to(coefficients.dtype)

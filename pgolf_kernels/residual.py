@@ -1,0 +1,184 @@
+"""Sums of residual streams with per-channel coefficients, and their RMSNorm, in one pass.
+
+    u = sum_k c_k * s_k          n = scale * u / sqrt(mean(u^2) + eps)
+
+s_k [..., D] are the streams of a residual network: block outputs, branch outputs, skips, the input embedding; c_k [D]
+the products of learned scales, mixes and gates that weigh them. Every sum between two matrix products of the network is
+of this form, so that one kernel reads each stream once and writes the sum and its norm, and one backward kernel reads
+them once more, writes every stream's gradient and reduces every coefficient's over the tokens:
+
+    g = du + scale * r * (dn - u * r^2 * mean(dn * u)),  r = 1 / sqrt(mean(u^2) + eps)
+    ds_k = c_k * g          dc_k = sum over tokens of g * s_k
+
+Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
+streams stay as they are saved for backward: nothing else is kept, u and r are computed again. Given up: a kernel per
+form of sum, which could fold coefficients known to be one, and would have to be written nine times.
+
+Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgolf_kernels import _triton_op
+from pgolf_kernels._native_op import register_op
+
+EPS = torch.finfo(torch.float32).eps  # what torch.nn.functional.rms_norm takes for eps=None, below fp64
+MAX_STREAMS = 8
+
+
+def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
+    wide = torch.promote_types(streams[0].dtype, torch.float32)
+    total = sum(c.to(wide) * s.to(wide) for c, s in zip(coefficients, streams, strict=True))
+    normed = total * (scale * (total.square().mean(-1, keepdim=True) + eps).rsqrt())
+    return total.to(streams[0].dtype), normed.to(streams[0].dtype)
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Launch knobs. `rows` tokens a tile; `programs` a multiprocessor of the persistent grid."""
+
+    forward_rows: int = 4
+    forward_warps: int = 4
+    forward_programs: int = 8
+    backward_rows: int = 4
+    backward_warps: int = 8
+    backward_programs: int = 2
+
+
+CONFIG = ResidualConfig()
+
+
+def _forward(
+    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool
+) -> tuple[Tensor, Tensor]:
+    if _triton_op.runs_triton(streams[0]):
+        return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_norm, CONFIG)
+    total, normed = reference(streams, coefficients, scale, eps)
+    return total, normed if with_norm else total.new_empty(0)
+
+
+def _backward(
+    streams: list[Tensor],
+    coefficients: Tensor,
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[list[Tensor], Tensor]:
+    if _triton_op.runs_triton(streams[0]):
+        return _triton_op.kernels("residual").backward(streams, coefficients, d_total, d_normed, scale, eps, CONFIG)
+    wide = torch.promote_types(streams[0].dtype, torch.float32)
+    inputs = [s.to(wide) for s in streams]
+    weights = coefficients.to(wide)
+    g = torch.zeros_like(inputs[0]) if d_total is None else d_total.to(wide)
+    if d_normed is not None:
+        total = sum(c * s for c, s in zip(weights, inputs, strict=True))
+        r = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
+        d = d_normed.to(wide)
+        g = g + scale * r * (d - total * (r.square() * (d * total).mean(-1, keepdim=True)))
+    d_streams = [(c * g).to(s.dtype) for c, s in zip(weights, streams, strict=True)]
+    d_coefficients = torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs])
+    return d_streams, d_coefficients.to(coefficients.dtype)
+
+
+def _forward_fake(
+    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool
+) -> tuple[Tensor, Tensor]:
+    first = streams[0]
+    return first.new_empty(first.shape), first.new_empty(first.shape if with_norm else (0,))
+
+
+def _backward_fake(
+    streams: list[Tensor],
+    coefficients: Tensor,
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[list[Tensor], Tensor]:
+    return [s.new_empty(s.shape) for s in streams], torch.empty_like(coefficients)
+
+
+_backward_op = register_op(
+    "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed, float scale,"
+    " float eps) -> (Tensor[], Tensor)",
+    cpu=_backward,
+    cuda=_backward,
+    fake=_backward_fake,
+    not_differentiable="double backward is not supported",
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    streams, coefficients, ctx.scale, ctx.eps, ctx.with_norm = inputs
+    ctx.save_for_backward(coefficients, *streams)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_total: Tensor | None, d_normed: Tensor | None):
+    coefficients, *streams = ctx.saved_tensors
+    if not ctx.with_norm:
+        d_normed = None
+    if d_total is None and d_normed is None:
+        return [None] * len(streams), None, None, None, None
+    d_streams, d_coefficients = _backward_op(
+        streams,
+        coefficients,
+        None if d_total is None else d_total.contiguous(),
+        None if d_normed is None else d_normed.contiguous(),
+        ctx.scale,
+        ctx.eps,
+    )
+    return d_streams, d_coefficients, None, None, None
+
+
+_op = register_op(
+    "combine_norm(Tensor[] streams, Tensor coefficients, float scale, float eps, bool with_norm) -> (Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+    backward=_differentiate,
+    setup_context=_setup_context,
+)
+
+
+def combine_norm(streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(u, n): the weighted sum of `streams` and `scale` times its RMSNorm.
+
+    streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Raises ValueError for a
+    wrong number or shape and TypeError for mixed dtypes. See the module's docstring for the formula.
+    """
+    _check(streams, coefficients)
+    eps = torch.finfo(torch.float64).eps if streams[0].dtype == torch.float64 else EPS
+    return _op([s.contiguous() for s in streams], coefficients.contiguous(), float(scale), eps, True)
+
+
+def combine(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """u alone, where no norm follows. Arguments as in :func:`combine_norm`."""
+    _check(streams, coefficients)
+    return _op([s.contiguous() for s in streams], coefficients.contiguous(), 1.0, EPS, False)[0]
+
+
+def _check(streams: Sequence[Tensor], coefficients: Tensor) -> None:
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        raise ValueError(f"streams: got {len(streams)}, wanted 1 to {MAX_STREAMS}")
+    shape, dtype, device = streams[0].shape, streams[0].dtype, streams[0].device
+    for position, stream in enumerate(streams):
+        if stream.shape != shape:
+            raise ValueError(
+                f"streams[{position}]: got shape {tuple(stream.shape)}, wanted {tuple(shape)} as the first"
+            )
+        if stream.dtype != dtype or stream.device != device:
+            raise TypeError(f"streams[{position}]: got {stream.dtype} on {stream.device}, wanted {dtype} on {device}")
+    if coefficients.shape != (len(streams), shape[-1]) or coefficients.device != device:
+        raise ValueError(
+            f"coefficients: got shape {tuple(coefficients.shape)} on {coefficients.device}, "
+            f"wanted {(len(streams), shape[-1])} on {device}"
+        )
