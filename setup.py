@@ -104,7 +104,7 @@ def ninja_file(output: Path, build: Path, nvcc: Path | None) -> str:
         includes += [f"-I{include}", "-DPGOLF_CUDA"]
         links = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         archs = gencode_flags(os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS))
-    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", *openmp]
+    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-trapping-math", *openmp]
     device = ["-Xptxas", "-v", "--threads", "0", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     lines = [
         RULES.format(
@@ -140,7 +140,10 @@ class NinjaBuild(build_ext):
         except ExecError as error:
             if mode == "1" or nvcc is None:
                 raise
-            print(f"\n*** pgolf_kernels: {error}\n*** Building WITHOUT CUDA. PGOLF_CUDA=1 makes this an error.\n", file=sys.stderr)
+            print(
+                f"\n*** pgolf_kernels: {error}\n*** Building WITHOUT CUDA. PGOLF_CUDA=1 makes this an error.\n",
+                file=sys.stderr,
+            )
             self._ninja(output, None)
 
     def _ninja(self, output: Path, nvcc: Path | None) -> None:
