@@ -33,6 +33,7 @@ from model.layers import (
     rope_tables,
     smear,
 )
+from model.stream import Stream
 from pgolf_kernels import fused_mlp, linear_softcap_cross_entropy, qk_rope, varlen_attention, xsa
 
 Collect = Callable[[tuple[str, ...], Tensor], None]
@@ -188,7 +189,7 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if config.smear_gate:
             x = smear(x, self.smear, starts)
-        x = rms_norm(self._layers(x, state, loop))
+        x = self._layers(x, state, loop)
         if collect is not None:
             collect(("tok_emb",), x)
         return x.view(*input_ids.shape, config.model_dim)
@@ -263,16 +264,16 @@ class GPT(nn.Module):
         per_matrix = weight.shape[-1] * weight.shape[-2]
         return fake_quantize(weight, clip_range) if self.late_qat and per_matrix > QAT_MIN_ELEMENTS else weight
 
-    def _layers(self, x: Tensor, state: _Pass, loop: bool) -> Tensor:
-        """All blocks in order; x is the input embedding and stays available to every block."""
+    def _layers(self, x0: Tensor, state: _Pass, loop: bool) -> Tensor:
+        """The normed output of all blocks in order; the input embedding x0 stays available to every block."""
         config = self.config
-        x0 = x
         encoder, decoder = config.layer_order(loop)
-        skips: list[Tensor] = []
+        x = Stream.of(x0)
+        skips: list[Stream] = []
         for slot, layer in enumerate(encoder):
             x = self._block(x, x0, layer, slot, state)
             skips.append(x)
-        lanes: tuple[Tensor, Tensor] | None = None
+        lanes: tuple[Stream, Stream] | None = None
         for position, layer in enumerate(decoder):
             slot = len(encoder) + position
             if config.parallel_lanes == 2 and 0 <= config.parallel_start <= layer and lanes is None:
@@ -288,46 +289,50 @@ class GPT(nn.Module):
             else:
                 lanes = self._lane_block(lanes, x0, layer, slot, state)
         if lanes is not None:
-            x = 0.5 * (lanes[0] + lanes[1])
+            half = self.lane_mix.new_tensor(0.5)
+            x = lanes[0].scaled(half).plus(lanes[1].scaled(half))
         if loop and config.loop_form == "rerun":
             for _ in range(config.num_loops):
                 for layer in range(config.loop_start, config.loop_end + 1):
                     x = self._block(x, x0, layer, layer, state)
-        return x
+        return x.norm(1.0)[1]
 
-    def _join_skip(self, x: Tensor, skip: Tensor, position: int) -> Tensor:
-        weighted = self.skip_weights[position].to(x.dtype) * skip
+    def _join_skip(self, x: Stream, skip: Stream, position: int) -> Stream:
+        weight = self.skip_weights[position]
         if self.config.skip_form == "additive":
-            return x + weighted
-        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[position].to(x.dtype)))
+            return x.plus(skip.scaled(weight))
+        gate = torch.sigmoid(self.skip_gates[position])
+        return x.scaled(gate).plus(skip.scaled((1 - gate) * weight))
 
-    def _mix(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
-        mix = self.resid_mix[layer].to(x.dtype)
-        return mix[0] * x + mix[1] * x0
+    def _norm_scale(self, layer: int) -> float:
+        return 1.0 / math.sqrt(layer + 1) if self.config.ln_scale else 1.0
 
-    def _norm(self, x: Tensor, layer: int) -> Tensor:
-        return rms_norm(x) / math.sqrt(layer + 1) if self.config.ln_scale else rms_norm(x)
+    def _read(self, x: Stream, x0: Tensor, layer: int) -> tuple[Stream, Tensor]:
+        """(h, n): the stream mixed with the input embedding, and its norm."""
+        mix = self.resid_mix[layer]
+        return x.scaled(mix[0]).plus(Stream.of(x0, mix[1])).norm(self._norm_scale(layer))
 
-    def _block(self, x: Tensor, x0: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
-        h = self._mix(x, x0, layer)
-        normed = self._norm(h, layer)
-        y = h + self.attn_scale[layer].to(x.dtype) * self._attention(normed, layer, slot, state)
-        one_lane = self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer
-        branch = self._mlp(normed if one_lane else self._norm(y, layer), layer, slot, state)
-        return y + self.mlp_scale[layer].to(x.dtype) * branch
+    def _block(self, x: Stream, x0: Tensor, layer: int, slot: int, state: _Pass) -> Stream:
+        h, normed = self._read(x, x0, layer)
+        attended = Stream.of(self._attention(normed, layer, slot, state), self.attn_scale[layer])
+        if self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer:
+            y = h.plus(attended)
+        else:
+            y, normed = h.plus(attended).norm(self._norm_scale(layer))
+        return y.plus(Stream.of(self._mlp(normed, layer, slot, state), self.mlp_scale[layer]))
 
     def _lane_block(
-        self, lanes: tuple[Tensor, Tensor], x0: Tensor, layer: int, slot: int, state: _Pass
-    ) -> tuple[Tensor, Tensor]:
+        self, lanes: tuple[Stream, Stream], x0: Tensor, layer: int, slot: int, state: _Pass
+    ) -> tuple[Stream, Stream]:
         """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530)."""
-        dtype = lanes[0].dtype
-        attended = self._attention(self._norm(self._mix(lanes[0], x0, layer), layer), layer, slot, state)
-        attended = self.attn_scale[layer].to(dtype) * attended
-        fed = self.mlp_scale[layer].to(dtype) * self._mlp(self._norm(lanes[1], layer), layer, slot, state)
-        keep, post = self.lane_resid[layer].to(dtype), self.lane_mix[layer].to(dtype)
+        _, normed = self._read(lanes[0], x0, layer)
+        attended = Stream.of(self._attention(normed, layer, slot, state), self.attn_scale[layer])
+        lane1, normed = lanes[1].norm(self._norm_scale(layer))
+        fed = Stream.of(self._mlp(normed, layer, slot, state), self.mlp_scale[layer])
+        keep, post = self.lane_resid[layer], self.lane_mix[layer]
         return (
-            keep[0] * lanes[0] + post[0, 0] * attended + post[1, 0] * fed,
-            keep[1] * lanes[1] + post[0, 1] * attended + post[1, 1] * fed,
+            lanes[0].scaled(keep[0]).plus(attended.scaled(post[0, 0])).plus(fed.scaled(post[1, 0])),
+            lane1.scaled(keep[1]).plus(attended.scaled(post[0, 1])).plus(fed.scaled(post[1, 1])),
         )
 
     def _attention(self, normed: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
