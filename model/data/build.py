@@ -11,7 +11,6 @@ The same input gives the same bytes. The folder appears in one step at the end; 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from model.data.manifest import FORMAT, FORMAT_VERSION, TOKENIZER, document_digest, write_manifest
 from model.data.progress import progress
 from model.data.shards import BOS_ID, write_shard
 from model.data.text import Document, find_inputs, read_documents
@@ -27,10 +27,6 @@ from model.data.tokenizer import ByteTables, Tokenizer, train_tokenizer
 from model.errors import DataError
 from model.files import atomic_folder, atomic_write, check_replaceable, sha256_bytes, sha256_file
 
-FORMAT = "pgolf-dataset"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 DEFAULT_SHARD_TOKENS = 100_000_000  # as the public shards
 TOKENIZER_TEXT_BYTES = 25_000_000  # the tokenizer is trained on so much, taken evenly from the training text
 _BATCH_BYTES = 4 << 20
@@ -108,8 +104,7 @@ def build_dataset(
             "empty_documents_left_out": corpus.empty,
             "inputs": corpus.describe_inputs(),
         }
-        with atomic_write(folder / MANIFEST, "w") as file:
-            file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_manifest(folder, manifest)
     return manifest
 
 
@@ -154,10 +149,10 @@ class _Corpus:
         """How many different documents are in both splits. Raises DataError for any, unless allowed."""
         both = set(self.digests["train"]) & set(self.digests["valid"])
         if both and not allowed:
-            example = next(d.where for d in self.documents("train") if hashlib.sha256(d.text.encode()).digest() in both)
+            example = next(d.where for d in self.documents("train") if document_digest(d.text) in both)
             raise DataError(
-                f"{len(both)} documents are in both training and validation, wanted none ({example} is one); remove them "
-                "or allow the overlap"
+                f"{len(both)} documents are in both training and validation, wanted none ({example} is one); remove "
+                "them or allow the overlap"
             )
         return len(both)
 
@@ -179,10 +174,9 @@ def _survey(train_files: list[Path], valid_files: list[Path], valid_docs: int | 
             if not document.text:
                 corpus.empty += 1
                 continue
-            data = document.text.encode()
-            corpus.digests[split].append(hashlib.sha256(data).digest())
+            corpus.digests[split].append(document_digest(document.text))
             if split == "train":
-                corpus.train_bytes += len(data)
+                corpus.train_bytes += len(document.text.encode())
     if not valid_files:
         found = corpus.digests["train"]
         count = min(50_000, -(-len(found) // 20)) if valid_docs is None else valid_docs
@@ -244,11 +238,6 @@ def _write_split(
         "text_sha256": text_digest.hexdigest(),
         "shards": shards,
     }
-
-
-def document_digest(text: str) -> bytes:
-    """SHA-256 of a document's UTF-8; a split's `text_sha256` is the SHA-256 of these, one after the other."""
-    return hashlib.sha256(text.encode()).digest()
 
 
 def _check_document(document: Document, tokens: np.ndarray, text: str, tokenizer: Tokenizer, tables: ByteTables) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.build import FORMAT, FORMAT_VERSION, MANIFEST
+from model.data.manifest import MANIFEST, read_manifest
 from model.data.shards import BOS_ID, check_ids, read_shard, shard_length
 from model.data.tokenizer import ByteTables, Tokenizer
 from model.errors import DataError
@@ -76,22 +76,6 @@ def open_dataset(data_dir: str | os.PathLike[str], variant: str | None = None) -
         if head.size and head[0] != BOS_ID:
             raise DataError(f"{shards[0]}: starts with id {head[0]}, wanted BOS = {BOS_ID}")
     return dataset
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a built data set. Raises DataError when it is not one that this version reads."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path}: not the manifest of a data set, wanted format {FORMAT!r}")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise DataError(f"{path}: version {manifest.get('version')!r}, wanted {FORMAT_VERSION}")
-    return manifest
 
 
 def _open_built(folder: Path) -> Dataset:

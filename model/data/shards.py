@@ -52,7 +52,10 @@ def read_shard(path: str | os.PathLike[str]) -> np.ndarray:
     count = shard_length(path)
     if count == 0:
         return np.empty(0, dtype=_TOKEN)
-    return np.memmap(path, dtype=_TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+    try:
+        return np.memmap(path, dtype=_TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+    except (OSError, ValueError) as error:  # gone or shortened since
+        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
@@ -63,7 +66,7 @@ def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens: got {tokens.dtype} of shape {tokens.shape}, wanted a vector of integers")
-    if tokens.size and not (0 <= int(tokens.min()) and int(tokens.max()) < MAX_VOCAB_SIZE):
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= MAX_VOCAB_SIZE):
         raise ValueError(f"tokens: ids from {tokens.min()} to {tokens.max()}, wanted 0 to {MAX_VOCAB_SIZE - 1}")
     if tokens.size > np.iinfo(np.int32).max:
         raise ValueError(f"tokens: {tokens.size} of them, wanted at most {np.iinfo(np.int32).max} (the header's int32)")
