@@ -20,6 +20,7 @@ import zstandard
 from model.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SAMPLE = Path(__file__).parent / "sample" / "quickstart.jsonl.zst"  # ships with the package, see its PROVENANCE.md
 MAX_DOCUMENT_BYTES = 256 << 20  # a longer line is a damaged file sooner than a document
 
 
