@@ -121,7 +121,7 @@ def test_unknown_mode_is_an_error(build, tmp_path, monkeypatch):
 def test_toolkit_without_the_static_runtime_is_named(build, tmp_path, monkeypatch):
     toolkit = fake_toolkit(tmp_path / "cuda", compiles=True)
     (toolkit / "lib" / "libcudart_static.a").unlink()
-    with pytest.raises(ExecError, match="no libcudart_static.a"):
+    with pytest.raises(ExecError, match=r"no libcudart_static\.a"):
         build.cuda_paths(toolkit / "bin" / "nvcc")
 
 
