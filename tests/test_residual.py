@@ -1,0 +1,145 @@
+"""Weighted sums of residual streams: the op against fp64, its gradients, and its Triton kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pgolf_kernels import combine, combine_norm
+from pgolf_kernels import residual as op_module
+from pgolf_kernels._triton_op import has_triton, interpreting
+from pgolf_kernels.residual import EPS, reference
+
+SHAPES = [(3, (10, 64)), (8, (7, 48)), (1, (2, 5, 512)), (5, (33, 96))]
+
+
+def _case(streams, shape, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(device)
+
+    inputs = [draw(*shape).to(dtype).requires_grad_() for _ in range(streams)]
+    coefficients = draw(streams, shape[-1]).requires_grad_()
+    return inputs, coefficients, draw(*shape).to(dtype), draw(*shape).to(dtype)
+
+
+def _errors(streams, shape, dtype, device="cpu"):
+    """Relative errors (u, n, worst stream gradient, coefficient gradient) of the op and of PyTorch in `dtype`."""
+    inputs, coefficients, du, dn = _case(streams, shape, dtype, device)
+    exact_inputs = [s.detach().double().requires_grad_() for s in inputs]
+    exact_coefficients = coefficients.detach().double().requires_grad_()
+    exact = reference(exact_inputs, exact_coefficients, 0.7, EPS)
+    torch.autograd.backward(exact, [du.double(), dn.double()])
+
+    def measure(outputs, leaves):
+        torch.autograd.backward(outputs, [du, dn])
+        pairs = [
+            *zip(outputs, exact, strict=True),
+            *zip((leaf.grad for leaf in leaves), (e.grad for e in [*exact_inputs, exact_coefficients]), strict=True),
+        ]
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+    ours = measure(combine_norm(inputs, coefficients, scale=0.7), [*inputs, coefficients])
+    plain_inputs = [s.detach().clone().requires_grad_() for s in inputs]
+    plain_coefficients = coefficients.detach().clone().requires_grad_()
+    total = sum(c.to(dtype) * s for c, s in zip(plain_coefficients, plain_inputs, strict=True))
+    normed = torch.nn.functional.rms_norm(total, shape[-1:], eps=EPS) * 0.7
+    theirs = measure((total, normed), [*plain_inputs, plain_coefficients])
+    return ours, theirs
+
+
+def _assert_no_worse_than_pytorch(streams, shape, dtype, device="cpu"):
+    ours, theirs = _errors(streams, shape, dtype, device)
+    for position, (mine, plain) in enumerate(zip(ours, theirs, strict=True)):
+        assert mine <= 2 * plain + 1e-7, f"result {position}: error {mine:.2e}, PyTorch's {plain:.2e}"
+
+
+@pytest.mark.parametrize(("streams", "shape"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_and_gradients_are_no_worse_than_pytorch(streams, shape, dtype):
+    _assert_no_worse_than_pytorch(streams, shape, dtype)
+
+
+def test_gradients_by_finite_differences():
+    inputs = [torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    coefficients = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(coefficients, *streams):
+        return combine_norm(streams, coefficients, scale=0.3)
+
+    assert torch.autograd.gradcheck(call, (coefficients, *inputs))
+    assert torch.autograd.gradcheck(lambda c, *s: combine(s, c), (coefficients, *inputs))
+
+
+def test_op_contract():
+    inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
+    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True))
+    torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, False))
+
+
+def test_compiled_equals_eager_also_under_autocast():
+    inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
+
+    def call():
+        return combine_norm(inputs, coefficients, scale=0.5)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for a, b in zip(call(), compiled(), strict=True):
+                assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_strided_and_empty_inputs():
+    wide = torch.randn(5, 32)
+    coefficients = torch.randn(1, 16)
+    torch.testing.assert_close(combine([wide[:, ::2]], coefficients), wide[:, ::2] * coefficients[0])
+    total, normed = combine_norm([torch.empty(0, 16)], coefficients)
+    assert total.shape == normed.shape == (0, 16)
+
+
+def test_double_backward_raises():
+    inputs, coefficients, _, _ = _case(2, (3, 8), torch.float32)
+    total, normed = combine_norm(inputs, coefficients)
+    (gradient,) = torch.autograd.grad((total.sum() + normed.square().sum()), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
+def test_wrong_arguments_are_named():
+    good = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="streams: got 9"):
+        combine([good] * 9, torch.randn(9, 8))
+    with pytest.raises(ValueError, match=r"streams\[1\]: got shape"):
+        combine([good, good[:2]], torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"streams\[1\]: got torch.float64"):
+        combine([good, good.double()], torch.randn(2, 8))
+    with pytest.raises(ValueError, match="coefficients: got shape"):
+        combine([good], torch.randn(2, 8))
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_through_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_residual"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("streams", "shape"), [*SHAPES, (3, (4099, 512))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_kernels_on_a_gpu(streams, shape, dtype):
+    _assert_no_worse_than_pytorch(streams, shape, dtype, "cuda")
+
+
+if __name__ == "__main__":
+    with interpreting():
+        for case in SHAPES:
+            for precision in (torch.float32, torch.float16):
+                _assert_no_worse_than_pytorch(*case, precision)
