@@ -1,0 +1,160 @@
+"""Processes that train together: start-up, agreement between ranks, errors that reach every rank.
+
+Tensors on GPUs go through NCCL. What ranks must agree on (elapsed time, stopping, errors) are a few numbers in host
+memory: they go through a second, gloo group, so that agreeing never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.errors import PgolfError, TrainError
+
+# torch 2.13 renamed these two; 2.11 has the old names alone.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among `world`: its rank, device and groups. `Dist.single(device)` is a world of one."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None  # collectives on host tensors
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> Dist:
+        return cls(0, 1, 0, torch.device(device))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.host_group)
+
+    def agree_max(self, *values: float) -> tuple[float, ...]:
+        """Each value's maximum over the ranks, the same bits everywhere; does not touch a GPU."""
+        if self.world == 1:
+            return values
+        packed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.host_group)
+        return tuple(packed.tolist())
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """`value` (JSON types) of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        payload = json.dumps(value).encode()
+        length = torch.tensor([len(payload)], dtype=torch.int64)
+        lengths = [torch.empty_like(length) for _ in range(self.world)]
+        dist.all_gather(lengths, length, group=self.host_group)
+        longest = max(int(n) for n in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        rows = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(rows, padded, group=self.host_group)
+        return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place, on the tensor's own device."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_async(self, tensor: Tensor) -> dist.Work | None:
+        return dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+
+    def reduce_scatter_async(self, output: Tensor, source: Tensor) -> dist.Work:
+        """output [n / world, ...] = this rank's rows of the sum over the ranks of source [n, ...]."""
+        return _reduce_scatter(output, source, async_op=True)
+
+    def all_gather_async(self, output: Tensor, source: Tensor) -> dist.Work:
+        """output [n, ...] = the ranks' source [n / world, ...], one after the other."""
+        return _all_gather(output, source, async_op=True)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A block that fails on every rank when it fails on one, instead of leaving the others waiting.
+
+        Only for blocks without collectives of their own that could stop half-way, such as opening files. A user's
+        error (PgolfError, OSError) on another rank becomes a TrainError here that names that rank.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (PgolfError, OSError, ValueError) as error:
+            failure = error
+        messages = self.gather_json(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise TrainError(f"{what}: rank {rank} failed: {message}")
+
+
+@contextmanager
+def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> Iterator[Dist]:
+    """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without it.
+
+    `device` is "cuda" or "cpu"; None takes CUDA where there is one. Groups are torn down at the end. Raises TrainError
+    when there are more ranks on this machine than GPUs.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    target = torch.device(device)
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainError("device: got 'cuda', but this process sees no GPU; `pgolf doctor` says why")
+        if local_rank >= torch.cuda.device_count():
+            raise TrainError(
+                f"device: local rank {local_rank} has no GPU, this machine shows {torch.cuda.device_count()}; "
+                f"wanted --nproc_per_node={torch.cuda.device_count()} or less"
+            )
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    if world == 1:
+        yield Dist(0, 1, local_rank, target)
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    if target.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=target)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=timeout) if target.type == "cuda" else dist.group.WORLD
+        yield Dist(rank, world, local_rank, target, host_group)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_micro_batches(micro_batches: int, world: int) -> int:
+    """Micro-batches of one rank a step. Raises TrainError when they do not divide."""
+    if micro_batches % world:
+        fitting = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+        raise TrainError(
+            f"micro_batches: got {micro_batches} for {world} ranks, wanted a multiple of the ranks; "
+            f"use {', '.join(map(str, fitting))} ranks or set --micro-batches"
+        )
+    return micro_batches // world

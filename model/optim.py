@@ -1,0 +1,350 @@
+"""The optimiser: Muon for the matrices, AdamW for the rest, clipping, and the moving average of the weights.
+
+Muon with row normalisation (pull requests 1413 to 1727), for every matrix W [rows, cols] of a bank:
+
+    m <- mu m + g;  u = g + mu m                                            (Nesterov)
+    u <- u / max(|u_row|, 1e-7), row by row;  X = u / (|u|_F + 1e-7)
+    5 times: A = X X^T;  X <- a X + (b A + c A A) X                         (Newton-Schulz, on the wide side)
+    W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
+
+Over several ranks each bank is padded to a multiple of their number; gradients are reduce-scattered, each rank updates
+its share of the matrices, and the updates are all-gathered while the next banks are computed. Momentum is fp32 and
+sharded. Communication and Newton-Schulz run in bf16 under `dtype="bfloat16"`.
+
+Up and down banks have the same shape after transposition and go through one batched Newton-Schulz.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.config import TrainConfig
+from model.distributed import Dist
+from model.errors import ArtifactError
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+_EPSILON = 1e-7
+_MATRICES = frozenset({"qo_bank", "kv_bank", "up_bank", "down_bank", "bigram_proj"})
+EMBEDDINGS = frozenset({"tok_emb", "bigram_embed"})
+# Gradients of up to this many elements share one all-reduce: below, latency costs more than the copy.
+_PACKED_ELEMENTS = 32768
+
+
+def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz on matrices [n, rows, cols]: all singular values towards 1. Result in `dtype`, same shape."""
+    a, b, c = NEWTON_SCHULZ
+    x = update.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPSILON)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+@dataclass
+class _Bank:
+    """One parameter of stacked matrices and this rank's share of its optimiser state."""
+
+    name: str
+    param: nn.Parameter
+    scale: float
+    momentum: Tensor  # [padded / world, rows, cols], fp32
+    send: Tensor | None = None  # [padded, rows, cols] gradients to reduce
+    share: Tensor | None = None  # [padded / world, rows, cols] their sum
+    received: Tensor | None = None  # [padded, rows, cols] everybody's updates
+    work: dist.Work | None = field(default=None)
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """`tensor` (the parameter, or of its shape) as [n, rows, cols]."""
+        return tensor.reshape(-1, *self.param.shape[-2:])
+
+    @property
+    def wide_shape(self) -> tuple[int, int]:
+        rows, cols = self.param.shape[-2:]
+        return min(rows, cols), max(rows, cols)
+
+
+class Muon:
+    """See the module's docstring. `params` maps names to parameters [n, rows, cols] or [rows, cols]."""
+
+    def __init__(self, params: dict[str, nn.Parameter], config: TrainConfig, ranks: Dist, dtype: torch.dtype) -> None:
+        self._config, self._ranks, self._dtype = config, ranks, dtype
+        banks = [self._make_bank(name, param) for name, param in params.items()]
+        groups: dict[tuple[int, int], list[_Bank]] = {}
+        for bank in banks:
+            groups.setdefault(bank.wide_shape, []).append(bank)
+        # Largest first: their communication has the rest of the step to hide behind.
+        self._groups = sorted(groups.values(), key=lambda group: -sum(bank.param.numel() for bank in group))
+
+    def _make_bank(self, name: str, param: nn.Parameter) -> _Bank:
+        rows, cols = param.shape[-2:]
+        world = self._ranks.world
+        count = param.numel() // (rows * cols)
+        share = -(-count // world)
+        state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        bank = _Bank(
+            name,
+            param,
+            max(1.0, rows / cols) ** 0.5,
+            torch.zeros(share, rows, cols, dtype=state_dtype, device=param.device),
+        )
+        if world > 1:
+            bank.send = torch.zeros(share * world, rows, cols, dtype=self._dtype, device=param.device)
+            bank.share = torch.empty(share, rows, cols, dtype=self._dtype, device=param.device)
+            bank.received = torch.empty_like(bank.send)
+        return bank
+
+    @property
+    def _banks(self) -> list[_Bank]:
+        return [bank for group in self._groups for bank in group]
+
+    @torch.no_grad()
+    def start_reduction(self) -> None:
+        """Begins to sum the gradients over the ranks."""
+        if self._ranks.world == 1:
+            return
+        for bank in self._banks:
+            gradient = bank.matrices(bank.param.grad)
+            bank.send[: len(gradient)].copy_(gradient)
+            bank.work = self._ranks.reduce_scatter_async(bank.share, bank.send)
+
+    def shares(self, banks: list[_Bank] | None = None) -> list[Tensor]:
+        """This rank's share of the averaged gradients, [n, rows, cols] each; waits for their reduction."""
+        banks = self._banks if banks is None else banks
+        if self._ranks.world == 1:
+            return [bank.matrices(bank.param.grad).to(bank.momentum.dtype) for bank in banks]
+        for bank in banks:
+            bank.work.wait()
+        return torch._foreach_div([bank.share.to(bank.momentum.dtype) for bank in banks], self._ranks.world)
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float, factor: Tensor | None = None) -> None:
+        """One update after `start_reduction`; gradients are multiplied by `factor` (a scalar tensor) if given."""
+        for group in self._groups:
+            gradients = self.shares(group)
+            if factor is not None:
+                gradients = torch._foreach_mul(gradients, factor)
+            for bank, update in zip(group, self._updates(group, gradients, momentum), strict=True):
+                if self._ranks.world == 1:
+                    self._apply(bank, update, lr)
+                else:
+                    bank.share.copy_(update)
+                    bank.work = self._ranks.all_gather_async(bank.received, bank.share)
+        if self._ranks.world > 1:
+            for bank in self._banks:
+                bank.work.wait()
+                self._apply(bank, bank.received[: bank.matrices(bank.param).size(0)], lr)
+
+    def _updates(self, group: list[_Bank], gradients: list[Tensor], momentum: float) -> list[Tensor]:
+        """Orthogonalised updates of banks that have one shape after transposition."""
+        buffers = [bank.momentum for bank in group]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        updates = torch._foreach_add(gradients, buffers, alpha=momentum)
+        if self._config.muon_row_normalize:
+            norms = [torch.linalg.vector_norm(update, dim=-1, keepdim=True).clamp_min_(_EPSILON) for update in updates]
+            torch._foreach_div_(updates, norms)
+        wide = [update.mT if update.size(-2) > update.size(-1) else update for update in updates]
+        stacked = wide[0] if len(wide) == 1 else torch.cat([x.to(self._dtype) for x in wide])
+        result = orthogonalize(stacked, self._config.muon_steps, self._dtype).split([len(x) for x in wide])
+        return [x.mT if update.size(-2) > update.size(-1) else x for x, update in zip(result, updates, strict=True)]
+
+    def _apply(self, bank: _Bank, update: Tensor, lr: float) -> None:
+        weights = bank.param.view(-1, *bank.param.shape[-2:])
+        weights.mul_(1.0 - lr * self._config.muon_wd)
+        weights.add_(update.to(weights.dtype), alpha=-lr * bank.scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """Momentum of every bank, whole and unpadded, whatever the number of ranks. A collective."""
+        return {f"momentum.{bank.name}": self._gathered(bank).view(bank.param.shape) for bank in self._banks}
+
+    def _gathered(self, bank: _Bank) -> Tensor:
+        count = bank.matrices(bank.param).size(0)
+        if self._ranks.world == 1:
+            return bank.momentum
+        whole = torch.empty(len(bank.momentum) * self._ranks.world, *bank.momentum.shape[1:], dtype=bank.momentum.dtype)
+        whole = whole.to(bank.momentum.device)
+        self._ranks.all_gather_async(whole, bank.momentum).wait()
+        return whole[:count]
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`, for any number of ranks."""
+        for bank in self._banks:
+            whole = bank.matrices(_take(state, f"momentum.{bank.name}", bank.param.shape))
+            share = len(bank.momentum)
+            mine = whole[self._ranks.rank * share : (self._ranks.rank + 1) * share]
+            bank.momentum.zero_()
+            bank.momentum[: len(mine)].copy_(mine)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for bank in self._banks:
+            bank.momentum.zero_()
+
+
+class Optimizer:
+    """Everything that changes the weights of a GPT: `step` after the gradients of a step's micro-batches are summed.
+
+    `params` are the model's named parameters. Gradients are this rank's; ranks are averaged here.
+    `ns_dtype` overrides the dtype of Newton-Schulz and of the communication.
+    """
+
+    def __init__(
+        self, params: dict[str, nn.Parameter], config: TrainConfig, ranks: Dist, *, ns_dtype: torch.dtype | None = None
+    ) -> None:
+        self._config, self._ranks = config, ranks
+        self._params = params
+        matrices = {name: p for name, p in params.items() if name in _MATRICES}
+        embeddings = [p for name, p in params.items() if name in EMBEDDINGS]
+        scalars = [p for name, p in params.items() if name not in _MATRICES | EMBEDDINGS]
+        self.muon = Muon(matrices, config, ranks, ns_dtype or getattr(torch, config.dtype))
+        self._replicated = [p for name, p in params.items() if name not in _MATRICES]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": embeddings, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
+                {"params": scalars, "lr": config.scalar_lr, "weight_decay": config.adam_wd},
+            ],
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            **({"fused": True} if embeddings[0].is_cuda else {"foreach": True}),
+        )
+        self._base_lrs = [group["lr"] for group in self.adamw.param_groups]
+
+    def zero_grad(self) -> None:
+        for param in self._params.values():
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """One update; clears the gradients. Returns the gradients' norm before clipping (a scalar, on the device).
+
+        With `grad_clip="per_rank"` each rank clips its own gradients before they are averaged, and the norm is this
+        rank's; with "global" the average is clipped.
+        """
+        config = self._config
+        local = config.grad_clip == "per_rank" or self._ranks.world == 1
+        norm, factor = None, None
+        if local:
+            limit = config.grad_clip_norm if config.grad_clip_norm > 0 else torch.inf
+            norm = nn.utils.clip_grad_norm_(self._params.values(), limit, foreach=True)
+        self.muon.start_reduction()
+        self._average_replicated()
+        if not local:
+            norm = self._global_norm()
+            if config.grad_clip_norm > 0:
+                factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([p.grad for p in self._replicated], factor)
+        for group, base in zip(self.adamw.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * lr_scale
+        self.adamw.step()
+        self.muon.step(config.matrix_lr * lr_scale, momentum, factor)
+        self.zero_grad()
+        return norm
+
+    def _average_replicated(self) -> None:
+        if self._ranks.world == 1:
+            return
+        gradients = [p.grad for p in self._replicated]
+        large = [g for g in gradients if g.numel() > _PACKED_ELEMENTS]
+        small = [g for g in gradients if g.numel() <= _PACKED_ELEMENTS]
+        pending = [self._ranks.sum_async(g) for g in large]
+        if small:
+            packed = self._ranks.sum_(torch.cat([g.flatten() for g in small]))
+            parts = packed.split([g.numel() for g in small])
+            torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
+        for work in pending:
+            work.wait()
+        torch._foreach_div_(gradients, self._ranks.world)
+
+    def _global_norm(self) -> Tensor:
+        sharded = torch.stack(torch._foreach_norm(self.muon.shares())).square().sum()
+        replicated = torch.stack(torch._foreach_norm([p.grad for p in self._replicated])).square().sum()
+        return (self._ranks.sum_(sharded) + replicated).sqrt()
+
+    def state(self) -> dict[str, Tensor]:
+        """All optimiser state as named tensors. A collective."""
+        tensors = self.muon.state()
+        for name, param in self._params.items():
+            for key, value in self.adamw.state.get(param, {}).items():
+                tensors[f"adamw.{name}.{key}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`. Raises ArtifactError for a tensor that is missing or has another shape."""
+        self.muon.load_state(state)
+        self.adamw.state.clear()
+        for name, param in self._params.items():
+            prefix = f"adamw.{name}."
+            if f"{prefix}step" not in state:
+                continue
+            self.adamw.state[param] = {
+                "step": _take(state, f"{prefix}step", torch.Size([]))
+                .to(param.device if param.is_cuda else "cpu")
+                .clone(),
+                "exp_avg": _take(state, f"{prefix}exp_avg", param.shape).to(param.device, copy=True),
+                "exp_avg_sq": _take(state, f"{prefix}exp_avg_sq", param.shape).to(param.device, copy=True),
+            }
+
+    def reset(self, *, momentum: bool = True) -> None:
+        """As after construction; `momentum=False` leaves Muon's momentum as it is."""
+        self.zero_grad()
+        self.adamw.state.clear()
+        if momentum:
+            self.muon.reset()
+
+
+class WeightAverage:
+    """Exponential moving average of the weights: avg <- avg + (1 - decay) (w - avg), after every step.
+
+    fp32 throughout; `ema_dtype="parameter"` keeps the embeddings' average in bfloat16, as pull request 1499 does.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], config: TrainConfig) -> None:
+        self._decay = config.ema_decay
+        rounded = EMBEDDINGS if config.ema_dtype == "parameter" else frozenset()
+        self._params = params
+        self.average = {
+            name: p.detach().to(torch.bfloat16 if name in rounded else p.dtype, copy=True) for name, p in params.items()
+        }
+        self._exact = [name for name in params if name not in rounded]
+        self._rounded = [name for name in params if name in rounded]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(
+            [self.average[name] for name in self._exact],
+            [self._params[name] for name in self._exact],
+            1.0 - self._decay,
+        )
+        for name in self._rounded:
+            average = self.average[name]
+            average.mul_(self._decay).add_(self._params[name].to(average.dtype), alpha=1.0 - self._decay)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts again from the present weights."""
+        for name, average in self.average.items():
+            average.copy_(self._params[name])
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.average.items():
+            average.copy_(_take(state, name, average.shape))
+
+
+def _take(state: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    if name not in state:
+        raise ArtifactError(f"checkpoint: tensor {name!r} is missing")
+    if state[name].shape != shape:
+        raise ArtifactError(f"checkpoint: tensor {name!r} has shape {tuple(state[name].shape)}, wanted {tuple(shape)}")
+    return state[name]
