@@ -219,7 +219,7 @@ def _write_split(
     with progress(f"encoding {split}", len(corpus.digests[split]), quiet=quiet) as task:
         for batch in _batches(corpus.documents(split)):
             encoded = tokenizer.encode_batch([document.text for document in batch], threads)
-            decoded = tokenizer.decode_batch(encoded)
+            decoded = tokenizer.decode_batch(encoded, threads)
             for document, ids, text in zip(batch, encoded, decoded, strict=True):
                 tokens = np.array([BOS_ID, *ids], dtype=np.uint16)
                 total_bytes += _check_document(document, tokens, text, tokenizer, tables)

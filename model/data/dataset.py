@@ -80,27 +80,24 @@ def open_dataset(data_dir: str | os.PathLike[str], variant: str | None = None) -
 
 def _open_built(folder: Path) -> Dataset:
     manifest = read_manifest(folder)
-    try:
-        tokenizer = Tokenizer.load(folder / _plain_name(manifest["tokenizer"]["file"]))
-        digest = sha256_bytes(tokenizer.model)
-        if digest != manifest["tokenizer"]["sha256"]:
-            raise DataError(f"{tokenizer.name}: not the tokenizer of these shards (its hash is not the manifest's)")
-        paths: dict[str, list[Path]] = {}
-        for split in ("train", "valid"):
-            paths[split] = []
-            for shard in manifest["splits"][split]["shards"]:
-                path = folder / _plain_name(shard["file"])
-                count = shard_length(path)
-                if count != shard["tokens"]:
-                    raise DataError(f"{path}: {count} tokens, wanted {shard['tokens']} as in the manifest")
-                paths[split].append(path)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{folder / MANIFEST}: {error} is missing or not of the wanted kind") from error
+    tokenizer = Tokenizer.load(folder / _plain_name(manifest["tokenizer"]["file"]))
+    if sha256_bytes(tokenizer.model) != manifest["tokenizer"]["sha256"]:
+        raise DataError(f"{tokenizer.name}: not the tokenizer of these shards (its hash is not the manifest's)")
+    paths: dict[str, list[Path]] = {"train": [], "valid": []}
+    for split, found in paths.items():
+        for shard in manifest["splits"][split]["shards"]:
+            path = folder / _plain_name(shard["file"])
+            count = shard_length(path)
+            if count != shard["tokens"]:
+                raise DataError(f"{path}: {count} tokens, wanted {shard['tokens']} as in the manifest")
+            found.append(path)
+        if not found:
+            raise DataError(f"{folder / MANIFEST}: no shards in the {split} split, wanted at least one")
     return Dataset(folder.name, paths["train"], paths["valid"], tokenizer, tokenizer.byte_tables(), manifest)
 
 
 def _plain_name(name: str) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise DataError(f"manifest: file {name!r}, wanted a plain name in the data set's own folder")
     return name
 

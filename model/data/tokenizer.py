@@ -115,11 +115,11 @@ class Tokenizer:
         """The text of token ids; BOS and other control ids give nothing. Raises DataError for an id out of range."""
         return self.decode_batch([ids])[0]
 
-    def decode_batch(self, batch: Sequence[Iterable[int]]) -> list[str]:
-        """The text of each sequence of token ids."""
+    def decode_batch(self, batch: Sequence[Iterable[int]], threads: int = 1) -> list[str]:
+        """The text of each sequence of token ids, on so many threads."""
         lists = [ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in batch]
         try:
-            return self._sp.decode(lists) if lists else []
+            return self._sp.decode(lists, num_threads=threads) if lists else []
         except IndexError as error:
             raise DataError(f"{self.name}: ids to decode are not all below {self.vocab_size}") from error
 
