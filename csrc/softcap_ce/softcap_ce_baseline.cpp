@@ -1,0 +1,2 @@
+#define PGOLF_ISA baseline
+#include "softcap_ce/rows.h"

@@ -1,0 +1,520 @@
+"""The output head and its loss in one call: logits are made, used and dropped inside.
+
+    a[i] = hidden[i] @ weight.T + (hidden[i] @ lora_a[doc[i]].T) @ lora_b[doc[i]].T      (the second term with adapters)
+    z = softcap * tanh(a / softcap) / temperature,   loss[i] = log(sum_j exp(z[i, j])) - z[i, target[i]]
+
+hidden [N, D] decides the dtype that is computed with (float32, bfloat16, float16; float64 on the CPU); weight [V, D],
+lora_a [B, r, D] and lora_b [B, V, r] may be float32 beside it. Losses are float32, gradients have their tensor's dtype
+and come from float32 accumulators. The adapters are those of test-time training, one pair a document
+(openai/parameter-golf pull request 1530).
+
+With the loss of a row goes the gradient of its logits, u[i] = dloss[i] / da[i], which does not depend on the upstream
+gradient g. While all of u is small enough it is written over the logits and kept for the backward pass, where g folds
+into the small operands: dhidden = g * (u @ weight), dweight = u.T @ (g * hidden). Three matrix products, any upstream
+gradient, nothing saved is changed. Beyond that size, or with `recompute=True`, the rows go through in chunks and the
+backward pass makes their logits again: four products, and only a chunk of logits at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf_kernels._native_op import register_op
+from pgolf_kernels.softcap_ce import (
+    check_float,
+    check_indices,
+    check_reduction,
+    check_softcap,
+    launch_forward,
+    launch_with_grad,
+    loss_dtype,
+    reduce,
+    softcap_ce_reference,
+)
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def head_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+) -> Tensor:
+    """The logits [N, V] in hidden's dtype, in plain PyTorch."""
+    dtype = hidden.dtype
+    logits = hidden @ weight.to(dtype).T
+    if lora_a is not None and lora_b is not None and doc_ids is not None:
+        inner = torch.einsum("nd,nrd->nr", hidden, lora_a.to(dtype)[doc_ids])
+        logits = logits + torch.einsum("nr,nvr->nv", inner, lora_b.to(dtype)[doc_ids])
+    return logits
+
+
+def linear_softcap_ce_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    hints: Tensor | None = None,
+    softcap: float | None = 30.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(losses [N], log p(hint) [N] or [0]) in plain PyTorch, differentiable."""
+    logits = head_reference(hidden, weight, lora_a, lora_b, doc_ids)
+    losses, _, hint_log_probs = softcap_ce_reference(logits, targets, hints, softcap, temperature, ignore_index)
+    return losses, hint_log_probs
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """How much of the logits exists at a time, in bytes."""
+
+    keep: int  # logits' gradient kept between forward and backward; beyond it the backward pass recomputes
+    kept_chunk: int  # rows that are made at a time when all are kept
+    chunk: int  # rows that are made at a time otherwise
+
+
+# CPU: logits that are still in the last-level cache when the loss reads them.
+CPU_CONFIG = HeadConfig(keep=512 << 20, kept_chunk=16 << 20, chunk=16 << 20)
+# CUDA: 98,304 x 8192 bfloat16 logits are 1.5 GiB: kept, in one piece. Chunks of 4096 rows hold a pass under 200 MB.
+CUDA_CONFIG = HeadConfig(keep=2 << 30, kept_chunk=2 << 30, chunk=64 << 20)
+
+
+def config_of(tensor: Tensor) -> HeadConfig:
+    return CUDA_CONFIG if tensor.device.type == "cuda" else CPU_CONFIG
+
+
+# --- the head, a chunk of rows at a time -----------------------------------------------------------------------------
+
+
+class Head:
+    """Weight and adapters in the compute dtype, and the matrix products that a chunk of rows needs."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
+    ):
+        dtype = hidden.dtype
+        self.hidden = hidden
+        self.weight = weight.to(dtype)
+        self.a = None if lora_a is None else lora_a.to(dtype)
+        self.b = None if lora_b is None else lora_b.to(dtype)
+        self.doc_ids = doc_ids
+
+    def chunks(self, chunk_bytes: int) -> Iterator[slice]:
+        count = max(1, chunk_bytes // (self.weight.shape[0] * self.hidden.element_size()))
+        for start in range(0, len(self.hidden), count):
+            yield slice(start, min(start + count, len(self.hidden)))
+
+    def documents(self, rows: slice) -> Iterator[tuple[int, slice | Tensor]]:
+        """(document, its rows within the chunk) for each document of a chunk."""
+        if self.a is None or self.doc_ids is None:
+            return
+        ids = self.doc_ids[rows]
+        for doc in ids.unique().tolist():
+            if not 0 <= doc < len(self.a):
+                raise IndexError(f"doc_ids: got {doc}, wanted indices in [0, {len(self.a)})")
+            index = (ids == doc).nonzero()[:, 0]
+            first, last = int(index[0]), int(index[-1])
+            yield doc, slice(first, last + 1) if last - first + 1 == len(index) else index
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        hidden = self.hidden[rows]
+        torch.mm(hidden, self.weight.T, out=out)
+        for doc, index in self.documents(rows):
+            out[index] += (hidden[index] @ self.a[doc].T) @ self.b[doc].T
+
+
+class Gradients:
+    """Sums over chunks of rows, in float32 at least; None where no gradient is wanted."""
+
+    def __init__(self, head: Head, needs: list[bool]):
+        def zeros(need: bool, like: Tensor | None) -> Tensor | None:
+            return torch.zeros_like(like, dtype=loss_dtype(like)) if need and like is not None else None
+
+        self.head = head
+        self.hidden = torch.empty_like(head.hidden) if needs[0] else None
+        self.weight, self.a, self.b = zeros(needs[1], head.weight), zeros(needs[2], head.a), zeros(needs[3], head.b)
+
+    def add(self, dlogits: Tensor, upstream: Tensor, rows: slice) -> None:
+        """Adds a chunk: `dlogits` are its losses' gradients, `upstream` [n] the gradients of its losses."""
+        head, scale = self.head, upstream[:, None].to(dlogits.dtype)
+        scaled = head.hidden[rows] * scale
+        if self.hidden is not None:
+            torch.mm(dlogits, head.weight, out=self.hidden[rows])
+        if self.weight is not None:
+            add_product(self.weight, dlogits.T, scaled)
+        for doc, index in head.documents(rows):
+            if self.hidden is not None or self.a is not None:
+                dinner = dlogits[index] @ head.b[doc]
+            if self.hidden is not None:
+                self.hidden[rows][index] += dinner @ head.a[doc]
+            if self.a is not None:
+                add_product(self.a[doc], dinner.T, scaled[index])
+            if self.b is not None:
+                add_product(self.b[doc], dlogits[index].T, scaled[index] @ head.a[doc].T)
+        if self.hidden is not None:
+            self.hidden[rows] *= scale
+
+    def outputs(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor, ...]:
+        """In the inputs' dtypes; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
+        sums = (self.hidden, self.weight, self.a, self.b)
+        return tuple(
+            self.head.hidden.new_empty(0) if total is None else total.to(dtype)
+            for total, dtype in zip(sums, dtypes, strict=True)
+        )
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b with float32 sums over the rows of a chunk, whatever the factors' dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? lora_a, Tensor? lora_b, Tensor? doc_ids"
+_SCALARS = "float softcap, float temperature, int ignore_index"
+
+
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _new_losses(hidden: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(len(hidden), dtype=loss_dtype(hidden))
+    return losses, torch.empty_like(losses) if hints is not None else losses.new_empty(0)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    doc_ids: Tensor | None,
+    hints: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, Tensor]:
+    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    losses, hint_log_probs = _new_losses(hidden, hints)
+    lse = torch.empty_like(losses)
+    for rows in head.chunks(config_of(hidden).chunk):
+        logits = hidden.new_empty(rows.stop - rows.start, len(weight))
+        head.logits(rows, logits)
+        hinted = (_part(hints, rows), *scalars, losses[rows], lse[rows], hint_log_probs[rows])
+        launch_forward(logits, targets[rows], *hinted)
+    return losses, hint_log_probs
+
+
+def _keep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    doc_ids: Tensor | None,
+    hints: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    losses, hint_log_probs = _new_losses(hidden, hints)
+    lse, one = torch.empty_like(losses), losses.new_ones(1)
+    dlogits = hidden.new_empty(len(hidden), len(weight))
+    for rows in head.chunks(config_of(hidden).kept_chunk):
+        logits = dlogits[rows]
+        head.logits(rows, logits)
+        hinted = (losses[rows], lse[rows], hint_log_probs[rows])
+        upstream = one.expand(len(logits))
+        launch_with_grad(logits, targets[rows], _part(hints, rows), upstream, *scalars, *hinted, logits)
+    return losses, hint_log_probs, dlogits
+
+
+def _dtypes(hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, lora_a, lora_b))
+
+
+def _backward(
+    upstream: Tensor,
+    dlogits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    doc_ids: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    grads = Gradients(head, needs)
+    for rows in head.chunks(config_of(hidden).kept_chunk):
+        grads.add(dlogits[rows], upstream[rows], rows)
+    return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
+
+
+def _recompute(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    doc_ids: Tensor | None,
+    needs: list[bool],
+    *scalars: Any,
+) -> tuple[Tensor, ...]:
+    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    grads = Gradients(head, needs)
+    losses, hint_log_probs = _new_losses(hidden, None)
+    one = losses.new_ones(1)
+    for rows in head.chunks(config_of(hidden).chunk):
+        logits = hidden.new_empty(rows.stop - rows.start, len(weight))
+        head.logits(rows, logits)
+        part = losses[rows]  # written twice and not read: the loss is known already
+        launch_with_grad(
+            logits, targets[rows], None, one.expand(len(logits)), *scalars, part, part, hint_log_probs, logits
+        )
+        grads.add(logits, upstream[rows], rows)
+    return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
+
+
+def _gradients_fake(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    hidden = tensors[0]
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else hidden.new_empty(0)
+        for need, tensor in zip(needs, tensors, strict=True)
+    )
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, doc_ids: Any, hints: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _new_losses(hidden, hints)
+
+
+def _keep_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_forward_fake(hidden, weight, *rest), hidden.new_empty(len(hidden), len(weight))
+
+
+def _backward_fake(
+    upstream: Tensor, dlogits: Tensor, hidden: Tensor, weight: Tensor, a: Any, b: Any, doc_ids: Any, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    return _gradients_fake((hidden, weight, a, b), needs)
+
+
+def _recompute_fake(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    a: Any,
+    b: Any,
+    doc_ids: Any,
+    needs: list[bool],
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    return _gradients_fake((hidden, weight, a, b), needs)
+
+
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+_NO_DOUBLE = "double backward is not supported"
+_backward_op = register_op(
+    f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, {_INPUTS.replace('Tensor targets, ', '')}, "
+    f"bool[] needs) -> {_GRADIENTS}",
+    cpu=_backward,
+    cuda=_backward,
+    fake=_backward_fake,
+    not_differentiable=_NO_DOUBLE,
+)
+_recompute_op = register_op(
+    f"linear_softcap_ce_recompute(Tensor upstream, {_INPUTS}, bool[] needs, {_SCALARS}) -> {_GRADIENTS}",
+    cpu=_recompute,
+    cuda=_recompute,
+    fake=_recompute_fake,
+    not_differentiable=_NO_DOUBLE,
+)
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+_DIFFERENTIABLE = (0, 1, 3, 4)  # hidden, weight, lora_a, lora_b among the forward ops' ten inputs
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, lora_a, lora_b, doc_ids, _hints, *ctx.scalars = inputs
+    kept = output[2:]
+    ctx.save_for_backward(hidden, weight, targets, lora_a, lora_b, doc_ids, *kept)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 10
+    if upstream is None:
+        return tuple(grads)
+    hidden, weight, targets, lora_a, lora_b, doc_ids, *kept = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if kept:
+        results = _backward_op(upstream, *kept, hidden, weight, lora_a, lora_b, doc_ids, needs)
+    else:
+        results = _recompute_op(upstream, hidden, weight, targets, lora_a, lora_b, doc_ids, needs, *ctx.scalars)
+    for i, need, result in zip(_DIFFERENTIABLE, needs, results, strict=True):
+        grads[i] = result if need else None
+    return tuple(grads)
+
+
+_forward_op = register_op(
+    f"linear_softcap_ce_forward({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+_keep_op = register_op(
+    f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
+    cpu=_keep,
+    cuda=_keep,
+    fake=_keep_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
+) -> Tensor | None:
+    """Shapes, dtypes and devices; returns doc_ids as the ops take them."""
+    check_float("hidden", hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}, wanted [N, D]")
+    rows, width = hidden.shape
+    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
+        raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {width}] with V > 0")
+    given = [tensor is not None for tensor in (lora_a, lora_b, doc_ids)]
+    if any(given) != all(given):
+        raise ValueError(f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted all three or none")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor is None:
+            continue
+        check_float(name, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted {hidden.device}")
+    if lora_a is None or lora_b is None or doc_ids is None:
+        return None
+    if lora_a.dim() != 3 or lora_a.shape[2] != width:
+        raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, wanted [B, r, {width}]")
+    wanted = (lora_a.shape[0], weight.shape[0], lora_a.shape[1])
+    if lora_b.shape != wanted:
+        raise ValueError(f"lora_b: got shape {list(lora_b.shape)}, wanted {list(wanted)}")
+    return check_indices("doc_ids", doc_ids, rows, hidden.device)
+
+
+def linear_softcap_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = 30.0,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    hints: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    recompute: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of the softcapped logits hidden @ weight.T (plus adapters), over a temperature.
+
+    Args:
+        hidden: [N, D], float32, bfloat16 or float16 (float64 on the CPU); its dtype is computed with.
+        weight: [V, D], of any of these dtypes.
+        targets: [N], integers in [0, V) or `ignore_index`. Out of range: IndexError on the CPU, a nan loss on CUDA.
+        softcap: positive, or None for none.
+        lora_a, lora_b, doc_ids: adapters [B, r, D] and [B, V, r], and each row's document in [0, B) [N]; all or none.
+            Out of range: IndexError on the CPU; on CUDA the row goes without adapters.
+        temperature: positive; divides the softcapped logits.
+        hints: [N], integers in [0, V) or -1 (none): the call then returns a pair.
+        reduction: "mean" (over the targets not ignored; nan when all are), "sum" or "none".
+        ignore_index: a target to skip: loss 0, gradient 0.
+        recompute: True: the backward pass makes the logits again, so that only a chunk of them ever exists (one matrix
+            product more). False: the logits' gradient is kept for it. None: kept while it is small (2 GiB on CUDA).
+
+    Returns:
+        The loss: a scalar, or [N] for "none"; float32 (float64 for float64 input), in nats. With hints: (loss,
+        log p(hint) [N], -inf where there is no hint, detached). Gradients reach hidden, weight, lora_a and lora_b, each
+        in its own dtype; double backward raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, softcap, temperature or reduction that is not as above.
+    """
+    check_reduction(reduction)
+    cap = check_softcap(softcap)
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, wanted a positive number")
+    doc_ids = _check(hidden, weight, lora_a, lora_b, doc_ids)
+    targets = check_indices("targets", targets, len(hidden), hidden.device)
+    if hints is not None:
+        hints = check_indices("hints", hints, len(hidden), hidden.device)
+    inputs = (hidden.contiguous(), weight, targets, lora_a, lora_b, doc_ids, hints)
+    scalars = (cap, float(temperature), ignore_index)
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, lora_a, lora_b)
+    )
+    if recompute is None:
+        recompute = len(hidden) * len(weight) * hidden.element_size() > config_of(hidden).keep
+    op = _keep_op if learns and not recompute else _forward_op
+    losses, hint_log_probs = op(*inputs, *scalars)[:2]
+    loss = reduce(losses, targets, reduction, ignore_index)
+    return loss if hints is None else (loss, hint_log_probs.detach())
+
+
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = 30.0,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    hints: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Per-token losses [N] for scoring: :func:`linear_softcap_cross_entropy` with reduction "none" under no_grad.
+
+    Exact: hyperbolic tangent and exponential to float32 accuracy, a per-token loss within 1e-5 of float64 on the same
+    logits. With hints: (losses, log p(hint)).
+    """
+    with torch.no_grad():
+        return linear_softcap_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            softcap,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            doc_ids=doc_ids,
+            temperature=temperature,
+            hints=hints,
+            reduction="none",
+            ignore_index=ignore_index,
+        )
