@@ -1,0 +1,135 @@
+"""What the Triton kernels share: whether they can run here, and cached tensor-map descriptors.
+
+The kernels themselves lie in `_X_triton.py` beside `X.py` and are imported on first use, so that the package imports
+where Triton is absent. On a CPU tensor every op runs PyTorch; only tests send CPU tensors through the kernels, with
+Triton's interpreter (:func:`interpreting`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_interpreting = False
+_MAX_DESCRIPTORS = 4096
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def compute_capability(device_index: int) -> int:
+    """10 * major + minor of a CUDA device: 90 is Hopper."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    """Number of streaming multiprocessors: the size of a persistent grid."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def grid_size(tensor: torch.Tensor) -> int:
+    """Programs of a persistent kernel on the tensor's device (interpreted: 3, so that each takes several tiles)."""
+    return multiprocessors(tensor.device.index) if tensor.is_cuda else 3
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether this tensor's op runs its Triton kernel: on a CUDA device with Triton, or under :func:`interpreting`."""
+    return (tensor.is_cuda and has_triton()) or _interpreting
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """The module of Triton kernels `pgolf_kernels._<name>_triton`."""
+    return importlib.import_module(f"pgolf_kernels._{name}_triton")
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Runs the Triton kernels on CPU tensors, through Triton's interpreter. For tests.
+
+    Raises RuntimeError without TRITON_INTERPRET=1, which Triton reads when it is first imported.
+    """
+    global _interpreting
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("TRITON_INTERPRET: the interpreter needs TRITON_INTERPRET=1 before Triton is imported")
+    previous, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = previous
+
+
+_descriptors: dict[tuple[Any, ...], Any] = {}
+
+
+def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+    """A host-side tensor-map descriptor of a tensor whose last stride is 1, cached.
+
+    The key is pointer, shape, strides, dtype and block: PyTorch's allocator returns the same few addresses step after
+    step, so nearly every call hits. A descriptor holds its tensor alive only through the base it was made from; the
+    cache therefore keeps an alias-free stand-in that carries the pointer alone.
+    """
+    key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), block)
+    found = _descriptors.get(key)
+    if found is None:
+        if len(_descriptors) >= _MAX_DESCRIPTORS:
+            _descriptors.clear()
+        found = _make_descriptor(tensor, block)
+        _descriptors[key] = found
+    return found
+
+
+def _make_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    base = tensor if _interpreting else _Address(tensor)
+    return TensorDescriptor(base, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+class _Address:
+    """A tensor's address, dtype and device without its storage: what a launch needs of a descriptor's base."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._pointer = tensor.data_ptr()
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.shape = tensor.shape
+        self._stride = tensor.stride()
+
+    def data_ptr(self) -> int:
+        return self._pointer
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self._stride if dim is None else self._stride[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine can address a tensor: last stride 1, other strides and the base multiples of 16 bytes."""
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return False
+    return all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+
+
+def block_at_least(size: int, smallest: int, largest: int) -> int:
+    """The power of two that covers `size`, within [smallest, largest]."""
+    return min(max(1 << (max(size, 1) - 1).bit_length(), smallest), largest)

@@ -1,0 +1,415 @@
+"""Linear layers with a low-rank adapter for each document of a batch.
+
+    y_p = x W_p^T + scale * (x A_p[b]^T) B_p[b]^T (+ residual_p)
+
+b is the document's adapter; p runs over the projections that share the input x (q, k, v, and the adapter of o). With
+g_p = dy_p, s_p = x A_p[b]^T and e_p = scale * g_p B_p[b]:
+
+    dx = sum_p g_p W_p + e_p A_p[b],   dA_p[b] = e_p^T x,   dB_p[b] = scale * g_p^T s_p,   dW_p = g_p^T x,
+    dresidual_p = g_p
+
+x [B, T, in] with a document a row, or packed [N, in] with `cu_seqlens`. The adapters' two products are the extra depth
+of one matrix product, [x | s] [W | scale * B]^T, so that neither direction makes a second pass over its output; s
+(rank columns a row) is all that is saved beside the inputs. Adapters in fp32 beside bf16 activations are cast inside
+and get fp32 gradients straight from the accumulators. Source: the test-time training of pull requests 1530 and 1727,
+which does this with a linear and two bmm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pgolf_kernels._native_op import register_op
+from pgolf_kernels._triton_op import kernels, runs_triton
+
+MAX_RANK = 128
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scale: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The formula in PyTorch for x [B, T, in], differentiable: the linear and two bmm of the public systems."""
+    y = torch.bmm(torch.bmm(x, lora_a.to(x.dtype).mT), lora_b.to(x.dtype).mT) * scale
+    if weight is not None:
+        y = y + F.linear(x, weight.to(x.dtype))
+    return y if residual is None else y + residual
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose rows they are: `rows` a document, or the bounds `cu_seqlens`; `index` None: document i has adapter i."""
+
+    rows: int
+    cu_seqlens: torch.Tensor | None
+    index: torch.Tensor | None
+
+    def spans(self) -> list[tuple[slice, int]]:
+        """(rows, adapter) of every packed document that has rows. Reads the bounds, so it waits for a GPU."""
+        bounds = self.cu_seqlens.tolist()
+        adapters = range(len(bounds) - 1) if self.index is None else self.index.tolist()
+        spans = zip(bounds, bounds[1:], adapters, strict=False)
+        return [(slice(a, b), adapter) for a, b, adapter in spans if b > a]
+
+
+def _times(x: torch.Tensor, matrices: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """x_b M_b of every document: x [N, k], M [adapters, k, n] -> [N, n]."""
+    if layout.cu_seqlens is None:
+        picked = matrices if layout.index is None else matrices[layout.index]
+        return torch.bmm(x.view(-1, layout.rows, x.shape[1]), picked).flatten(0, 1)
+    out = x.new_zeros((x.shape[0], matrices.shape[2]))
+    for rows, adapter in layout.spans():
+        torch.mm(x[rows], matrices[adapter], out=out[rows])
+    return out
+
+
+def _outer(u: torch.Tensor, v: torch.Tensor, count: int, dtype: torch.dtype, layout: Layout) -> torch.Tensor:
+    """sum over each adapter's documents of u_b^T v_b: u [N, m], v [N, n] -> [count, m, n]."""
+    wide = torch.promote_types(u.dtype, dtype)
+    u, v = u.to(wide), v.to(wide)
+    if layout.cu_seqlens is None:
+        products = torch.bmm(u.view(-1, layout.rows, u.shape[1]).mT, v.view(-1, layout.rows, v.shape[1]))
+        if layout.index is None:
+            return products.to(dtype)
+        out = products.new_zeros((count, *products.shape[1:]))
+        return out.index_add_(0, layout.index, products).to(dtype)
+    out = u.new_zeros((count, u.shape[1], v.shape[1]))
+    for rows, adapter in layout.spans():
+        out[adapter] += u[rows].t() @ v[rows]
+    return out.to(dtype)
+
+
+# ---- op --------------------------------------------------------------------------------------------------------------
+
+# Lists of optional tensors do not pass a schema's autograd, so `weights` and `residuals` hold the present ones only and
+# `parts` says for each projection which it has: bit 0 a weight, bit 1 a residual.
+_WEIGHT, _RESIDUAL = 1, 2
+
+
+def _spread(present: Sequence[torch.Tensor], parts: Sequence[int], bit: int) -> list[torch.Tensor | None]:
+    iterator = iter(present)
+    return [next(iterator) if part & bit else None for part in parts]
+
+
+def _forward(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    lora_as: list[torch.Tensor],
+    lora_bs: list[torch.Tensor],
+    residuals: list[torch.Tensor],
+    parts: list[int],
+    cu_seqlens: torch.Tensor | None,
+    index: torch.Tensor | None,
+    rows: int,
+    scale: float,
+) -> list[torch.Tensor]:
+    layout = Layout(rows, cu_seqlens, index)
+    per_weight, per_residual = _spread(weights, parts, _WEIGHT), _spread(residuals, parts, _RESIDUAL)
+    if runs_triton(x) and kernels("batched_lora").takes(x):
+        return kernels("batched_lora").forward(x, per_weight, lora_as, lora_bs, per_residual, layout, scale)
+    ys, shrunk = [], []
+    for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
+        s = _times(x, a.to(x.dtype).mT, layout)
+        y = _times(s, b.to(x.dtype).mT, layout)
+        y = y if scale == 1.0 else y * scale
+        if weight is not None:
+            y += x @ weight.to(x.dtype).t()
+        if residual is not None:
+            y += residual
+        ys.append(y)
+        shrunk.append(s)
+    return [*ys, torch.cat(shrunk, dim=1)]
+
+
+def _forward_fake(x, weights, lora_as, lora_bs, residuals, parts, cu_seqlens, index, rows, scale):
+    ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
+    return [*ys, x.new_empty((x.shape[0], sum(a.shape[1] for a in lora_as)))]
+
+
+def _backward_kernel(
+    grads: list[torch.Tensor],
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    lora_as: list[torch.Tensor],
+    lora_bs: list[torch.Tensor],
+    shrunk: torch.Tensor,
+    parts: list[int],
+    cu_seqlens: torch.Tensor | None,
+    index: torch.Tensor | None,
+    rows: int,
+    scale: float,
+    wants_x: bool,
+    wants_weights: list[bool],
+) -> list[torch.Tensor]:
+    layout = Layout(rows, cu_seqlens, index)
+    per_weight = _spread(weights, parts, _WEIGHT)
+    d_weights = [
+        _product(grad.t(), x, weight.dtype) if want else weight.new_empty(0)
+        for grad, weight, want in zip(
+            [g for g, part in zip(grads, parts, strict=True) if part & _WEIGHT], weights, wants_weights, strict=True
+        )
+    ]
+    if runs_triton(x) and kernels("batched_lora").takes(x):
+        d_x, d_as, d_bs = kernels("batched_lora").backward(
+            grads, x, per_weight, lora_as, lora_bs, shrunk, layout, scale, wants_x
+        )
+        return [d_x, *d_weights, *d_as, *d_bs]
+    d_x = torch.zeros_like(x) if wants_x else x.new_empty(0)
+    d_as, d_bs = [], []
+    columns = shrunk.split([a.shape[1] for a in lora_as], dim=1)
+    for grad, weight, a, b, s in zip(grads, per_weight, lora_as, lora_bs, columns, strict=True):
+        e = _times(grad, b.to(x.dtype), layout)
+        e = e if scale == 1.0 else e * scale
+        d_as.append(_outer(e, x, a.shape[0], a.dtype, layout))
+        d_bs.append(_outer(grad, s if scale == 1.0 else s * scale, b.shape[0], b.dtype, layout))
+        if wants_x:
+            d_x += _times(e, a.to(x.dtype), layout)
+            if weight is not None:
+                d_x += grad @ weight.to(x.dtype)
+    return [d_x, *d_weights, *d_as, *d_bs]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _backward_fake(
+    grads, x, weights, lora_as, lora_bs, shrunk, parts, cu_seqlens, index, rows, scale, wants_x, wants_weights
+):
+    d_x = x.new_empty(x.shape if wants_x else (0,))
+    d_weights = [w.new_empty(w.shape if want else (0,)) for w, want in zip(weights, wants_weights, strict=True)]
+    return [d_x, *d_weights, *(t.new_empty(t.shape) for t in (*lora_as, *lora_bs))]
+
+
+_backward_op = register_op(
+    "batched_lora_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor shrunk, int[] parts, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, bool wants_x, "
+    "bool[] wants_weights) -> Tensor[]",
+    cpu=_backward_kernel,
+    cuda=_backward_kernel,
+    fake=_backward_fake,
+    not_differentiable="double backward is not supported",
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x, weights, lora_as, lora_bs, residuals, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale = inputs
+    ctx.counts = (len(weights), len(lora_as), len(residuals))
+    ctx.optional = (cu_seqlens is not None, index is not None)
+    ctx.save_for_backward(
+        x, *weights, *lora_as, *lora_bs, output[-1], *(t for t in (cu_seqlens, index) if t is not None)
+    )
+
+
+def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    weight_count, count, _ = ctx.counts
+    x, *rest = ctx.saved_tensors
+    weights, rest = rest[:weight_count], rest[weight_count:]
+    lora_as, lora_bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    shrunk, rest = rest[0], rest[1:]
+    cu_seqlens = rest.pop(0) if ctx.optional[0] else None
+    index = rest.pop(0) if ctx.optional[1] else None
+    grads = [
+        torch.zeros((x.shape[0], b.shape[1]), dtype=x.dtype, device=x.device) if g is None else g.contiguous()
+        for g, b in zip(grads[:-1], lora_bs, strict=True)
+    ]
+    needs = ctx.needs_input_grad
+    wants_weights = list(needs[1])
+    results = _backward_op(
+        grads, x, weights, lora_as, lora_bs, shrunk, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale, needs[0],
+        wants_weights,
+    )  # fmt: skip
+    d_x, results = results[0], results[1:]
+    d_weights = [d if want else None for d, want in zip(results[:weight_count], wants_weights, strict=True)]
+    results = results[weight_count:]
+    d_residuals = [grad for grad, part in zip(grads, ctx.parts, strict=True) if part & _RESIDUAL]
+    return (
+        d_x if needs[0] else None, d_weights, results[:count], results[count:], d_residuals,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+_forward_op = register_op(
+    "batched_lora(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] residuals, int[] parts, "
+    "Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale) -> Tensor[]",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+
+def batched_lora(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    residual: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    adapter_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + scale * (x A_b^T) B_b^T (+ residual), with an adapter for each document.
+
+    x [B, T, in], or packed [N, in] with `cu_seqlens` (int32 [documents + 1], may be padded with repeated ends; rows
+    past the last bound get no adapter). weight [out, in] or None; lora_a [adapters, r, in] and lora_b [adapters, out,
+    r] with 1 <= r <= 128; residual in y's shape. Without `adapter_index` (int64 [documents]) document i has adapter i;
+    with it several documents may share one, and some adapters may have none. Activations in bfloat16, float16, float32
+    or float64; weight and adapters in the same dtype or float32 (cast inside). Returns [..., out] in x's dtype.
+
+    Raises ValueError for shapes and devices, TypeError for dtypes. The values of `cu_seqlens` and `adapter_index` are
+    not read on the host: out of range is the caller's error.
+    """
+    return batched_lora_multi(
+        x, [weight], [lora_a], [lora_b], scale=scale, residuals=[residual], cu_seqlens=cu_seqlens,
+        adapter_index=adapter_index,
+    )[0]  # fmt: skip
+
+
+def batched_lora_multi(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    lora_as: Sequence[torch.Tensor | None],
+    lora_bs: Sequence[torch.Tensor | None],
+    *,
+    scale: float = 1.0,
+    residuals: Sequence[torch.Tensor | None] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    adapter_index: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """:func:`batched_lora` for several projections of one input, in one node of the graph: they share passes over x.
+
+    Lists of equal length; where both adapters are None the projection is a plain linear. Ranks may differ.
+    """
+    residuals = [None] * len(weights) if residuals is None else residuals
+    if not len(weights) == len(lora_as) == len(lora_bs) == len(residuals):
+        raise ValueError(
+            f"weights, lora_as, lora_bs, residuals: got lengths {len(weights)}, {len(lora_as)}, {len(lora_bs)}, "
+            f"{len(residuals)}, wanted the same"
+        )
+    outputs: list[torch.Tensor | None] = [None] * len(weights)
+    adapted = []
+    for i, (weight, a, b, residual) in enumerate(zip(weights, lora_as, lora_bs, residuals, strict=True)):
+        if a is not None and b is not None:
+            adapted.append(i)
+        elif a is None and b is None and weight is not None:
+            y = F.linear(x, weight.to(x.dtype))
+            outputs[i] = y if residual is None else y + residual
+        else:
+            raise ValueError(f"projection {i}: got only one of lora_a and lora_b, or neither and no weight")
+    if adapted:
+        documents = _check_input(x, cu_seqlens, adapter_index)
+        for i in adapted:
+            _check_projection(x, weights[i], lora_as[i], lora_bs[i], residuals[i], adapter_index, documents, i)
+        flat = x.reshape(-1, x.shape[-1])
+        parts = [
+            (_WEIGHT if weights[i] is not None else 0) | (_RESIDUAL if residuals[i] is not None else 0) for i in adapted
+        ]
+        results = _forward_op(
+            flat,
+            [weights[i] for i in adapted if weights[i] is not None],
+            [lora_as[i] for i in adapted],
+            [lora_bs[i] for i in adapted],
+            [residuals[i].reshape(flat.shape[0], -1) for i in adapted if residuals[i] is not None],
+            parts,
+            cu_seqlens,
+            adapter_index,
+            x.shape[1] if cu_seqlens is None else 0,
+            float(scale),
+        )
+        for i, y in zip(adapted, results, strict=False):
+            outputs[i] = y.view(*x.shape[:-1], y.shape[-1])
+    return outputs
+
+
+def _check_input(x: torch.Tensor, cu_seqlens: torch.Tensor | None, index: torch.Tensor | None) -> int | None:
+    """Checks what the projections share; the number of documents (None: packed, where padding may add empty ones)."""
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: got {x.dtype}, wanted a floating-point dtype")
+    if cu_seqlens is None:
+        if x.dim() != 3:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [B, T, in] (or [N, in] with cu_seqlens)")
+        documents = x.shape[0]
+    else:
+        if x.dim() != 2:
+            raise ValueError(f"x: got shape {tuple(x.shape)} with cu_seqlens, wanted [N, in]")
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, wanted torch.int32")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, wanted [documents + 1]")
+        documents = cu_seqlens.shape[0] - 1
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise TypeError(f"adapter_index: got {index.dtype}, wanted torch.int64")
+        if index.shape != (documents,):
+            raise ValueError(f"adapter_index: got shape {tuple(index.shape)}, wanted ({documents},), one a document")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("adapter_index", index)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
+    return documents if cu_seqlens is None else None
+
+
+def _check_projection(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    residual: torch.Tensor | None,
+    index: torch.Tensor | None,
+    documents: int | None,
+    number: int,
+) -> None:
+    name_a, name_b = f"lora_a of projection {number}", f"lora_b of projection {number}"
+    features = x.shape[-1]
+    if a.dim() != 3 or a.shape[2] != features:
+        raise ValueError(f"{name_a}: got shape {tuple(a.shape)}, wanted [adapters, r, {features}]")
+    adapters, rank = a.shape[:2]
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{name_a}: got rank {rank}, wanted 1 to {MAX_RANK}")
+    if index is None and documents is not None and adapters != documents:
+        raise ValueError(
+            f"{name_a}: got {adapters} adapters for {documents} documents, wanted as many (or adapter_index)"
+        )
+    if b.dim() != 3 or b.shape[0] != adapters or b.shape[2] != rank:
+        raise ValueError(f"{name_b}: got shape {tuple(b.shape)}, wanted [{adapters}, out, {rank}]")
+    out = b.shape[1]
+    if weight is not None and weight.shape != (out, features):
+        raise ValueError(f"weight of projection {number}: got shape {tuple(weight.shape)}, wanted ({out}, {features})")
+    if residual is not None and residual.shape != (*x.shape[:-1], out):
+        raise ValueError(
+            f"residual of projection {number}: got shape {tuple(residual.shape)}, wanted {(*x.shape[:-1], out)}"
+        )
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"residual of projection {number}: got {residual.dtype}, wanted x's {x.dtype}")
+    for name, tensor in ((name_a, a), (name_b, b), (f"weight of projection {number}", weight), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")

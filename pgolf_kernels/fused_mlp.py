@@ -1,0 +1,225 @@
+"""Two-layer perceptron with a squared leaky ReLU, fused forward and backward.
+
+    u = x W_up^T                        [N, F]
+    h = leaky_relu(u, slope)^2          [N, F]     (times hidden_gain, folded into W_down)
+    y = (h * gain) W_down^T             [N, D_out]
+
+x [..., D], W_up [F, D], W_down [D_out, F]. With g = dy:
+
+    du = (g (W_down * gain)) * act'(u),   act'(u) = 2 u where u > 0, 2 slope^2 u elsewhere
+    dx = du W_up,   dW_up = du^T x,   d(W_down * gain) = g^T h
+
+On a GPU the first product applies the activation to its accumulator and stores h with one bit per element for u's sign:
+the backward recovers act'(u) = 2 sqrt(h) or -2 slope sqrt(h) and never sees u. That halves what the public kernel of
+pull request 1530 saves (u and h) and costs no accuracy: the square root halves h's rounding error. float16 has too few
+exponents for squares (|u| < 2^-12 would be lost), so there u itself is saved as well. Matrix products that have no
+activation to carry are the vendor library's. Source of the activation: pull requests 1413 to 1727.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pgolf_kernels._native_op import register_op
+from pgolf_kernels._triton_op import kernels, runs_triton
+
+
+def reference(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    negative_slope: float = 0.5,
+    hidden_gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The formula in PyTorch, differentiable."""
+    hidden = F.leaky_relu(F.linear(x, w_up), negative_slope).square()
+    return F.linear(hidden if hidden_gain is None else hidden * hidden_gain, w_down)
+
+
+# ---- op --------------------------------------------------------------------------------------------------------------
+
+
+def _fused(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take this input (fp32 only through the interpreter: on a GPU it stays with cuBLAS)."""
+    return runs_triton(x) and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
+
+
+def _keeps_sign(x: torch.Tensor) -> bool:
+    """Whether one bit per element stands for u. float16 keeps u: its squares underflow below |u| = 2^-12."""
+    return _fused(x) and x.dtype != torch.float16
+
+
+def _sign_words(hidden_dim: int) -> int:
+    """int32 words a row of sign bits: 8 for every 256 columns begun."""
+    return (hidden_dim + 255) // 256 * 8
+
+
+def _forward(
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
+    if _fused(x) and x.numel():
+        hidden, kept = kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
+    else:
+        kept = x @ w_up.t()
+        hidden = F.leaky_relu(kept, slope).square()
+        if _keeps_sign(x):
+            kept = x.new_empty((x.shape[0], _sign_words(w_up.shape[0])), dtype=torch.int32)
+    return hidden @ w_down.t(), hidden, kept
+
+
+def _forward_fake(
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, hidden_dim = x.shape[0], w_up.shape[0]
+    if _keeps_sign(x):
+        kept = x.new_empty((rows, _sign_words(hidden_dim)), dtype=torch.int32)
+    else:
+        kept = x.new_empty((rows, hidden_dim))
+    return x.new_empty((rows, w_down.shape[0])), x.new_empty((rows, hidden_dim)), kept
+
+
+def _product_into(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _backward_kernel(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    hidden: torch.Tensor,
+    kept: torch.Tensor,
+    slope: float,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    up, down = w_up.to(x.dtype), w_down.to(x.dtype)
+    d_x, d_up, d_down = (x.new_empty(0, dtype=t.dtype) for t in (x, w_up, w_down))
+    if wanted[2]:
+        d_down = _product_into(grad.t(), hidden, w_down.dtype)
+    if wanted[0] or wanted[1]:
+        if _fused(x) and x.numel():
+            d_pre = kernels("fused_mlp").grad_pre(grad, down, hidden, kept, slope, _keeps_sign(x))
+        else:
+            d_pre = (grad @ down) * torch.where(kept > 0, 2 * kept, 2 * slope * slope * kept)
+        if wanted[0]:
+            d_x = d_pre @ up
+        if wanted[1]:
+            d_up = _product_into(d_pre.t(), x, w_up.dtype)
+    return d_x, d_up, d_down
+
+
+def _backward_fake(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    hidden: torch.Tensor,
+    kept: torch.Tensor,
+    slope: float,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    return tuple(t.new_empty(t.shape if want else (0,)) for t, want in zip((x, w_up, w_down), wanted, strict=True))
+
+
+_backward_op = register_op(
+    "fused_mlp_backward(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor hidden, Tensor kept, float slope, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    cpu=_backward_kernel,
+    cuda=_backward_kernel,
+    fake=_backward_fake,
+    not_differentiable="double backward is not supported",
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, w_up, w_down, ctx.slope = inputs
+    _, hidden, kept = output
+    ctx.save_for_backward(x, w_up, w_down, hidden, kept)
+    ctx.mark_non_differentiable(hidden, kept)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.slope, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
+_forward_op = register_op(
+    "fused_mlp(Tensor x, Tensor w_up, Tensor w_down, float slope) -> (Tensor, Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def fused_mlp(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    *,
+    negative_slope: float = 0.5,
+    hidden_gain: torch.Tensor | None = None,
+    return_hidden: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """W_down ((leaky_relu(W_up x, negative_slope))^2 * hidden_gain).
+
+    x [..., D] in bfloat16 or float16 (float32 and float64 too, without the fused kernels on a GPU); w_up [F, D] and
+    w_down [D_out, F] in x's dtype or a wider one (cast inside; their gradients come in their own dtype, from fp32
+    accumulators); hidden_gain [F] or None. D, F and D_out are free; a GPU's copy engine wants rows of 16 bytes, other
+    sizes are copied to padded tensors. Returns y [..., D_out], with `return_hidden` also the input of W_down [..., F],
+    which carries no gradient (it serves Hessian collection).
+
+    Frozen weights cost no weight gradient. Saved for the backward beside the inputs: F elements of x's dtype and F bits
+    a row (float16 and unfused dtypes: 2 F elements). Raises ValueError for shapes, devices and slopes, TypeError for
+    dtypes.
+    """
+    _check(x, w_up, w_down, negative_slope, hidden_gain)
+    if hidden_gain is not None:
+        # (h * gain) W^T = h (W * gain)^T: a pass over the small matrix instead of one over the activations. Both
+        # gradients follow from d(W * gain), which PyTorch derives.
+        w_down = w_down * hidden_gain.to(w_down.dtype)
+    y, hidden, _ = _forward_op(x.reshape(-1, x.shape[-1]), w_up, w_down, float(negative_slope))
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    if not return_hidden:
+        return y
+    hidden = hidden.detach().view(*x.shape[:-1], hidden.shape[-1])
+    return y, hidden if hidden_gain is None else hidden * hidden_gain.detach().to(hidden.dtype)
+
+
+def _check(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float, gain: torch.Tensor | None) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: got {x.dtype}, wanted a floating-point dtype")
+    if x.dim() < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., D]")
+    if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1]:
+        raise ValueError(f"w_up: got shape {tuple(w_up.shape)}, wanted [F, {x.shape[-1]}] (x's last dimension)")
+    if w_down.dim() != 2 or w_down.shape[1] != w_up.shape[0]:
+        raise ValueError(f"w_down: got shape {tuple(w_down.shape)}, wanted [D_out, {w_up.shape[0]}] (w_up's rows)")
+    if gain is not None and gain.shape != w_up.shape[:1]:
+        raise ValueError(f"hidden_gain: got shape {tuple(gain.shape)}, wanted ({w_up.shape[0]},)")
+    if not slope >= 0:
+        raise ValueError(f"negative_slope: got {slope}, wanted a number of at least 0")
+    for name, tensor in (("w_up", w_up), ("w_down", w_down), ("hidden_gain", gain)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
+        if tensor.dtype not in (x.dtype, torch.float32, torch.float64):
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")

@@ -1,0 +1,165 @@
+"""Queries and keys made ready for attention: RMS norm a head, rotary embedding, gain a query head; one pass.
+
+    n = x / sqrt(mean_d(x^2) + eps)
+    r = [n1 cos + n2 sin, -n1 sin + n2 cos, n_rest],   n1 and n2 the halves of the first `2 P` dimensions
+    q' = gain[h] r(q),   k' = r(k)
+
+q [N, H, d], k [N, Hkv, d], gain [H], cos and sin [T, P]: row i takes position i mod T, so a batch of equal rows shares
+one table. With g = dq', t = gain * R^T g (R^T turns back) and s = 1 / sqrt(mean + eps):
+
+    dq = s (t - n mean_d(n t)),     dgain[h] = sum_i g . r(q)
+
+All inside in fp32 (fp64 for fp64), one rounding at the end: the public systems round to bf16 after each of the three
+steps. Source: pull requests 1413, 1514, 1530, 1727.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pgolf_kernels._native_op import register_op
+from pgolf_kernels._triton_op import kernels, runs_triton
+
+EPS = torch.finfo(torch.float32).eps  # torch's rms_norm takes this for eps=None in bfloat16 as well
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float = EPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in PyTorch, differentiable; q and k [..., T, heads, d]."""
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=eps)
+        pairs = cos.shape[-1]
+        first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+        c, s = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+        return torch.cat([first * c + second * s, second * c - first * s, rest], dim=-1)
+
+    return rotate(q) * gain.to(q.dtype).unsqueeze(-1), rotate(k)
+
+
+# ---- op --------------------------------------------------------------------------------------------------------------
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    """The rotation of [N, heads, d] (sign 1) or its transpose (sign -1)."""
+    repeats = x.shape[0] // max(cos.shape[0], 1)
+    c, s = (t.to(x.dtype).repeat(repeats, 1).unsqueeze(1) for t in (cos, sign * sin))
+    pairs = cos.shape[1]
+    first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat([first * c + second * s, second * c - first * s, rest], dim=-1)
+
+
+def _normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * inverse, inverse
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if runs_triton(q) and q.numel() and k.numel():
+        return kernels("qk_rope").forward(q, k, gain, cos, sin, eps)
+    turned_q, turned_k = (_turn(_normed(x, eps)[0], cos, sin, 1.0) for x in (q, k))
+    return (turned_q * gain.to(turned_q.dtype).unsqueeze(-1)).to(q.dtype), turned_k.to(k.dtype)
+
+
+def _backward_kernel(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if runs_triton(q) and q.numel() and k.numel():
+        return kernels("qk_rope").backward(grad_q, grad_k, q, k, gain, cos, sin, eps)
+
+    def through_norm(turned_back: torch.Tensor, normed: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        return inverse * (turned_back - normed * (normed * turned_back).mean(-1, keepdim=True))
+
+    (n_q, inverse_q), (n_k, inverse_k) = _normed(q, eps), _normed(k, eps)
+    back_q = _turn(grad_q.to(n_q.dtype), cos, sin, -1.0)
+    back_k = _turn(grad_k.to(n_k.dtype), cos, sin, -1.0)
+    d_gain = (back_q * n_q).sum((0, 2))
+    d_q = through_norm(back_q * gain.to(n_q.dtype).unsqueeze(-1), n_q, inverse_q)
+    return d_q.to(q.dtype), through_norm(back_k, n_k, inverse_k).to(k.dtype), d_gain.to(gain.dtype)
+
+
+_backward_op = register_op(
+    "qk_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor gain, Tensor cos, Tensor sin, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_backward_kernel,
+    cuda=_backward_kernel,
+    fake=lambda grad_q, grad_k, q, k, gain, cos, sin, eps: tuple(t.new_empty(t.shape) for t in (q, k, gain)),
+    not_differentiable="double backward is not supported",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        raise RuntimeError("pgolf::qk_rope: cos and sin are not differentiable")
+    return *_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+_forward_op = register_op(
+    "qk_rope(Tensor q, Tensor k, Tensor gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=lambda q, k, gain, cos, sin, eps: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def qk_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float = EPS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm, rotary embedding and query gain of q [..., T, H, d] and k [..., T, Hkv, d]; see the module's docstring.
+
+    gain [H]; cos and sin [T, P] with 2 P <= d, in any floating-point dtype (fp32 for 16-bit q); P may be 0. Returns
+    (q', k') in q's and k's shapes and dtype. Raises ValueError for shapes and devices, TypeError for dtypes.
+    """
+    _check(q, k, gain, cos, sin)
+    flat_q, flat_k = q.flatten(0, -3), k.flatten(0, -3)
+    out_q, out_k = _forward_op(flat_q, flat_k, gain, cos, sin, float(eps))
+    return out_q.view(q.shape), out_k.view(k.shape)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if q.dim() < 3:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted [..., T, H, d]")
+    if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: got shape {tuple(k.shape)}, wanted [..., T, Hkv, d] beside q's {tuple(q.shape)}")
+    if gain.shape != q.shape[-2:-1]:
+        raise ValueError(f"gain: got shape {tuple(gain.shape)}, wanted ({q.shape[-2]},)")
+    if cos.dim() != 2 or cos.shape[0] != q.shape[-3] or 2 * cos.shape[1] > q.shape[-1]:
+        raise ValueError(f"cos: got shape {tuple(cos.shape)}, wanted [{q.shape[-3]}, P] with 2 P at most {q.shape[-1]}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
+    if k.dtype != q.dtype or not q.dtype.is_floating_point:
+        raise TypeError(f"k: got {k.dtype} beside q's {q.dtype}, wanted one floating-point dtype")
+    for name, tensor in (("k", k), ("gain", gain), ("cos", cos), ("sin", sin)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted q's {q.device}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted a floating-point dtype")
