@@ -1,7 +1,7 @@
 """What this installation can do, and the exact command for what it cannot: `pgolf doctor`.
 
-Each finding is `ok`, `note` (works, but something more could be had; `fix` says how) or `broken` (an installed part does
-not work). Only `broken` makes the exit status non-zero.
+Each finding is `ok`, `note` (works, but something more could be had; `fix` says how) or `broken` (an installed part
+does not work). Only `broken` makes the exit status non-zero.
 """
 
 from __future__ import annotations
