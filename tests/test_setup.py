@@ -176,3 +176,10 @@ def test_second_run_installs_nothing(tmp_path):
 
 def shell_quote(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+def test_pre_commit_has_the_pinned_versions():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for tool in ("ruff", "clang-format"):
+        assert f"rev: v{pins[tool]}\n" in hooks
