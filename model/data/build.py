@@ -73,7 +73,7 @@ def build_dataset(
             source = f"given: {Path(tokenizer).name}"
         else:
             sample = corpus.tokenizer_text(quiet=quiet)
-            used = Tokenizer(train_tokenizer(sample, vocab_size, normalization=normalization, threads=threads))
+            used = Tokenizer(train_tokenizer(sample, vocab_size, normalization=normalization))
             source = f"trained on one in {corpus.tokenizer_stride} of the training documents"
         with atomic_write(folder / TOKENIZER) as file:
             file.write(used.model)

@@ -23,7 +23,7 @@ from model.data.dataset import DEFAULT_VARIANT, Dataset, open_dataset, public_to
 from model.data.progress import progress
 from model.data.shards import shard_length
 from model.data.tokenizer import Tokenizer
-from model.errors import DataError, PgolfError
+from model.errors import DataError
 from model.files import sha256_file
 
 DEFAULT_REPO = "kevclark/parameter-golf"
@@ -109,35 +109,30 @@ class _Hub:
 
     def _download(self, path: str, *, fresh: bool = False) -> Path:
         try:
-            import huggingface_hub
-            from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+            import huggingface_hub as hub
+            from huggingface_hub import errors, utils
         except ImportError as error:
             raise DataError("downloading needs huggingface_hub: pip install 'pgolf_kernels[data]'") from error
         remote = f"{self.prefix}/{path}" if self.prefix else path
+        staging = self.out / _STAGING
+        bars_shown = not utils.are_progress_bars_disabled()
+        utils.disable_progress_bars()  # they would run into ours
         try:
-            found = huggingface_hub.hf_hub_download(
-                self.repo,
-                remote,
-                repo_type="dataset",
-                local_dir=self.out / _STAGING,
-                endpoint=self.endpoint,
-                force_download=fresh,
+            found = hub.hf_hub_download(
+                self.repo, remote, repo_type="dataset", local_dir=staging, endpoint=self.endpoint, force_download=fresh
             )
-        except RepositoryNotFoundError as error:
-            raise DataError(
-                f"{self.repo}: no such dataset repository, or it may not be read without a token"
-            ) from error
-        except EntryNotFoundError as error:
-            raise DataError(f"{self.repo}: {remote} is not in this repository") from error
-        except HFValidationError as error:
+        except errors.RepositoryNotFoundError as error:
+            raise DataError(f"{self.repo}: no such dataset repository (or it needs a token)") from error
+        except errors.HFValidationError as error:
             raise DataError(f"repo: got {self.repo!r}, wanted the form owner/name") from error
         except Exception as error:  # the client's network errors share no base
-            if isinstance(error, PgolfError):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"{self.repo}: cannot fetch {remote} ({reason}); the same command goes on from here"
-            ) from error
+            if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+                raise DataError(f"{self.repo}: {remote} is not in this repository") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{self.repo}: cannot fetch {remote} ({reason}); run again to go on from here") from error
+        finally:
+            if bars_shown:
+                utils.enable_progress_bars()
         return Path(found)
 
 

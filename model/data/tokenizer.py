@@ -28,6 +28,8 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _EXACTNESS_PROBE = "  a  b\t\r\n\x0b\ufb01 \uff21e\u0301 "
 # SentencePiece leaves out longer training sentences, so documents are cut into such pieces.
 _MAX_SENTENCE_BYTES = 1 << 16
+# A constant, since the model file records it: the same text gives the same bytes on every machine.
+_TRAINING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ class Tokenizer:
         texts = [text.replace(SPACE, char) if char else text for text, char in zip(texts, stand_ins, strict=True)]
         try:
             encoded = self._sp.encode(texts, num_threads=threads)
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text with a lone surrogate (U+{ord(error.object[error.start]):04X}) has no UTF-8"
-            ) from error
+        except (TypeError, UnicodeEncodeError) as error:
+            lone = next((char for text in texts for char in text if "\ud800" <= char <= "\udfff"), None)
+            if lone is None:
+                raise
+            raise DataError(f"text with a lone surrogate (U+{ord(lone):04X}) has no UTF-8") from error
         return [
             _replace(ids, self._byte_ids(char), self._byte_ids(SPACE)) if char else ids
             for ids, char in zip(encoded, stand_ins, strict=True)
@@ -157,9 +160,7 @@ class Tokenizer:
         return [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, normalization: str = "identity", threads: int = 1
-) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, normalization: str = "identity") -> bytes:
     """Trains a BPE model with byte fallback on `texts` and returns it serialised.
 
     Ids: pad 0, bos 1, eos 2, unk 3, then the 256 bytes. `normalization` "identity" keeps every text as it is;
@@ -190,7 +191,7 @@ def train_tokenizer(
             eos_id=2,
             unk_id=3,
             max_sentence_length=2 * _MAX_SENTENCE_BYTES,
-            num_threads=threads,
+            num_threads=_TRAINING_THREADS,
             minloglevel=2,
         )
     except RuntimeError as error:
