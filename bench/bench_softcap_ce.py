@@ -1,0 +1,183 @@
+"""Softcap cross-entropy on given logits, and with the output head, beside what else one could call."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import DEVICE, Absent, Call, Work, peer_package
+from pgolf_kernels import linear_softcap_cross_entropy, softcap_cross_entropy, softcap_cross_entropy_with_grad
+
+SOFTCAP = 30.0
+GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    vocab: int
+    width: int = 512
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.vocab}x{self.width} {str(DTYPE).removeprefix('torch.')}"
+
+
+CASES = [Case(98304, 8192)] if GPU else [Case(4096, 8192)]
+ELEMENT = DTYPE.itemsize
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(SOFTCAP * torch.tanh(logits.float() / SOFTCAP), targets)
+
+
+def head_loss_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return loss_of(hidden @ weight.T, targets)
+
+
+@functools.cache
+def compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Under an upstream gradient other than one, as with gradient accumulation."""
+    return torch.autograd.grad(loss / 8, inputs)
+
+
+# Logits that exist ----------------------------------------------------------------------------------------------------
+
+
+def setup_logits(case: Case, device: torch.device) -> dict[str, Tensor]:
+    logits = torch.randn(case.rows, case.vocab, device=device, dtype=DTYPE) * 5
+    return {"logits": logits.requires_grad_(), "targets": torch.randint(case.vocab, (case.rows,), device=device)}
+
+
+def one_pass(case: Case, x: dict[str, Tensor]) -> Call:
+    scale = torch.full((), 1 / (8 * case.rows), device=DEVICE)
+    return lambda: softcap_cross_entropy_with_grad(x["logits"], x["targets"], SOFTCAP, grad_scale=scale)
+
+
+def liger_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    functional = peer_package("liger_kernel.transformers.functional")
+    if not GPU:
+        raise Absent("liger_kernel needs a GPU")
+    return functional.liger_cross_entropy(logits, targets, softcap=SOFTCAP)
+
+
+def forward_by(function: Any) -> Any:
+    def build(case: Case, x: dict[str, Tensor]) -> Call:
+        logits = x["logits"].detach()
+        return lambda: function(logits, x["targets"])
+
+    return build
+
+
+def both_by(function: Any) -> Any:
+    return lambda case, x: lambda: gradients(function(x["logits"], x["targets"]), x["logits"])
+
+
+LOGIT_LOSSES = {
+    "pgolf_kernels": softcap_cross_entropy,
+    "eager": loss_of,
+    "torch.compile": lambda logits, targets: compiled(loss_of)(logits, targets),
+    "liger_kernel": liger_loss,
+}
+FORWARD = {name: forward_by(function) for name, function in LOGIT_LOSSES.items()}
+BOTH = {name: both_by(function) for name, function in LOGIT_LOSSES.items()}
+ONE_PASS = {"pgolf_kernels": one_pass} | {name: build for name, build in BOTH.items() if name != "pgolf_kernels"}
+
+
+def forward_work(case: Case) -> Work:
+    return Work(bytes=case.rows * case.vocab * ELEMENT)
+
+
+def one_pass_work(case: Case) -> Work:
+    return Work(bytes=2 * case.rows * case.vocab * ELEMENT)
+
+
+def both_work(case: Case) -> Work:
+    return Work(bytes=3 * case.rows * case.vocab * ELEMENT)
+
+
+@pytest.mark.parametrize("provider", FORWARD)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, FORWARD, setup_logits, forward_work)
+
+
+@pytest.mark.parametrize("provider", ONE_PASS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_pass(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, ONE_PASS, setup_logits, one_pass_work)
+
+
+@pytest.mark.parametrize("provider", BOTH)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_backward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, BOTH, setup_logits, both_work)
+
+
+# The head and its loss ------------------------------------------------------------------------------------------------
+
+
+def setup_head(case: Case, device: torch.device) -> dict[str, Tensor]:
+    hidden = torch.randn(case.rows, case.width, device=device, dtype=DTYPE)
+    weight = torch.randn(case.vocab, case.width, device=device, dtype=DTYPE) * (5 / case.width**0.5)
+    targets = torch.randint(case.vocab, (case.rows,), device=device)
+    return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "targets": targets}
+
+
+def liger_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    functional = peer_package("liger_kernel.transformers.functional")
+    if not GPU:
+        raise Absent("liger_kernel needs a GPU")
+    return functional.liger_fused_linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP)
+
+
+def cce_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    package = peer_package("cut_cross_entropy")
+    if not GPU:
+        raise Absent("cut_cross_entropy needs a GPU")
+    return package.linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, impl="cce_exact")
+
+
+def head_by(function: Any) -> Any:
+    def build(case: Case, x: dict[str, Tensor]) -> Call:
+        inputs = x["hidden"], x["weight"]
+        return lambda: gradients(function(*inputs, x["targets"]), *inputs)
+
+    return build
+
+
+def recomputing_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    return linear_softcap_cross_entropy(hidden, weight, targets, SOFTCAP, recompute=True)
+
+
+HEAD = {
+    name: head_by(function)
+    for name, function in {
+        "pgolf_kernels": linear_softcap_cross_entropy,
+        "pgolf_kernels, recompute": recomputing_head,
+        "eager": head_loss_of,
+        "torch.compile": lambda *inputs: compiled(head_loss_of)(*inputs),
+        "liger_kernel": liger_head,
+        "cut_cross_entropy": cce_head,
+    }.items()
+}
+
+
+def head_work(case: Case) -> Work:
+    return Work(bytes=2 * case.rows * case.width * ELEMENT, flops=6 * case.rows * case.vocab * case.width)
+
+
+@pytest.mark.parametrize("provider", HEAD)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_head(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, HEAD, setup_head, head_work)
