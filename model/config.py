@@ -185,7 +185,8 @@ class QuantConfig:
     gptq_block_size: int = 128
     prune_fraction: float = 0.0  # smallest weights zeroed before GPTQ (pull request 1499: 0.03)
     keep_fp16: tuple[str, ...] = ()  # names of matrices that stay fp16
-    codec: Literal["context", "static", "brotli", "lzma", "zstd"] = "context"
+    sort_hidden_units: bool = True  # store MLP hidden units in the order of their scales: fewer bytes, same function
+    codec: Literal["context", "static", "brotli", "lzma", "zstd"] = "static"
 
 
 @dataclass(frozen=True)

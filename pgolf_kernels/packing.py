@@ -1,22 +1,35 @@
 """Bytes near the entropy: byte shuffle, and an entropy coder for quantised weights. CPU only, bit for bit everywhere.
 
 `byte_shuffle` transposes an array of `stride`-byte items into planes (out = data[0::s], data[1::s], ...), the filter
-that the public systems put before brotli (openai/parameter-golf, pull requests 1530 with header, 1499 without).
+that the public systems put before brotli (openai/parameter-golf, pull requests 1530 with header, 1499 without). `encode_codes` codes int8 matrices near their
+entropy; all its models are integers, so that every machine decodes the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
+import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from pgolf_kernels import _native
+from pgolf_kernels._native_op import num_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Tail = Literal["strided", "appended"]
+Mode = Literal["static", "context"]
 
 SHUFFLE_MAGIC = b"BSHF"
 MAX_STRIDE = 16
+
+_CODES_MAGIC = b"PGC1"
+_MODES = {"static": b"S"}
+MAX_MATRICES = 1 << 20
+MAX_EXPANSION = 1 << 16  # codes a byte can stand for: neither mode gets below 2^-13 bits a code
 
 
 def byte_shuffle_reference(data: bytes, stride: int, tail: Tail = "strided") -> bytes:
@@ -95,3 +108,119 @@ def _check_stride(stride: int) -> None:
 def _check_tail(tail: str) -> None:
     if tail not in ("strided", "appended"):
         raise ValueError(f"tail: got {tail!r}, wanted 'strided' or 'appended'")
+
+
+# --- entropy coding of quantised weights ---
+
+
+def encode_codes(matrices: Sequence[np.ndarray], *, mode: Mode = "static", threads: int | None = None) -> bytes:
+    """Codes int8 [R, C] matrices to bytes, losslessly. docs/packing.md has the format.
+
+    mode "static": columns of equal distribution share a table, and interleaved rANS codes with it; "context": adaptive
+    models mixed bit by bit, smaller and slower. Put matrices of one kind side by side: consecutive ones of equal shape
+    share their models. The bytes do not depend on `threads` (None: PyTorch's number). Raises TypeError or ValueError
+    for anything but two-dimensional int8 arrays.
+    """
+    _check_mode(mode)
+    arrays = [_int8_matrix(f"matrices[{i}]", m) for i, m in enumerate(matrices)]
+    encode = {"static": _native.encode_static}[mode]
+    body = _pack_shapes([a.shape for a in arrays]) + encode(_addresses(arrays), _threads(threads))
+    return _CODES_MAGIC + _MODES[mode] + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def decode_codes(
+    data: Buffer, *, shapes: Sequence[tuple[int, int]] | None = None, threads: int | None = None
+) -> list[np.ndarray]:
+    """The matrices of `encode_codes`, int8 [R, C].
+
+    With `shapes` the data must hold matrices of exactly these. Raises ValueError for data that is damaged or was not
+    written by `encode_codes`; nothing is allocated before the sizes are plausible.
+    """
+    source = _bytes_view("data", data)
+    start = len(_CODES_MAGIC) + 5
+    if len(source) < start or source[: len(_CODES_MAGIC)] != _CODES_MAGIC:
+        raise ValueError("coded matrices: the data does not begin as encode_codes' does")
+    mode = next((m for m, byte in _MODES.items() if source[start - 5 : start - 4] == byte), None)
+    if mode is None:
+        raise ValueError(
+            f"coded matrices: got mode {bytes(source[start - 5 : start - 4])!r}, this release knows {_MODES}"
+        )
+    body = source[start:]
+    if zlib.crc32(body) != int.from_bytes(source[start - 4 : start], "little"):
+        raise ValueError("coded matrices: the checksum does not match; the data is damaged or cut short")
+    found, position = _unpack_shapes(body)
+    if shapes is not None and found != [tuple(shape) for shape in shapes]:
+        raise ValueError(f"coded matrices: got {len(found)} matrices of other shapes than the {len(shapes)} wanted")
+    if sum(rows * cols for rows, cols in found) > len(body) * MAX_EXPANSION:
+        raise ValueError(f"coded matrices: {len(body)} bytes cannot hold matrices of these shapes")
+    arrays = [np.empty(shape, np.int8) for shape in found]
+    decode = {"static": _native.decode_static}[mode]
+    try:
+        decode(body[position:], _addresses(arrays), _threads(threads))
+    except ValueError as error:
+        raise ValueError(f"coded matrices: {error}") from error
+    return arrays
+
+
+def _threads(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}, wanted at least 1")
+    return threads or num_threads()
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in _MODES:
+        raise ValueError(f"mode: got {mode!r}, wanted one of {', '.join(_MODES)}")
+
+
+def _int8_matrix(name: str, matrix: np.ndarray) -> np.ndarray:
+    array = np.asarray(matrix)
+    if array.dtype != np.int8:
+        raise TypeError(f"{name}: got {array.dtype}, wanted int8")
+    if array.ndim != 2:
+        raise ValueError(f"{name}: got shape {array.shape}, wanted [R, C]")
+    return np.ascontiguousarray(array)
+
+
+def _addresses(arrays: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
+    return [(a.ctypes.data, *a.shape) for a in arrays]
+
+
+def _pack_shapes(shapes: Sequence[tuple[int, int]]) -> bytes:
+    """Runs of equal shapes: their number, then (rows, columns, repeats) of each, as LEB128 integers."""
+    runs = [(*shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
+    return b"".join(map(_varint, [len(runs), *itertools.chain.from_iterable(runs)]))
+
+
+def _unpack_shapes(data: memoryview) -> tuple[list[tuple[int, int]], int]:
+    """(shapes, bytes read)."""
+    position = 0
+
+    def read() -> int:
+        nonlocal position
+        value = 0
+        for shift in range(0, 42, 7):
+            if position >= len(data):
+                break
+            byte = data[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("coded matrices: a shape is damaged")
+
+    shapes: list[tuple[int, int]] = []
+    for _ in range(read()):
+        rows, cols, repeats = read(), read(), read()
+        if repeats > MAX_MATRICES - len(shapes):
+            raise ValueError(f"coded matrices: more than {MAX_MATRICES} of them")
+        shapes += [(rows, cols)] * repeats
+    return shapes, position
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

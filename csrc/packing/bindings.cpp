@@ -1,10 +1,14 @@
 // The buffer protocol in, bytes or a caller's buffer out. Python has checked every argument but the buffers' kind.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <string_view>
+#include <tuple>
+#include <vector>
 
 #include "packing/byte_shuffle.h"
+#include "packing/codes.h"
 
 namespace py = pybind11;
 
@@ -58,6 +62,15 @@ py::object shuffle(Shuffle kernel, py::object out, py::handle data, std::string_
   return out;
 }
 
+using Address = std::tuple<uintptr_t, int64_t, int64_t>;  // of a row-major int8 matrix, rows, columns
+
+template <class T>
+std::vector<Matrix<T>> matrices_at(const std::vector<Address>& addresses) {
+  std::vector<Matrix<T>> matrices;
+  for (const auto& [data, rows, cols] : addresses) matrices.push_back({reinterpret_cast<T*>(data), rows, cols});
+  return matrices;
+}
+
 }  // namespace
 
 void bind_packing(py::module_& m) {
@@ -66,6 +79,19 @@ void bind_packing(py::module_& m) {
   });
   m.def("byte_unshuffle", [](py::object out, py::handle data, int stride, bool appended) {
     return shuffle(byte_unshuffle, std::move(out), data, {}, stride, appended);
+  });
+  m.def("encode_static", [](const std::vector<Address>& addresses, int threads) {
+    std::vector<uint8_t> data;
+    {
+      py::gil_scoped_release release;
+      data = encode_static(matrices_at<const int8_t>(addresses), threads);
+    }
+    return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
+  });
+  m.def("decode_static", [](py::handle data, const std::vector<Address>& addresses, int) {
+    const Bytes source(data, false);
+    py::gil_scoped_release release;
+    decode_static(source.data(), source.size(), matrices_at<int8_t>(addresses));
   });
 }
 
