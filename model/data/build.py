@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,7 @@ def build_dataset(
     valid_inputs: Iterable[str | os.PathLike[str]] = (),
     tokenizer: str | os.PathLike[str] | None = None,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    shuffle_seed: int | None = None,
     allow_overlap: bool = False,
     replace: bool = False,
     threads: int | None = None,
@@ -51,8 +52,9 @@ def build_dataset(
 
     Either `vocab_size` (a tokenizer is trained on the training text, with this `normalization`) or `tokenizer` (an
     existing SentencePiece model) is needed. Validation is `valid_inputs` if there are any, else the first `valid_docs`
-    documents (default: one in twenty, at most 50,000). `allow_overlap` admits documents that are in both splits,
-    `replace` a folder that is already there. Empty documents are left out and counted.
+    documents (default: one in twenty, at most 50,000). `shuffle_seed` brings the training documents into a random order
+    (the document loader draws none; wanted where the text is sorted by source). `allow_overlap` admits documents that
+    are in both splits, `replace` a folder that is already there. Empty documents are left out and counted.
 
     Raises DataError for text that cannot be read or kept, an empty split, documents in both splits, a tokenizer that
     does not fit; PgolfError when `out` cannot be written.
@@ -78,10 +80,12 @@ def build_dataset(
         with atomic_write(folder / TOKENIZER) as file:
             file.write(used.model)
         tables = used.byte_tables()
-        splits = {
-            name: _write_split(folder, name, corpus, used, tables, shard_tokens, threads, quiet=quiet)
-            for name in ("train", "valid")
-        }
+        splits = {}
+        for split in ("train", "valid"):
+            documents = _encode(corpus, split, used, tables, threads, quiet=quiet)
+            if split == "train" and shuffle_seed is not None:
+                documents = _shuffled(documents, shuffle_seed, folder / "spool.bin")
+            splits[split] = _write_split(folder, split, documents, shard_tokens)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -90,16 +94,13 @@ def build_dataset(
                 "sha256": sha256_bytes(used.model),
                 "vocab_size": used.vocab_size,
                 "source": source,
-                "normalization": "identity"
-                if used.exact
-                else normalization
-                if tokenizer is None
-                else "the tokenizer's",
+                "normalization": "identity" if used.exact else "nmt_nfkc" if tokenizer is None else "the tokenizer's",
             },
             "bytes_counted_on": "the original text" if used.exact else "the normalised text",
             "leading_space_is_text": tables.leading_space_is_text,
             "splits": splits,
             "validation": corpus.valid_rule,
+            "shuffle_seed": shuffle_seed,
             "documents_in_both_splits": overlap,
             "empty_documents_left_out": corpus.empty,
             "inputs": corpus.describe_inputs(),
@@ -191,21 +192,51 @@ def _survey(train_files: list[Path], valid_files: list[Path], valid_docs: int | 
     return corpus
 
 
-def _write_split(
-    folder: Path,
-    split: str,
-    corpus: _Corpus,
-    tokenizer: Tokenizer,
-    tables: ByteTables,
-    shard_tokens: int,
-    threads: int,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Encodes a split and writes its shards; returns its part of the manifest."""
+class _Encoded(NamedTuple):
+    """A document's tokens behind BOS, the bytes they count for, and the digest of the text they decode to."""
+
+    tokens: np.ndarray
+    bytes: int
+    digest: bytes
+
+
+def _encode(
+    corpus: _Corpus, split: str, tokenizer: Tokenizer, tables: ByteTables, threads: int, *, quiet: bool
+) -> Iterator[_Encoded]:
+    with progress(f"encoding {split}", len(corpus.digests[split]), quiet=quiet) as task:
+        for batch in _batches(corpus.documents(split)):
+            encoded = tokenizer.encode_batch([document.text for document in batch], threads)
+            decoded = tokenizer.decode_batch(encoded, threads)
+            for document, ids, text in zip(batch, encoded, decoded, strict=True):
+                tokens = np.array([BOS_ID, *ids], dtype=np.uint16)
+                count = _check_document(document, tokens, text, tokenizer, tables)
+                yield _Encoded(tokens, count, document_digest(text))
+            task.advance(len(batch))
+
+
+def _shuffled(documents: Iterable[_Encoded], seed: int, spool: Path) -> Iterator[_Encoded]:
+    """The documents in a random order. Their tokens wait in a file, so that memory holds little."""
+    lengths: list[int] = []
+    rest: list[tuple[int, bytes]] = []
+    try:
+        with atomic_write(spool) as file:
+            for document in documents:
+                file.write(document.tokens.data)
+                lengths.append(document.tokens.size)
+                rest.append((document.bytes, document.digest))
+        tokens = np.memmap(spool, dtype=np.uint16, mode="r")
+        ends = np.cumsum(lengths)
+        for number in np.random.Generator(np.random.PCG64(seed)).permutation(len(lengths)):
+            yield _Encoded(np.array(tokens[ends[number] - lengths[number] : ends[number]]), *rest[number])
+    finally:
+        spool.unlink(missing_ok=True)
+
+
+def _write_split(folder: Path, split: str, documents: Iterable[_Encoded], shard_tokens: int) -> dict[str, Any]:
+    """Writes a split's shards; returns its part of the manifest."""
     shards: list[dict[str, Any]] = []
     pending: list[np.ndarray] = []
-    size = total_bytes = documents = 0
+    size = total_bytes = 0
     text_digest = hashlib.sha256()
 
     def flush() -> None:
@@ -216,23 +247,16 @@ def _write_split(
         pending.clear()
         size = 0
 
-    with progress(f"encoding {split}", len(corpus.digests[split]), quiet=quiet) as task:
-        for batch in _batches(corpus.documents(split)):
-            encoded = tokenizer.encode_batch([document.text for document in batch], threads)
-            decoded = tokenizer.decode_batch(encoded, threads)
-            for document, ids, text in zip(batch, encoded, decoded, strict=True):
-                tokens = np.array([BOS_ID, *ids], dtype=np.uint16)
-                total_bytes += _check_document(document, tokens, text, tokenizer, tables)
-                text_digest.update(document_digest(text))
-                documents += 1
-                if pending and size + tokens.size > shard_tokens:
-                    flush()
-                pending.append(tokens)
-                size += tokens.size
-            task.advance(len(batch))
+    for document in documents:
+        if pending and size + document.tokens.size > shard_tokens:
+            flush()
+        pending.append(document.tokens)
+        size += document.tokens.size
+        total_bytes += document.bytes
+        text_digest.update(document.digest)
     flush()
     return {
-        "documents": documents,
+        "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
         "bytes": total_bytes,
         "text_sha256": text_digest.hexdigest(),

@@ -7,7 +7,7 @@ In the repository, under a prefix (`datasets`):
     tokenizers/fineweb_8192_bpe.model
 
 Here, under `out`, the same without the prefix. A file gets its name once its header and size (and its hash, where the
-manifest has one) were checked; a download that was stopped goes on where it was.
+manifest has one) were checked. A connection that breaks goes on at that byte, a stopped download with that file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Hub:
         self.repo, self.prefix, self.endpoint, self.out = repo, prefix.strip("/"), endpoint, out
 
     def manifest(self) -> dict[str, Any]:
-        path = self._download("manifest.json", fresh=True)
+        path = self._download("manifest.json")
         try:
             manifest = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ class _Hub:
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(found, final)
 
-    def _download(self, path: str, *, fresh: bool = False) -> Path:
+    def _download(self, path: str) -> Path:
         try:
             import huggingface_hub as hub
             from huggingface_hub import errors, utils
@@ -119,7 +119,7 @@ class _Hub:
         utils.disable_progress_bars()  # they would run into ours
         try:
             found = hub.hf_hub_download(
-                self.repo, remote, repo_type="dataset", local_dir=staging, endpoint=self.endpoint, force_download=fresh
+                self.repo, remote, repo_type="dataset", local_dir=staging, endpoint=self.endpoint
             )
         except errors.RepositoryNotFoundError as error:
             raise DataError(f"{self.repo}: no such dataset repository (or it needs a token)") from error
