@@ -4,13 +4,16 @@ from pgolf_kernels.adapter_adamw import adapter_adamw
 from pgolf_kernels.attention import attention_backend_info, set_attention_backend, varlen_attention
 from pgolf_kernels.batched_lora import batched_lora, batched_lora_multi
 from pgolf_kernels.fused_mlp import fused_mlp
+from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
+from pgolf_kernels.ngram import ngram_hints
 from pgolf_kernels.qk_rope import qk_rope
 from pgolf_kernels.residual import combine, combine_norm
 from pgolf_kernels.softcap_ce import softcap_cross_entropy, softcap_cross_entropy_with_grad
 from pgolf_kernels.xsa import xsa
 
 __all__ = [
+    "GptqRecipe",
     "adapter_adamw",
     "attention_backend_info",
     "batched_lora",
@@ -18,7 +21,10 @@ __all__ = [
     "combine",
     "combine_norm",
     "fused_mlp",
+    "gptq_quantize",
+    "gptq_quantize_many",
     "linear_softcap_cross_entropy",
+    "ngram_hints",
     "qk_rope",
     "score_tokens",
     "set_attention_backend",

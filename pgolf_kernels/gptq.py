@@ -2,7 +2,7 @@
 
 Minimises tr((W - Q) H (W - Q)^T) greedily, column by column, where Q = scale * code and H = sum x x^T is the Hessian
 of the matrix's inputs (Frantar et al., arXiv:2210.17323; the recipes are those of openai/parameter-golf pull requests
-1530 and 1499). With the columns in the order in which they are quantised, and H (damped) = M M^T with M upper triangular,
+1530 and 1499). With columns in the order in which they are quantised, and the damped H = M M^T with M upper triangular,
 
     x_j = w_j + sum_{k before j} d_k M_kj / M_jj,    d_k = w_k - scale * q_k,    q_j = clamp(round(x_j / scale), -R, R)
 

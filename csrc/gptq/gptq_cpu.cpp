@@ -10,8 +10,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_max_ps
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own AVX-512 intrinsics
 #endif
 #include <immintrin.h>
 #endif
@@ -149,7 +148,3 @@ void gptq_columns_cpu(const GptqMatrix& matrix, bool is_double, bool residual, i
 }
 
 }  // namespace pgolf
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
