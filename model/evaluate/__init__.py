@@ -1,0 +1,209 @@
+"""Evaluation in bits per byte: every mode of the reference systems, each on a ledger that proves its score legal.
+
+    plain          windows that do not overlap
+    sliding        windows every `eval_stride` tokens
+    sgd-ttt        chunks of the stream: score, then train the whole model (pull requests 1413, 1514)
+    lora-ttt       a document at a time with adapters of its own: score, then train (1530)
+    phased         lora-ttt, with the base weights trained between groups of documents (1727)
+    sliding-cache  sliding windows with shared adapters and an n-gram cache (1499)
+
+"+ngram-tilt" behind a mode shifts each prediction towards a causal n-gram hint (1514).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.config import Config
+from model.data.dataset import Dataset
+from model.errors import ConfigError
+from model.evaluate.bpb import score_per_document
+from model.evaluate.documents import find_documents
+from model.evaluate.ledger import Ledger
+from model.evaluate.lora_ttt import evaluate_lora_ttt
+from model.evaluate.ngram_tilt import make_tilt
+from model.evaluate.phased_ttt import evaluate_phased
+from model.evaluate.plain import DROPPED_SEQUENCES, evaluate_plain
+from model.evaluate.session import Progress, Session
+from model.evaluate.sgd_ttt import evaluate_sgd_ttt
+from model.evaluate.sliding import evaluate_sliding
+from model.gpt import GPT
+
+TILT = "ngram-tilt"
+_MODES: dict[str, Callable[[Session], None]] = {
+    "plain": evaluate_plain,
+    "sliding": evaluate_sliding,
+    "sgd-ttt": evaluate_sgd_ttt,
+    "lora-ttt": evaluate_lora_ttt,
+    "phased": evaluate_phased,
+}
+MODES = tuple(_MODES)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found. `per_document` float64 [n, 3]: loss sum (nats), bytes, tokens, in stream order."""
+
+    mode: str
+    val_loss: float  # nats per token
+    bpb: float  # bits per byte
+    tokens: int
+    bytes: int
+    seconds: float  # from the call to the result
+    seconds_by_part: dict[str, float]
+    per_document: np.ndarray
+    ledger: Ledger
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        values = {k: v for k, v in vars(self).items() if k not in ("per_document", "ledger")}
+        return {**values, "legal": self.ledger.legal, "defects": list(self.ledger.defects)}
+
+
+def parse_mode(mode: str) -> tuple[str, bool]:
+    """(mode, whether the n-gram tilt is on top). Raises ConfigError for an unknown one."""
+    name, _, suffix = mode.partition("+")
+    if name not in _MODES or suffix not in ("", TILT):
+        raise ConfigError(f"eval_mode: got {mode!r}, wanted one of {', '.join(MODES)}, each with or without +{TILT}")
+    return name, bool(suffix)
+
+
+def evaluate(
+    model: GPT,
+    dataset: Dataset,
+    mode: str,
+    config: Config,
+    *,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    ledger_path: str | Path | None = None,
+    resume: bool = False,
+    loop: bool = True,
+) -> EvalResult:
+    """Scores the validation stream of `dataset` in one of the modes above, on one process or all ranks together.
+
+    The model is left as it came; on a GPU an fp32 model computes in bfloat16. `progress(score so far, tokens in all,
+    seconds)` is called now and then. With `ledger_path` the ledger is saved there (by rank 0, now and then and at the
+    end); with `resume` an evaluation that was interrupted goes on from it. Raises ConfigError for a mode or a ledger
+    that does not fit, DataError for a stream that does not fit the model, LegalityError where a rule would be broken.
+    """
+    started = time.monotonic()
+    name, tilted = parse_mode(mode)
+    device = torch.device(device)
+    tokens = dataset.valid_tokens
+    parts = {}
+    with _borrowed(model, device, mutated=name in ("sgd-ttt", "phased")):
+        meta = {}
+        if ledger_path is not None:
+            ledger_path = Path(ledger_path)
+            meta = {"mode": mode, "loop": loop, "eval": asdict(config.eval), **_hashes(model, tokens)}
+        session = Session(
+            model=model,
+            config=config.eval,
+            tokens=tokens,
+            token_bytes=dataset.byte_tables.stream_bytes(tokens),
+            ledger=_ledger(len(tokens), _defects(name, config), meta, ledger_path if resume else None),
+            device=device,
+            documents_apart=config.data.loader == "documents",
+            loop=loop,
+            progress=progress,
+            ledger_path=ledger_path,
+            rank=dist.get_rank() if _distributed() else 0,
+            world=dist.get_world_size() if _distributed() else 1,
+            started=started,
+        )
+        if tilted:
+            before = time.monotonic()
+            session.tilt = make_tilt(tokens, config.eval, dataset.byte_tables, device)
+            parts["hints"] = time.monotonic() - before
+        _MODES[name](session)
+        session.exchange()
+        session.ledger.finish()
+        session.pause(last=True)
+    score = session.ledger.totals(session.token_bytes)
+    seconds = time.monotonic() - started
+    return EvalResult(
+        mode=mode,
+        val_loss=score.val_loss,
+        bpb=score.bpb,
+        tokens=score.tokens,
+        bytes=score.bytes,
+        seconds=seconds,
+        seconds_by_part=parts,
+        per_document=score_per_document(session.ledger.nll, session.token_bytes, find_documents(tokens)),
+        ledger=session.ledger,
+    )
+
+
+def _defects(name: str, config: Config) -> tuple[str, ...]:
+    if not config.eval.compat:
+        return ()
+    if name == "plain" and config.data.loader == "documents":
+        return (DROPPED_SEQUENCES,)
+    return ()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _hashes(model: GPT, tokens: np.ndarray) -> dict[str, str]:
+    return {"tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "weights_sha256": hash_weights(model)}
+
+
+def hash_weights(model: GPT) -> str:
+    """SHA-256 over the model's parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _ledger(num_tokens: int, defects: tuple[str, ...], meta: dict[str, Any], path: Path | None) -> Ledger:
+    if path is None or not path.exists():
+        return Ledger(num_tokens, defects, meta)
+    ledger = Ledger.load(path)
+    for key, value in meta.items():
+        if ledger.meta.get(key) != value:
+            raise ConfigError(f"{path}: ledger of another evaluation ({key} differs); wanted the one to go on with")
+    if ledger.defects != defects or ledger.num_tokens != num_tokens:
+        raise ConfigError(f"{path}: ledger of another evaluation; wanted the one to go on with")
+    return ledger
+
+
+@contextmanager
+def _borrowed(model: GPT, device: torch.device, *, mutated: bool) -> Iterator[None]:
+    """The model with frozen parameters on `device` in a dtype it can compute in; as it came when the block ends."""
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    grads = [parameter.grad for parameter in model.parameters()]
+    saved = [parameter.detach().clone() for parameter in model.parameters()] if mutated else []
+    dtype, qat, home = model.compute_dtype, model.late_qat, next(model.parameters()).device
+    try:
+        model.to(device)
+        model.late_qat = False
+        if device.type == "cuda" and dtype == torch.float32:
+            model.compute_dtype = torch.bfloat16
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        model.to(home)
+        model.compute_dtype, model.late_qat = dtype, qat
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), saved, strict=False):
+                parameter.copy_(value)
+        for parameter, flag, grad in zip(model.parameters(), flags, grads, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = grad

@@ -1,0 +1,141 @@
+"""Adapters of the documents that adapt at the same time, with their optimiser, in a fixed set of slots.
+
+A slot is handed to the next document when one is finished: A gets that document's own initial values, B and the
+moments become zero. The initial values depend on (seed, document, kind, layer slot) alone, through a counter-based
+generator in integer arithmetic, so they are the same on every device and for every schedule:
+
+    A ~ U(-1/sqrt(in), 1/sqrt(in)),  B = 0                      (pull request 1530)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.adapters import KINDS, Adapters
+from model.config import EvalConfig, ModelConfig
+from pgolf_kernels import adapter_adamw
+
+ADAM_EPS = 1e-10  # of the public systems' test-time optimiser
+InitialA = Callable[[str, np.ndarray], Tensor]  # (kind, documents [n]) -> A [slots, n, r, in]
+
+# splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit integers
+_STEP = -7046029254386353131
+_MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
+_DOCUMENTS_AT_ONCE = 8
+
+
+def adapter_kinds(config: EvalConfig) -> tuple[str, ...]:
+    """The adapters that are switched on."""
+    off = {"k": not config.ttt_k_lora, "o": not config.ttt_o_lora, "mlp": not config.ttt_mlp_lora}
+    return tuple(kind for kind in KINDS if not off.get(kind, False))
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Uniform fp32 values in [0, 1) from a counter: [*keys.shape, count] for int64 `keys`."""
+    state = keys.unsqueeze(-1) + _STEP * torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
+    return (_mix(state) >> 40 & 0xFFFFFF).float() * 2.0**-24
+
+
+def document_keys(seed: int, documents: Tensor, *parts: Tensor | int) -> Tensor:
+    """One int64 key for each combination of a document and the further numbers (broadcast against each other)."""
+    key = documents
+    for part in (seed, *parts):
+        number = torch.as_tensor(part, dtype=torch.int64, device=documents.device)
+        key = _mix(key + _STEP * (number + 1))  # as tensors, so that the product wraps
+    return key
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * _MIX1
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * _MIX2
+    return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+
+class AdapterBank:
+    """`slots` sets of adapters for a model in layer order of `layer_slots` positions, and one optimiser for all."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EvalConfig,
+        *,
+        layer_slots: int,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        initial_a: InitialA | None = None,
+    ) -> None:
+        self.config, self.slots, self.device, self.seed = config, slots, device, seed
+        self._initial_a = initial_a or self._draw
+        kinds = adapter_kinds(config)
+        zeros = Adapters.zeros(model, layer_slots, slots, config.ttt_lora_rank, kinds, device, dtype)
+        self.a, self.b = zeros.a, zeros.b  # [layer slots, slots, r, in] and [layer slots, slots, out, r]
+        # One leaf for each layer slot: the gradient of a stacked tensor would be assembled from full-size pieces.
+        self._leaves_a = {kind: _leaves(tensor) for kind, tensor in self.a.items()}
+        self._leaves_b = {kind: _leaves(tensor) for kind, tensor in self.b.items()}
+        self.leaves = [leaf for kind in kinds for leaf in (*self._leaves_a[kind], *self._leaves_b[kind])]
+        keeps_square = config.ttt_optimizer == "adam"
+        keeps_mean = config.ttt_beta1 > 0
+        self._squares = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves] if keeps_square else []
+        self._means = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves] if keeps_mean else []
+
+    def adapters(self, cu_seqlens: Tensor) -> Adapters:
+        """The adapters for a packed row whose document i is read by slot i."""
+        return Adapters(self._leaves_a, self._leaves_b, cu_seqlens=cu_seqlens)
+
+    @torch.no_grad()
+    def hand_over(self, slots: np.ndarray, documents: np.ndarray) -> None:
+        """Gives slots to documents: fresh A, zero B and moments."""
+        for first in range(0, len(slots), _DOCUMENTS_AT_ONCE):
+            part = slice(first, first + _DOCUMENTS_AT_ONCE)
+            rows = torch.from_numpy(slots[part]).to(self.device)
+            for kind, a in self.a.items():
+                a[:, rows] = self._initial_a(kind, documents[part]).to(a)
+        rows = torch.from_numpy(slots).to(self.device)
+        for b in self.b.values():
+            b.index_fill_(1, rows, 0.0)
+        for moment in (*self._squares, *self._means):
+            moment.index_fill_(0, rows, 0.0)
+
+    @torch.no_grad()
+    def step(self, grads: tuple[Tensor, ...], steps: Tensor) -> None:
+        """One optimiser step; `steps` int64 [slots] counts a slot's steps from 1, 0 where it takes none."""
+        config = self.config
+        if config.ttt_optimizer == "adam":
+            adapter_adamw(
+                [leaf.detach().unsqueeze(0) for leaf in self.leaves],
+                [grad.unsqueeze(0) for grad in grads],
+                [square.unsqueeze(0) for square in self._squares],
+                steps,
+                exp_avgs=[mean.unsqueeze(0) for mean in self._means] or None,
+                lr=config.ttt_lora_lr,
+                beta1=config.ttt_beta1,
+                beta2=config.ttt_beta2,
+                eps=ADAM_EPS,
+                weight_decay=config.ttt_weight_decay,
+            )
+            return
+        runs = (steps > 0).to(self.leaves[0].dtype).view(-1, 1, 1)
+        for i, (leaf, grad) in enumerate(zip(self.leaves, grads, strict=True)):
+            direction = torch.add(grad, leaf.detach(), alpha=config.ttt_weight_decay)
+            if self._means:
+                direction = self._means[i].mul_(config.ttt_beta1).add_(direction)
+            leaf.detach().sub_(direction * (runs * config.ttt_lora_lr))
+
+    def _draw(self, kind: str, documents: np.ndarray) -> Tensor:
+        layer_slots, _, rank, features = self.a[kind].shape
+        document = torch.from_numpy(np.asarray(documents, np.int64)).to(self.device)
+        layers = torch.arange(layer_slots, device=self.device).unsqueeze(1)
+        keys = document_keys(self.seed, document, KINDS.index(kind), layers)
+        bound = 1.0 / math.sqrt(features)
+        return (uniform(keys, rank * features) * 2 - 1).mul_(bound).view(layer_slots, len(documents), rank, features)
+
+
+def _leaves(stacked: Tensor) -> list[Tensor]:
+    return [part.detach().requires_grad_() for part in stacked]

@@ -1,0 +1,316 @@
+"""The ledger of an evaluation: what was scored, by which state, and what each state had learned from.
+
+Every target token of the stream is scored exactly once. A state is the model at some moment; state 0 is the artifact.
+An update makes a new state from an old one and names the tokens whose losses it used, all of which must have their
+scores already. So a score can never depend on the token it is for, and whoever reads the ledger can check that without
+trusting the code that wrote it.
+
+Scores may still be on their way from a GPU when they are entered: the ledger takes the claim at once, so that an
+illegal step raises where it happens, and fetches the values in `flush`, without waiting for the device in between.
+
+A compatible ledger (`defects` not empty) belongs to a faithful copy of a published scorer that breaks these rules. It
+keeps the repeated scores and the gaps, counts them as that scorer did, and is not a legal score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.errors import LegalityError
+from model.evaluate.bpb import Score
+from model.evaluate.documents import ranges_to_positions
+from model.files import atomic_write
+
+ARTIFACT_STATE = 0
+_FORMAT_VERSION = 1
+_COLUMNS = (("state", np.int32), ("new_state", np.int32), ("start", np.int64), ("end", np.int64))
+_ARRAYS = {"nll": np.float64, "scored": np.bool_, "repeat_position": np.int64, "repeat_nll": np.float64}
+
+
+@dataclass
+class Rows:
+    """Scores and updates in the order in which they happened, one range of tokens [start, end) each.
+
+    A score has `new_state` -1 and was made by `state`. Update rows with one `new_state` form one update of `state`.
+    """
+
+    state: np.ndarray
+    new_state: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    @property
+    def is_score(self) -> np.ndarray:
+        return self.new_state < 0
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def slice(self, first: int, last: int | None = None) -> Rows:
+        return Rows(*(getattr(self, name)[first:last] for name, _ in _COLUMNS))
+
+    @classmethod
+    def joined(cls, parts: list[Rows]) -> Rows:
+        """One table of several, in their order."""
+        return cls(
+            *(np.concatenate([np.empty(0, kind), *(getattr(p, name) for p in parts)]) for name, kind in _COLUMNS)
+        )
+
+
+@dataclass
+class Ledger:
+    """Scores in nats of the targets 1 .. num_tokens - 1 of a stream, and the updates between them.
+
+    `defects`: in words, the rules that this run is allowed to break (then `legal` is False); empty for a legal one.
+    `meta`: what identifies the evaluation (mode, hashes, settings); saved with the ledger, compared on resuming.
+    """
+
+    num_tokens: int
+    defects: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nll = np.full(self.num_tokens, np.nan)
+        self._scored = np.zeros(self.num_tokens, dtype=bool)  # claimed; the value may still be pending
+        self._parts: list[Rows] = []
+        self._num_rows = 0
+        self._num_states = 1
+        self._pending: list[tuple[np.ndarray, np.ndarray, torch.Tensor]] = []  # tokens, which values, values
+        self._repeats: list[tuple[np.ndarray, np.ndarray]] = []  # positions and nll (compatible ledgers only)
+        self._shared = (0, 1, 0)  # rows, states and repeats that every rank has
+
+    @property
+    def legal(self) -> bool:
+        return not self.defects
+
+    @property
+    def num_states(self) -> int:
+        return self._num_states
+
+    @property
+    def rows(self) -> Rows:
+        """Everything that happened, in order."""
+        if len(self._parts) != 1:
+            self._parts = [Rows.joined(self._parts)]
+        return self._parts[0]
+
+    def is_scored(self, starts: np.ndarray | int, ends: np.ndarray | int) -> bool:
+        """Whether every token of the ranges [start, end) has its score (the value may still be on its way)."""
+        return bool(self._scored[ranges_to_positions(np.atleast_1d(starts), np.atleast_1d(ends))].all())
+
+    def score(
+        self,
+        state: np.ndarray | int,
+        starts: np.ndarray | int,
+        ends: np.ndarray | int,
+        nll: torch.Tensor | np.ndarray,
+        select: np.ndarray | None = None,
+    ) -> None:
+        """Enters the scores of the target ranges [start, end), each made by its `state` (or all by one).
+
+        nll: one value in nats for each token, range after range, any float dtype; a tensor on a device is read at the
+        next flush. `select` (int64) picks those values out of a longer `nll`. Raises LegalityError when a token is no
+        target, was scored before or stands there twice, ValueError when the number of values is another one.
+        """
+        starts, ends = _ranges(starts, ends)
+        positions = self._positions(starts, ends, "score")
+        if select is None:
+            select = np.arange(len(nll))
+        if nll.ndim != 1 or len(select) != len(positions):
+            raise ValueError(f"nll: got {len(select)} values, wanted one for each of {len(positions)} tokens")
+        order = np.argsort(starts, kind="stable")
+        overlaps = starts[order][1:][ends[order][:-1] > starts[order][1:]]
+        again = np.concatenate([positions[self._scored[positions]], overlaps])
+        if len(again) and self.legal:
+            raise LegalityError(f"score: token {again[0]} would be scored a second time; wanted each token once")
+        self._append(state, -1, starts, ends)
+        if len(again):
+            values = torch.as_tensor(nll).detach().to(torch.float64).cpu().numpy()
+            self._enter_repeats(positions, values[select])
+            return
+        self._scored[positions] = True
+        self._pending.append((positions, select, torch.as_tensor(nll).detach()))
+
+    def update(
+        self, state: np.ndarray | int, starts: np.ndarray | int, ends: np.ndarray | int, *, separate: bool = False
+    ) -> Any:
+        """Enters an update on the losses of the target ranges and returns the new state.
+
+        With `separate` each range is an update of its own state (`state` has one entry a range) and the result is an
+        array with one new state for each: the documents of a batch adapt independently. Raises LegalityError when a
+        token of the ranges has no score yet.
+        """
+        starts, ends = _ranges(starts, ends)
+        positions = self._positions(starts, ends, "update")
+        missing = positions[~self._scored[positions]]
+        if len(missing):
+            raise LegalityError(
+                f"update: token {missing[0]} is used before it has its score; wanted scores for all "
+                f"{len(positions)} tokens of the update"
+            )
+        new = self._num_states + (np.arange(len(starts)) if separate else 0)
+        self._num_states += len(starts) if separate else 1
+        self._append(state, new, starts, ends)
+        return new
+
+    def flush(self) -> None:
+        """Fetches the values that are still on a device. Raises LegalityError for one that is not a number."""
+        if not self._pending:
+            return
+        positions = np.concatenate([p for p, _, _ in self._pending])
+        values = torch.cat([v.to(torch.float64) for _, _, v in self._pending]).cpu().numpy()
+        begins = np.cumsum([0, *(len(v) for _, _, v in self._pending)])
+        values = values[np.concatenate([s + b for (_, s, _), b in zip(self._pending, begins, strict=False)])]
+        self._pending.clear()
+        wrong = positions[~np.isfinite(values)]
+        if len(wrong):
+            raise LegalityError(f"score: token {wrong[0]} has a loss that is not finite; wanted a probability above 0")
+        self.nll[positions] = values
+
+    def totals(self, token_bytes: np.ndarray) -> Score:
+        """The score of what has been entered so far; `token_bytes` int64 [num_tokens].
+
+        A compatible ledger counts repeated scores as often as they were made.
+        """
+        self.flush()
+        scored = ~np.isnan(self.nll)
+        loss, tokens, count = self.nll[scored].sum(), scored.sum(), token_bytes[scored].sum()
+        for positions, nll in self._repeats:
+            loss, tokens, count = loss + nll.sum(), tokens + len(nll), count + token_bytes[positions].sum()
+        return Score(float(loss), int(tokens), int(count))
+
+    def missing(self) -> int:
+        """Targets without a score."""
+        return int((~self._scored[1:]).sum())
+
+    def repeated(self) -> int:
+        """Scores beyond the first, over all tokens (compatible ledgers only)."""
+        return sum(len(positions) for positions, _ in self._repeats)
+
+    def finish(self) -> None:
+        """Fetches the last values. Raises LegalityError when a token was left out (unless a defect is declared)."""
+        self.flush()
+        if self.legal and self.missing():
+            token = int(np.flatnonzero(~self._scored[1:])[0]) + 1
+            raise LegalityError(f"score: {self.missing()} tokens were left out, the first is token {token}")
+
+    def synchronise(self) -> None:
+        """Exchanges what each rank entered since the last time, so that every rank has the whole ledger.
+
+        States made in between are renumbered; none may be held across this call. Every rank must call it. Raises
+        LegalityError when two ranks scored one token.
+        """
+        self.flush()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            rows, states, repeats = self._shared
+            mine = self.rows.slice(rows)
+            positions = ranges_to_positions(mine.start[mine.is_score], mine.end[mine.is_score])
+            positions = np.unique(positions)
+            sent = (vars(mine), self._num_states - states, positions, self.nll[positions], self._repeats[repeats:])
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, sent)
+            self._parts, self._num_rows, self._num_states = [self.rows.slice(0, rows)], rows, states
+            del self._repeats[repeats:]
+            self._scored[positions] = False
+            for columns, new_states, *scores in gathered:
+                self._adopt(Rows(**columns), states, new_states, *scores)
+        self._shared = (self._num_rows, self._num_states, len(self._repeats))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the ledger to an .npz file in one step."""
+        self.flush()
+        repeats = [(np.empty(0, np.int64), np.empty(0)), *self._repeats]
+        header = {"version": _FORMAT_VERSION, "defects": self.defects, "states": self._num_states, "meta": self.meta}
+        with atomic_write(path, "wb") as file:
+            np.savez(
+                file,
+                header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+                nll=self.nll,
+                scored=self._scored,
+                repeat_position=np.concatenate([p for p, _ in repeats]),
+                repeat_nll=np.concatenate([v for _, v in repeats]),
+                **vars(self.rows),
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Reads what `save` wrote. Raises LegalityError for a file that is damaged or not a ledger."""
+        wanted = {**_ARRAYS, **dict(_COLUMNS)}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(file["header"].tobytes())
+                arrays = {name: file[name] for name in wanted}
+            if header["version"] != _FORMAT_VERSION:
+                raise LegalityError(f"{path}: ledger version {header['version']!r}, wanted {_FORMAT_VERSION}")
+            ledger = cls(len(arrays["nll"]), tuple(header["defects"]), dict(header["meta"]))
+            ledger._num_states = int(header["states"])
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise LegalityError(f"{path}: not a ledger ({error})") from error
+        for name, kind in wanted.items():
+            if arrays[name].dtype != kind or arrays[name].ndim != 1:
+                raise LegalityError(f"{path}: {name} has dtype {arrays[name].dtype}, wanted {np.dtype(kind)}")
+        ledger._parts = [Rows(*(arrays[name] for name, _ in _COLUMNS))]
+        ledger._num_rows = len(ledger._parts[0])
+        ledger.nll, ledger._scored = arrays["nll"], arrays["scored"]
+        if len(arrays["repeat_nll"]):
+            ledger._repeats = [(arrays["repeat_position"], arrays["repeat_nll"])]
+        ledger._shared = (ledger._num_rows, ledger._num_states, len(ledger._repeats))
+        return ledger
+
+    def _positions(self, starts: np.ndarray, ends: np.ndarray, what: str) -> np.ndarray:
+        wrong = np.flatnonzero((starts < 1) | (ends > self.num_tokens) | (ends < starts))
+        if len(wrong):
+            start, end = starts[wrong[0]], ends[wrong[0]]
+            raise LegalityError(f"{what}: got tokens {start} to {end}, wanted targets from 1 to {self.num_tokens}")
+        return ranges_to_positions(starts, ends)
+
+    def _append(self, state: Any, new_state: Any, starts: np.ndarray, ends: np.ndarray) -> None:
+        columns = (np.broadcast_to(state, starts.shape), np.broadcast_to(new_state, starts.shape), starts, ends)
+        self._parts.append(Rows(*(np.array(c, dtype=kind) for c, (_, kind) in zip(columns, _COLUMNS, strict=True))))
+        self._num_rows += len(starts)
+
+    def _enter_repeats(self, positions: np.ndarray, values: np.ndarray) -> None:
+        """Enters scores of which some are not the first of their token."""
+        fresh = np.zeros(len(positions), dtype=bool)
+        fresh[np.unique(positions, return_index=True)[1]] = True
+        fresh &= ~self._scored[positions]
+        self._scored[positions[fresh]] = True
+        self.nll[positions[fresh]] = values[fresh]
+        if not fresh.all():
+            self._repeats.append((positions[~fresh], values[~fresh]))
+
+    def _adopt(
+        self,
+        rows: Rows,
+        known_states: int,
+        new_states: int,
+        positions: np.ndarray,
+        nll: np.ndarray,
+        repeats: list[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """Adds one rank's rows and scores behind those already here, with its own states renumbered."""
+        shift = self._num_states - known_states
+        self._append(
+            np.where(rows.state >= known_states, rows.state + shift, rows.state),
+            np.where(rows.new_state >= 0, rows.new_state + shift, -1),
+            rows.start,
+            rows.end,
+        )
+        self._num_states += new_states
+        again = positions[self._scored[positions]]
+        if len(again) and self.legal:
+            raise LegalityError(f"score: token {again[0]} was scored by two ranks; wanted each token once")
+        self._enter_repeats(positions, nll)
+        self._repeats += repeats
+
+
+def _ranges(starts: np.ndarray | int, ends: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    return np.atleast_1d(np.asarray(starts, np.int64)), np.atleast_1d(np.asarray(ends, np.int64))

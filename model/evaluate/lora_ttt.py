@@ -1,0 +1,216 @@
+"""Document-wise test-time training: every document has low-rank adapters of its own, scored first, then trained.
+
+A document is read in chunks. For each chunk: score its tokens with the adapters as they are; then, unless it is the
+last, one optimiser step on the mean loss of the chunk. Scoring and gradient share one forward pass, in which only the
+chunk's positions go through the head (pull request 1530).
+
+Documents do not see each other, so neither the order nor the company in which they are read changes a result. That
+leaves the schedule free: the longest start first, a slot goes to the next document the moment one is finished, and the
+windows of a step lie packed behind one another, each as long as its own document needs. It is known before the first
+step, the same on every rank, and its step sizes are rounded up to a few, so that on a GPU every step replays one of a
+few CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.evaluate.adapter_bank import AdapterBank, InitialA
+from model.evaluate.documents import balance, document_costs, find_documents, num_chunks, ranges_to_positions
+from model.evaluate.ledger import ARTIFACT_STATE
+from model.evaluate.session import Session
+
+PAUSE_STEPS = 32  # between fetches of scores from the device
+SIZE_MULTIPLE = 256  # tokens of a step on a GPU are rounded up to a multiple of this ...
+MAX_SIZES = 12  # ... and to one of so many sizes, each of which is a CUDA graph
+
+
+@dataclass
+class Step:
+    """One forward pass: slot i reads a window of document `document[i]` (-1: it is free). All arrays int64 [slots]."""
+
+    document: np.ndarray
+    chunk: np.ndarray
+    new: np.ndarray  # bool: the slot was handed over before this step
+    start: np.ndarray  # first input of the window, a token of the stream
+    length: np.ndarray  # inputs of the window
+    offset: np.ndarray  # of the chunk in the window
+    count: np.ndarray  # predictions of the chunk
+    trains: np.ndarray  # bool: a later chunk follows
+
+    @property
+    def size(self) -> int:
+        return int(self.length.sum())
+
+
+def plan_steps(
+    documents: np.ndarray, order: np.ndarray, *, slots: int, chunk_size: int, seq_len: int
+) -> Iterator[Step]:
+    """The steps that read documents [n, 2] (start, length) in `order`, `slots` at a time."""
+    document = np.full(slots, -1)
+    chunk = np.zeros(slots, dtype=np.int64)
+    queue = iter(order.tolist())
+    predictions = documents[:, 1] - 1
+    chunks = num_chunks(predictions, chunk_size)
+    while True:
+        free = (document < 0) | (chunk >= chunks[document])
+        for slot in np.flatnonzero(free):
+            document[slot], chunk[slot] = next(queue, -1), 0
+        busy = document >= 0
+        if not busy.any():
+            return
+        first = chunk * chunk_size
+        end = np.where(busy, np.minimum(first + chunk_size, predictions[document]), 0)
+        start = np.maximum(0, end - seq_len)
+        yield Step(
+            document=document.copy(),
+            chunk=chunk.copy(),
+            new=free & busy,
+            start=np.where(busy, documents[document, 0] + start, 0),
+            length=end - start,
+            offset=np.where(busy, first - start, 0),
+            count=np.where(busy, end - first, 0),
+            trains=busy & (chunk + 1 < chunks[document]),
+        )
+        chunk += 1
+
+
+def choose_sizes(sizes: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the values in `sizes` that the others are rounded up to at the least total cost, ascending.
+
+    Exact, by dynamic programming over the distinct values.
+    """
+    values, weights = np.unique(sizes, return_counts=True)
+    n = len(values)
+    if n <= count:
+        return values
+    below = np.concatenate([[0], np.cumsum(weights)])
+    # cost[j]: the least sum of rounded sizes for the first j values with the buckets used so far
+    cost = values * below[1:]
+    cost = np.concatenate([[0], cost]).astype(np.float64)
+    choice = np.zeros((count, n + 1), dtype=np.int64)
+    for bucket in range(1, count):
+        total = cost[None, :] + (below[1:, None] - below[None, :]) * values[:, None]
+        total[np.arange(n + 1)[None, :] > np.arange(n)[:, None]] = np.inf
+        choice[bucket, 1:] = total.argmin(axis=1)
+        cost = np.concatenate([[0], total.min(axis=1)])
+    chosen, end = [], n
+    for bucket in range(count - 1, -1, -1):
+        if end == 0:
+            break
+        chosen.append(values[end - 1])
+        end = int(choice[bucket, end])
+    return np.array(chosen[::-1])
+
+
+class DocumentTrainer:
+    """Reads documents with adapters of their own. One for a whole evaluation: buffers and graphs are kept."""
+
+    def __init__(
+        self, session: Session, documents: np.ndarray, *, initial_a: InitialA | None = None, seed: int = 0
+    ) -> None:
+        config, model = session.config, session.model
+        self.session, self.documents = session, documents
+        encoder, decoder = model.config.layer_order(session.loop)
+        self.slots = max(1, min(config.ttt_batch_size, len(documents)))
+        self.bank = AdapterBank(
+            model.config,
+            config,
+            layer_slots=len(encoder) + len(decoder),
+            slots=self.slots,
+            device=session.device,
+            dtype=torch.float64 if model.compute_dtype == torch.float64 else torch.float32,
+            seed=seed,
+            initial_a=initial_a,
+        )
+        self._columns = torch.arange(config.ttt_chunk_size, device=session.device)
+
+    def my_documents(self, chosen: np.ndarray) -> np.ndarray:
+        """This rank's share of the documents `chosen`, the most costly first."""
+        config = self.session.config
+        costs = document_costs(self.documents[chosen], config.ttt_chunk_size, config.ttt_eval_seq_len)
+        return chosen[balance(costs, self.session.world)[self.session.rank]]
+
+    def read(self, chosen: np.ndarray, state: int) -> None:
+        """Scores this rank's share of the documents, each starting from the base weights' `state`.
+
+        Documents that the ledger has already are left out; one that was interrupted is read again from its start, and
+        what it has scores for is trained on but not scored again.
+        """
+        session, config = self.session, self.session.config
+        order = self.my_documents(chosen)
+        starts, ends = self.documents[order, 0] + 1, self.documents[order].sum(axis=1)
+        order = order[[not session.ledger.is_scored(start, end) for start, end in zip(starts, ends, strict=True)]]
+        plan = plan_steps(
+            self.documents, order, slots=self.slots, chunk_size=config.ttt_chunk_size, seq_len=config.ttt_eval_seq_len
+        )
+        states = np.full(self.slots, state)
+        for number, step in enumerate(plan, start=1):
+            states[step.new] = state
+            self._run(step, states)
+            if number % PAUSE_STEPS == 0:
+                session.pause()
+        session.pause()
+
+    def _run(self, step: Step, states: np.ndarray) -> None:
+        config, ledger = self.session.config, self.session.ledger
+        if step.new.any():
+            slots = np.flatnonzero(step.new)
+            self.bank.hand_over(slots, step.document[slots])
+        control = torch.from_numpy(
+            np.stack([step.start, step.length, step.offset, step.count, step.trains * (step.chunk + 1)])
+        ).to(self.session.device, non_blocking=True)
+        trains = bool(step.trains.any())
+        score = self._pass(step.size, control, 0 if trains else None)
+        # The targets of a window's inputs start one token later.
+        first = step.start + step.offset + 1
+        fresh = np.flatnonzero(step.count > 0)
+        fresh = fresh[[not ledger.is_scored(first[i], first[i] + step.count[i]) for i in fresh]]
+        select = ranges_to_positions(fresh * config.ttt_chunk_size, fresh * config.ttt_chunk_size + step.count[fresh])
+        ledger.score(states[fresh], first[fresh], (first + step.count)[fresh], score, select)
+        if trains:
+            slots = np.flatnonzero(step.trains)
+            states[slots] = ledger.update(states[slots], first[slots], (first + step.count)[slots], separate=True)
+            for repeat in range(1, config.ttt_grad_steps):
+                self._pass(step.size, control, repeat)
+
+    def _pass(self, size: int, control: Tensor, repeat: int | None) -> Tensor:
+        """One forward pass and, unless `repeat` is None, the repeat-th optimiser step on it; scores [slots * chunk]."""
+        start, length, offset, count, trained = control
+        session, config = self.session, self.session.config
+        bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
+        rows = torch.arange(size, device=session.device)
+        slot = torch.searchsorted(bounds[1:], rows, right=True).clamp_(max=self.slots - 1)
+        inputs = start[slot] + rows - bounds[slot]
+        # Scored positions, one line a slot; a line that is not full repeats its last, which nobody reads.
+        columns = torch.minimum(self._columns, (count - 1).clamp(min=0).unsqueeze(1))
+        positions = (bounds[:-1] + offset).unsqueeze(1).add(columns).clamp_(max=size - 1).view(-1)
+        cu_seqlens = bounds.int()
+        with torch.set_grad_enabled(repeat is not None):
+            nll, score = session.losses(
+                session.input_ids[inputs][None],
+                session.target_ids[inputs + 1][None],
+                positions,
+                inputs[positions] + 1,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=config.ttt_eval_seq_len,
+                adapters=self.bank.adapters(cu_seqlens),
+            )
+            if repeat is not None:
+                means = nll.view(self.slots, -1).mean(dim=1)
+                grads = torch.autograd.grad((means * (trained > 0)).sum(), self.bank.leaves)
+                steps = torch.where(trained > 0, (trained - 1) * config.ttt_grad_steps + repeat + 1, 0)
+                self.bank.step(grads, steps)
+        return score
+
+
+def evaluate_lora_ttt(session: Session, *, initial_a: InitialA | None = None, seed: int = 0) -> None:
+    """Scores every document of the stream with adapters of its own."""
+    documents = find_documents(session.tokens)
+    trainer = DocumentTrainer(session, documents, initial_a=initial_a, seed=seed)
+    trainer.read(np.arange(len(documents)), ARTIFACT_STATE)

@@ -1,0 +1,163 @@
+"""What the evaluation modes share: the stream on the device, scoring a batch of windows, progress and resuming."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.config import EvalConfig
+from model.errors import DataError
+from model.evaluate.bpb import Score
+from model.evaluate.documents import document_boundaries, pad_boundaries, ranges_to_positions
+from model.evaluate.ledger import Ledger
+from model.evaluate.ngram_tilt import Tilt
+from model.gpt import GPT
+
+Progress = Callable[[Score, int, float], None]
+SAVE_SECONDS = 60.0
+CU_SEQLENS_MULTIPLE = 64
+
+
+@dataclass
+class Session:
+    """One evaluation of `model` on the stream `tokens` (uint16 [T]) under `config`.
+
+    `targets` stands in for `tokens` where losses are taken: the verifier puts other candidates there. `documents_apart`
+    says whether attention stops at BOS. `loop` is the layer order. `progress(score so far, tokens in all, seconds)` is
+    called now and then on every rank with that rank's score; `ledger_path` is where rank 0 saves the ledger.
+    """
+
+    model: GPT
+    config: EvalConfig
+    tokens: np.ndarray
+    token_bytes: np.ndarray
+    ledger: Ledger
+    device: torch.device
+    documents_apart: bool
+    targets: np.ndarray | None = None
+    tilt: Tilt | None = None
+    loop: bool = True
+    progress: Progress | None = None
+    ledger_path: Path | None = None
+    rank: int = 0
+    world: int = 1
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < 2:
+            raise DataError(f"validation stream: {len(self.tokens)} tokens, wanted at least 2 (the first has no score)")
+        if int(self.tokens.max()) >= self.model.config.vocab_size:
+            raise DataError(
+                f"validation stream: token {int(self.tokens.max())}, wanted ids below the model's vocabulary of "
+                f"{self.model.config.vocab_size}: the artifact and the data have different tokenizers"
+            )
+        self.input_ids = torch.from_numpy(self.tokens.astype(np.int64)).to(self.device)
+        same = self.targets is None
+        self.target_ids = self.input_ids if same else torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
+        self._saved = self._reported = self.started
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def mine(self, count: int) -> range:
+        """This rank's share of `count` things in order."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def losses(
+        self, input_ids: Tensor, targets: Tensor, positions: Tensor, token_index: Tensor, **inputs: object
+    ) -> tuple[Tensor, Tensor]:
+        """(differentiable nll, score) in nats of the flat `positions` from one forward pass, each [n].
+
+        Their targets are the tokens `token_index` of the stream. The score has the n-gram tilt (then it is fp64); the
+        nll that adapters learn from never has. Other arguments go to the model.
+        """
+        inputs = {"loop": self.loop, **inputs}
+        if self.tilt is None:
+            nll = self.model.loss(input_ids, targets, positions=positions, reduction="none", **inputs)
+            return nll, nll.detach()
+        hints = self.tilt.hints[token_index]
+        nll, log_p_hint = self.model.loss(
+            input_ids, targets, positions=positions, reduction="none", hints=hints, **inputs
+        )
+        chosen = targets.reshape(-1)[positions]
+        return nll, self.tilt.apply(nll.detach(), log_p_hint, chosen, token_index)
+
+    def score_windows(self, state: int, windows: np.ndarray, **inputs: object) -> None:
+        """Scores windows of the stream in one forward pass and enters them into the ledger.
+
+        windows: int64 [n, 3] of (first input, inputs, inputs at the front whose predictions are not scored). Windows
+        that the ledger has already, after an interruption, are left out.
+        """
+        done = [self.ledger.is_scored(start + skip + 1, start + length + 1) for start, length, skip in windows]
+        if self.ledger.legal:
+            windows = windows[~np.array(done, dtype=bool)]
+        if not len(windows):
+            return
+        starts, lengths, skips = windows.T
+        batch = self._packed(starts, lengths) if self.documents_apart else self._rows(starts, lengths)
+        input_ids, targets, first, extra = batch
+        positions = self._to_device(ranges_to_positions(first + skips, first + lengths))
+        token_index = self._to_device(ranges_to_positions(starts + skips + 1, starts + lengths + 1))
+        with torch.no_grad():
+            _, score = self.losses(input_ids, targets, positions, token_index, **extra, **inputs)
+        self.ledger.score(state, starts + skips + 1, starts + lengths + 1, score)
+
+    def pause(self, *, last: bool = False) -> None:
+        """A point where nothing is half done: reports progress and saves the ledger when it is time."""
+        now = time.monotonic()
+        if self.progress is not None and (last or now - self._reported >= 0.5):
+            self._reported = now
+            self.progress(self.ledger.totals(self.token_bytes), self.num_tokens - 1, now - self.started)
+        if self.ledger_path is not None and self.world == 1 and (last or now - self._saved >= SAVE_SECONDS):
+            self.ledger.save(self.ledger_path)
+            self._saved = time.monotonic()
+
+    def exchange(self) -> None:
+        """Makes every rank's ledger whole; rank 0 saves it."""
+        self.ledger.synchronise()
+        if self.ledger_path is not None and self.rank == 0:
+            self.ledger.save(self.ledger_path)
+
+    def boundaries(self, input_ids: np.ndarray) -> Tensor:
+        """cu_seqlens of a packed row: cut at BOS and every eval_seq_len tokens within a document, padded."""
+        cuts = document_boundaries(input_ids, self.config.eval_seq_len)
+        return self._to_device(pad_boundaries(cuts, CU_SEQLENS_MULTIPLE))
+
+    def _packed(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray, dict[str, object]]:
+        """One row of windows, cut at each window, at BOS and every eval_seq_len tokens within a document."""
+        inputs = self._to_device(ranges_to_positions(starts, starts + lengths))
+        first = np.cumsum(lengths) - lengths
+        seq_len = self.config.eval_seq_len
+        cuts = [
+            document_boundaries(self.tokens[start : start + length], seq_len)[:-1] + begin
+            for start, length, begin in zip(starts, lengths, first, strict=True)
+        ]
+        bounds = np.append(np.concatenate(cuts), lengths.sum()).astype(np.int32)
+        cu_seqlens = self._to_device(pad_boundaries(bounds, CU_SEQLENS_MULTIPLE))
+        extra = {"cu_seqlens": cu_seqlens, "max_seqlen": seq_len}
+        return self.input_ids[inputs][None], self.target_ids[inputs + 1][None], first, extra
+
+    def _rows(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray, dict[str, object]]:
+        """A row each, padded at the end with whatever follows in the stream: nothing looks ahead."""
+        longest = int(lengths.max())
+        inputs = self._to_device(starts[:, None] + np.arange(longest)).clamp_(max=self.num_tokens - 2)
+        first = np.arange(len(starts)) * longest
+        return self.input_ids[inputs], self.target_ids[inputs + 1], first, {}
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def all_reduce_sum(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over the ranks; nothing to do with one rank."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
