@@ -165,8 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    status = 0
     try:
-        status = cli.main(args=arguments, prog_name="pgolf", standalone_mode=False)
+        with cli.make_context("pgolf", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as error:
+        status = error.exit_code
     except click.ClickException as error:
         status = _show(error)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -183,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _line(_describe(error))
         status = 1
-    sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status)
 
 
 def _describe(error: Exception) -> str:

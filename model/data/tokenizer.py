@@ -174,9 +174,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, normalization: str
             f"vocab_size: got {vocab_size}, wanted 261 (control, byte and space pieces) to {MAX_VOCAB_SIZE}"
         )
     writer = _Buffer()
+    # Read before SentencePiece starts: it would turn an error of the reading, or Ctrl-C, into one of its own.
+    sentences = list(_sentences(texts))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=iter(sentences),
             model_writer=writer,
             model_type="bpe",
             vocab_size=vocab_size,
