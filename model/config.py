@@ -7,6 +7,7 @@ over a preset. Field names are unique over all sections, so that every field is 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -342,15 +343,12 @@ def _check_literal(section: str, name: str, value: Any) -> None:
         _require(value in allowed, name, value, "one of " + ", ".join(map(str, allowed)))
 
 
-def _literals() -> dict[str, tuple[Any, ...]]:
-    import typing
-
-    found = {}
-    for section in (ModelConfig, DataConfig, TrainConfig, QuantConfig, EvalConfig):
-        for name, kind in typing.get_type_hints(section).items():
-            if typing.get_origin(kind) is Literal:
-                found[name] = typing.get_args(kind)
-    return found
+def field_types() -> dict[str, Any]:
+    """The type of every field, by its name."""
+    sections = (ModelConfig, DataConfig, TrainConfig, QuantConfig, EvalConfig)
+    return {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
 
 
-_LITERALS = _literals()
+_LITERALS = {
+    name: typing.get_args(kind) for name, kind in field_types().items() if typing.get_origin(kind) is Literal
+}

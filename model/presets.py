@@ -85,7 +85,7 @@ DEFECTS = (
 
 
 def _pr1530() -> Config:
-    """Packed documents, banked Muon, two-lane parallel residuals, LoRA per document at test time (pull request 1530)."""
+    """Packed documents, banked Muon, two-lane residuals, LoRA per document at test time (pull request 1530)."""
     return Config(preset="pr1530")
 
 

@@ -1,0 +1,431 @@
+"""Training: from a configuration and a data set to averaged weights.
+
+    torchrun --standalone --nproc_per_node=8 -m model.train --preset pr1727 --seed 42
+
+One step on every rank: `micro_batches / world` forward and backward passes, clipping, the reduction over ranks and the
+optimiser (model/optim.py), the moving average. The host queues up to two steps ahead of the GPU and never waits for the
+one that it queues. Ranks agree once a step, through host memory, on the time that has passed; all that depends on it
+(learning rate, loop, stopping) is then the same everywhere.
+
+The clock starts after the warm-up steps, whose effects are undone, and stands still during validation.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import schedule
+from model.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from model.config import Config
+from model.data.dataset import Dataset
+from model.data.loaders import LOADERS, Batch, Loader
+from model.distributed import Dist, local_micro_batches
+from model.errors import ArtifactError, DataError, TrainError
+from model.files import atomic_write
+from model.gpt import GPT
+from model.monitor import InFlight, Monitor, StepRecord
+from model.optim import Optimizer, WeightAverage
+from model.run import RunDir
+from model.schedule import StepSettings
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`model` has the averaged weights. `interrupted` is the signal that ended training early, or None."""
+
+    model: GPT
+    step: int
+    seconds: float
+    tokens: int
+    recompiles: int
+    interrupted: int | None
+
+
+def train(
+    config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, resume: bool = False, started: float | None = None
+) -> TrainResult:
+    """Trains and writes metrics, checkpoints and at the end model.safetensors into the run's folder.
+
+    With `resume` it goes on from the newest whole checkpoint there, or starts anew where there is none. `started` is
+    the `time.perf_counter()` from which "time to first step" counts. Raises TrainError (a loss that is not finite, a
+    batch that does not divide, out of memory), DataError and ConfigError; always on every rank.
+    """
+    trainer = Trainer(config, dataset, run, ranks)
+    try:
+        if resume:
+            trainer.resume()
+        trainer.prepare()
+        if started is not None and run.writes:
+            run.merge_result({"seconds": {"start_to_first_step": time.perf_counter() - started}})
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """The state of one training run on one rank."""
+
+    def __init__(self, config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
+        self.config, self.dataset, self.run_dir, self.ranks = config, dataset, run, ranks
+        self.accumulate = local_micro_batches(config.train.micro_batches, ranks.world)
+        self.budget = schedule.budget_seconds(config.train)
+        check_dataset(config, dataset)
+        torch.manual_seed(config.train.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model = GPT(config.model).to(ranks.device)
+        self.model.compute_dtype = getattr(torch, config.train.dtype)
+        self.params = dict(self.model.named_parameters())
+        for param in self.params.values():
+            ranks.broadcast_(param.data)
+        with ranks.together("opening the training data"):
+            self.loader = make_loader(config, dataset, ranks)
+        self.optimizer = Optimizer(self.params, config.train, ranks)
+        self.average = WeightAverage(self.params, config.train)
+        self.monitor = Monitor(config, run, ranks.world, ranks.device, self.budget)
+        self.in_flight = InFlight(ranks.device)
+        self.has_loop = config.model.num_loops > 0
+        self.compiled = config.train.compile and ranks.device.type == "cuda"
+        self._forward = torch.compile(self._micro_loss) if self.compiled else self._micro_loss
+        self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
+        self._resumed = False
+        self._graphs = 0
+
+    # One step
+
+    def _micro_loss(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, loop: bool) -> Tensor:
+        # The configured length, not the batch's longest: a number that changes would be compiled in again and again.
+        longest = (self.config.data.train_seq_len or inputs.numel()) if cu_seqlens is not None else None
+        return self.model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=longest, loop=loop)
+
+    def _backward(self, batch: Batch, loop: bool) -> Tensor:
+        if batch.cu_seqlens is not None and self.compiled:
+            torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
+        loss = self._forward(batch.inputs, batch.targets, batch.cu_seqlens, loop)
+        (loss / self.accumulate).backward()
+        return loss.detach()
+
+    def train_step(self, settings: StepSettings) -> Tensor:
+        """Micro-batches, optimiser, average. Returns (loss, gradient norm, attention pairs), fp64, on the device.
+
+        Loss and norm are means over the ranks, pairs their sum. Nothing here waits for the device.
+        """
+        self.model.late_qat = settings.late_qat
+        losses, pairs = [], []
+        for _ in range(self.accumulate):
+            batch = self.loader.next_batch()
+            losses.append(self._backward(batch, settings.loop))
+            pairs.append(attention_pairs(batch))
+        loss = torch.stack(losses).mean()
+        norm = self.optimizer.step(settings.lr_scale, settings.muon_momentum)
+        self.model.late_qat = False
+        world = self.ranks.world
+        return self.ranks.sum_(torch.stack([loss.double() / world, norm.double() / world, torch.stack(pairs).sum()]))
+
+    # Before the first step
+
+    def prepare(self) -> None:
+        """Compiles both graphs, then runs the preset's warm-up steps and undoes them completely."""
+        self._compile_graphs()
+        if not self._resumed:
+            self._warm_up()
+        self._graphs = compiled_graphs()
+
+    def _modes(self) -> list[tuple[bool, bool]]:
+        """(loop, late QAT) of every graph that may be needed."""
+        loops = [False, True] if self.has_loop else [False]
+        late_qats = [False, True] if self.config.train.late_qat_threshold > 0 else [False]
+        return [(loop, late_qat) for late_qat in late_qats for loop in loops]
+
+    def _compile_graphs(self) -> None:
+        if not self.compiled:
+            return
+        state = self.loader.state_dict()
+        batch = self.loader.next_batch()
+        for loop, late_qat in self._modes():
+            self.model.late_qat = late_qat
+            self._backward(batch, loop)
+        self.model.late_qat = False
+        self.optimizer.zero_grad()
+        self.loader.load_state_dict(state)
+
+    def _warm_up(self) -> None:
+        steps = self.config.train.warmup_steps
+        if steps <= 0:
+            return
+        weights = {name: p.detach().clone() for name, p in self.params.items()}
+        loader, random = self.loader.state_dict(), random_state(self.ranks.device)
+        for loop in [False, True] if self.has_loop else [False]:
+            for step in range(steps):
+                momentum = schedule.muon_momentum(self.config.train, step)
+                with self._out_of_memory():
+                    self.train_step(StepSettings(0.0, 1.0, momentum, loop, late_qat=False))
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(weights[name])
+        self.optimizer.reset(momentum=self.config.train.restore_muon_momentum)
+        self.average.reset()
+        self.loader.load_state_dict(loader)
+        set_random_state(random, self.ranks.device)
+        self.monitor.say(f"warm-up: {steps} steps a graph, undone")
+
+    # The loop
+
+    def run(self) -> TrainResult:
+        """Steps until the budget or `iterations` is used up, or a signal comes."""
+        train = self.config.train
+        interrupted = None
+        with stop_signals() as received:
+            self._start_clock()
+            while True:
+                ahead = len(self.in_flight) * self.monitor.step_seconds()
+                elapsed, signal_number = self.ranks.agree_max(self._elapsed() + ahead, float(received[0]))
+                interrupted = int(signal_number) or None
+                done = self.step >= train.iterations or (self.budget is not None and elapsed >= self.budget)
+                if interrupted or done:
+                    break
+                if train.val_loss_every > 0 and self.step % train.val_loss_every == 0:
+                    self._validate()
+                settings = schedule.settings_at(train, self.step, elapsed, has_loop=self.has_loop)
+                self._one_step(settings, elapsed)
+                if train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0:
+                    self.save()
+            self._finish(self.in_flight.drain())
+            self._stop_clock()
+        if interrupted:
+            path = self.save()
+            self.monitor.say(f"{signal.Signals(interrupted).name}: stopped after step {self.step}, saved {path}")
+        return self._result(interrupted)
+
+    def _one_step(self, settings: StepSettings, elapsed: float) -> None:
+        with self._out_of_memory():
+            values = self.train_step(settings)
+            self.average.update()
+        self.step += 1
+        record = StepRecord(self.step, settings, elapsed, self.config.train.train_batch_tokens)
+        self._finish(self.in_flight.push(record, values))
+
+    def _finish(self, records: list[StepRecord]) -> None:
+        """Books finished steps. A loss that is not finite, the same on every rank, ends the run."""
+        self.monitor.add(records)
+        for record in records:
+            if not torch.isfinite(torch.tensor([record.loss, record.grad_norm])).all():
+                raise TrainError(self._explain_not_finite(record))
+
+    def _explain_not_finite(self, record: StepRecord) -> str:
+        recent = [
+            {"step": r.step, "loss": r.loss, "grad_norm": r.grad_norm, "lr_scale": r.settings.lr_scale}
+            for r in self.monitor.recent
+        ]
+        path = self.run_dir.path / "not_finite.json"
+        if self.run_dir.writes:
+            report = {"step": record.step, "recent": recent, "loader_after": self.loader.state_dict()}
+            with atomic_write(path, "w") as file:
+                json.dump(report, file, indent=1)
+        losses = ", ".join(f"{r['loss']:.3f}" for r in recent[-5:])
+        return (
+            f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm} (last losses: {losses}; lr "
+            f"x{record.settings.lr_scale:.3f}, loop {'on' if record.settings.loop else 'off'}); wanted finite numbers. "
+            f"{path} has the steps before; smaller --matrix-lr, --tied-embed-lr or --scalar-lr may help"
+        )
+
+    @contextmanager
+    def _out_of_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            train = self.config.train
+            tokens = train.train_batch_tokens // train.micro_batches
+            raise TrainError(
+                f"out of memory on {self.ranks.device} with {tokens:,} tokens a micro-batch; "
+                f"--micro-batches {2 * train.micro_batches} halves them and leaves the step as it is "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    def _validate(self) -> None:
+        from model.evaluate import evaluate
+
+        self._finish(self.in_flight.drain())
+        self._stop_clock()
+        started = time.perf_counter()
+        result = evaluate(self.model, self.dataset, "plain", self.config, device=self.ranks.device)
+        seconds = time.perf_counter() - started
+        self.monitor.flush()
+        self.run_dir.append_metrics(
+            [{"step": self.step, "val_loss": result.val_loss, "val_bpb": result.bpb, "val_seconds": seconds}]
+        )
+        self.monitor.say(
+            f"step {self.step}  val_loss {result.val_loss:.5f}  val_bpb {result.bpb:.5f}  ({seconds:.1f} s)"
+        )
+        self._start_clock()
+
+    def _result(self, interrupted: int | None) -> TrainResult:
+        recompiles = compiled_graphs() - self._graphs
+        tokens = self.step * self.config.train.train_batch_tokens
+        peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(self.average.average[name])
+        if interrupted is None:
+            self.run_dir.save_model(self.model.state_dict(), self.config)
+            self.monitor.say(
+                f"trained {self.step} steps, {tokens:,} tokens in {self.seconds:.1f} s"
+                + (f", {recompiles} recompiles, peak memory {peak / 2**30:.1f} GiB" if peak is not None else "")
+            )
+        self.run_dir.merge_result(
+            {
+                "train": {"steps": self.step, "tokens": tokens, "recompiles": recompiles, "peak_gpu_bytes": peak},
+                "seconds": {"train": self.seconds},
+            }
+        )
+        return TrainResult(self.model, self.step, self.seconds, tokens, recompiles, interrupted)
+
+    # The clock
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._clock_started
+
+    def _start_clock(self) -> None:
+        self.ranks.barrier()
+        self._clock_started = time.perf_counter()
+        self.in_flight.restart_clock()
+
+    def _stop_clock(self) -> None:
+        self.seconds = self._elapsed()
+
+    # Checkpoints
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step. A collective; returns when it is on the disk."""
+        self._finish(self.in_flight.drain())
+        self.monitor.flush()
+        tensors = {f"model.{name}": p for name, p in self.params.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
+        state = {"seconds": self._elapsed(), "ranks": self.ranks.gather_json(mine)}
+        path = self.run_dir.checkpoints / f"step_{self.step:08d}"
+        with self.ranks.together("writing a checkpoint"):
+            if self.run_dir.writes:
+                save_checkpoint(self.run_dir.checkpoints, self.step, tensors, state, self.config.train.keep_checkpoints)
+        return path
+
+    def resume(self) -> None:
+        """Goes on from the newest whole checkpoint of the run, if there is one."""
+        with self.ranks.together("reading a checkpoint"):
+            checkpoint, problems = latest_checkpoint(self.run_dir.checkpoints)
+        for problem in problems:
+            self.monitor.say(f"checkpoint passed over: {problem}")
+        steps = self.ranks.gather_json(checkpoint.step if checkpoint else None)
+        if len(set(steps)) != 1:
+            raise TrainError(f"resume: ranks see different checkpoints (steps {steps}), wanted one folder for all")
+        if checkpoint is not None:
+            self._load(checkpoint)
+            self.monitor.say(f"resumed after step {self.step}, {self.seconds:.1f} s, from {checkpoint.path}")
+
+    @torch.no_grad()
+    def _load(self, checkpoint: Checkpoint) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for name, tensor in checkpoint.tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        states = checkpoint.state["ranks"]
+        if len(states) != self.ranks.world:
+            raise ArtifactError(f"{checkpoint.path}: written by {len(states)} ranks, wanted {self.ranks.world}")
+        self.model.load_state_dict(parts["model"])
+        self.average.load_state(parts["average"])
+        self.optimizer.load_state(parts["optimizer"])
+        self.loader.load_state_dict(states[self.ranks.rank]["loader"])
+        set_random_state(states[self.ranks.rank]["random"], self.ranks.device)
+        self.step, self.seconds = checkpoint.step, float(checkpoint.state["seconds"])
+        self.run_dir.forget_metrics_after(self.step)
+        self._resumed = True
+
+    def close(self) -> None:
+        self.monitor.close()
+        self.loader.close()
+
+
+def make_loader(config: Config, dataset: Dataset, ranks: Dist) -> Loader:
+    """The preset's training loader for this rank."""
+    options: dict[str, Any] = {"bucket_size": config.data.cu_bucket_size} if config.data.loader == "documents" else {}
+    return LOADERS[config.data.loader](
+        dataset.train_shards,
+        tokens=config.train.train_batch_tokens // config.train.micro_batches,
+        seq_len=config.data.train_seq_len,
+        vocab_size=config.model.vocab_size,
+        rank=ranks.rank,
+        world_size=ranks.world,
+        device=ranks.device,
+        **options,
+    )
+
+
+def check_dataset(config: Config, dataset: Dataset) -> None:
+    """Raises DataError when the tokenizer has more pieces than the network has embeddings."""
+    if dataset.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{dataset.name}: its tokenizer has {dataset.vocab_size} pieces, wanted at most "
+            f"vocab_size={config.model.vocab_size}; set --vocab-size {dataset.vocab_size} or use other data"
+        )
+
+
+def attention_pairs(batch: Batch) -> Tensor:
+    """Sum of n (n + 1) / 2 over the batch's sequences, fp64, on the batch's device."""
+    if batch.cu_seqlens is None:
+        rows, length = batch.inputs.shape
+        return torch.full((), rows * length * (length + 1) / 2, dtype=torch.float64, device=batch.inputs.device)
+    lengths = batch.cu_seqlens.diff().double()
+    return (lengths * (lengths + 1)).sum() / 2
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """States of torch's generators, as JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(bytes(state.tolist())).decode() for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    decoded = {name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
+    torch.set_rng_state(decoded["cpu"])
+    if device.type == "cuda" and "cuda" in decoded:
+        torch.cuda.set_rng_state(decoded["cuda"], device)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C put their number into the list; a second one of them ends the process as usual."""
+    received = [0]
+    previous = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received[0]:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        received[0] = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
