@@ -3,9 +3,9 @@
     y_p = x W_p^T + scale * (x A_p[b]^T) B_p[b]^T (+ residual_p)
 
 b is the document's adapter; p runs over the projections that share the input x (q, k, v, and the adapter of o). With
-g_p = dy_p, s_p = x A_p[b]^T and e_p = scale * g_p B_p[b]:
+g_p = dy_p, s_p = scale * x A_p[b]^T and e_p = scale * g_p B_p[b]:
 
-    dx = sum_p g_p W_p + e_p A_p[b],   dA_p[b] = e_p^T x,   dB_p[b] = scale * g_p^T s_p,   dW_p = g_p^T x,
+    dx = sum_p g_p W_p + e_p A_p[b],   dA_p[b] = e_p^T x,   dB_p[b] = g_p^T s_p,   dW_p = g_p^T x,
     dresidual_p = g_p
 
 x [B, T, in] with a document a row, or packed [N, in] with `cu_seqlens`. The adapters' two products are the extra depth
@@ -98,6 +98,11 @@ def _outer(u: torch.Tensor, v: torch.Tensor, count: int, dtype: torch.dtype, lay
 _WEIGHT, _RESIDUAL = 1, 2
 
 
+def _padded_rank(lora_a: torch.Tensor, x: torch.Tensor) -> int:
+    """Columns of a projection among the saved ones: its rank, rounded up to 16 bytes for the copy engine."""
+    return lora_a.shape[1] + -lora_a.shape[1] % (16 // x.element_size())
+
+
 def _spread(present: Sequence[torch.Tensor], parts: Sequence[int], bit: int) -> list[torch.Tensor | None]:
     iterator = iter(present)
     return [next(iterator) if part & bit else None for part in parts]
@@ -122,20 +127,20 @@ def _forward(
     ys, shrunk = [], []
     for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
         s = _times(x, a.to(x.dtype).mT, layout)
+        s = s if scale == 1.0 else s * scale
         y = _times(s, b.to(x.dtype).mT, layout)
-        y = y if scale == 1.0 else y * scale
         if weight is not None:
             y += x @ weight.to(x.dtype).t()
         if residual is not None:
             y += residual
         ys.append(y)
-        shrunk.append(s)
+        shrunk.append(F.pad(s, (0, _padded_rank(a, x) - s.shape[1])))
     return [*ys, torch.cat(shrunk, dim=1)]
 
 
 def _forward_fake(x, weights, lora_as, lora_bs, residuals, parts, cu_seqlens, index, rows, scale):
     ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
-    return [*ys, x.new_empty((x.shape[0], sum(a.shape[1] for a in lora_as)))]
+    return [*ys, x.new_empty((x.shape[0], sum(_padded_rank(a, x) for a in lora_as)))]
 
 
 def _backward_kernel(
@@ -168,12 +173,12 @@ def _backward_kernel(
         return [d_x, *d_weights, *d_as, *d_bs]
     d_x = torch.zeros_like(x) if wants_x else x.new_empty(0)
     d_as, d_bs = [], []
-    columns = shrunk.split([a.shape[1] for a in lora_as], dim=1)
+    columns = shrunk.split([_padded_rank(a, x) for a in lora_as], dim=1)
     for grad, weight, a, b, s in zip(grads, per_weight, lora_as, lora_bs, columns, strict=True):
         e = _times(grad, b.to(x.dtype), layout)
         e = e if scale == 1.0 else e * scale
         d_as.append(_outer(e, x, a.shape[0], a.dtype, layout))
-        d_bs.append(_outer(grad, s if scale == 1.0 else s * scale, b.shape[0], b.dtype, layout))
+        d_bs.append(_outer(grad, s[:, : a.shape[1]], b.shape[0], b.dtype, layout))
         if wants_x:
             d_x += _times(e, a.to(x.dtype), layout)
             if weight is not None:
