@@ -133,3 +133,8 @@ def can_describe(tensor: torch.Tensor) -> bool:
 def block_at_least(size: int, smallest: int, largest: int) -> int:
     """The power of two that covers `size`, within [smallest, largest]."""
     return min(max(1 << (max(size, 1) - 1).bit_length(), smallest), largest)
+
+
+def packed_heads(x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, d] with its heads side by side in each token, whatever the tokens' stride."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -41,14 +41,14 @@ def _parts(y: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def _forward(y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if runs_triton(y) and y.numel():
-        return kernels("xsa").forward(y, v)
+        return kernels("xsa").forward(y, v, MIN_NORM)
     grouped, unit, _ = _parts(y, v)
     return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(1, 2).to(y.dtype)
 
 
 def _backward_kernel(grad: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_triton(y) and y.numel():
-        return kernels("xsa").backward(grad, y, v)
+        return kernels("xsa").backward(grad, y, v, MIN_NORM)
     grouped, unit, inverse = _parts(y, v)
     upstream = grad.to(grouped.dtype).unflatten(1, (v.shape[1], -1))
     p = (grouped * unit).sum(-1, keepdim=True)

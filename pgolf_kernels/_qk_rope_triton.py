@@ -1,0 +1,152 @@
+"""Triton kernels of qk_rope.py: one program takes a few tokens, first their query heads, then their key heads.
+
+A tile is [tokens * heads, d]. The rotation needs each row's columns twice, in place and with the halves of the first
+2 P swapped: the second load hits L1 and saves a shuffle through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf_kernels import _triton_op
+
+TOKENS = 8  # a tile; 4 warps then hold 32 values a thread
+WARPS = 4
+
+
+@triton.jit
+def _tile(tile, tokens, length, cos_ptr, sin_ptr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr,
+          DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """(token, head, column, swapped column, mask, cosine, sine with sign) of a tile's elements."""
+    row = tl.arange(0, TOKENS * HEADS_PADDED)
+    token = tile * TOKENS + row // HEADS_PADDED
+    head = row % HEADS_PADDED
+    column = tl.arange(0, DIM_PADDED)
+    mask = ((token < tokens) & (head < HEADS))[:, None] & (column < DIM)[None, :]
+    swapped = tl.where(column < PAIRS, column + PAIRS, tl.where(column < 2 * PAIRS, column - PAIRS, column))
+    if PAIRS > 0:
+        turns = mask & (column < 2 * PAIRS)[None, :]
+        entry = (token % length)[:, None] * PAIRS + (column % PAIRS)[None, :]
+        cos = tl.load(cos_ptr + entry, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + entry, mask=turns, other=0.0).to(tl.float32)
+        sin = tl.where((column < PAIRS)[None, :], sin, -sin)
+    else:
+        cos = tl.full((TOKENS * HEADS_PADDED, DIM_PADDED), 1.0, tl.float32)
+        sin = tl.zeros((TOKENS * HEADS_PADDED, DIM_PADDED), tl.float32)
+    return token.to(tl.int64), head, column, swapped, mask, cos, sin
+
+
+@triton.jit
+def _turn(x_ptr, out_ptr, gain_ptr, cos_ptr, sin_ptr, tile, tokens, stride, length, eps, GAIN: tl.constexpr,
+          HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+          PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    token, head, column, swapped, mask, cos, sin = _tile(
+        tile, tokens, length, cos_ptr, sin_ptr, HEADS, HEADS_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS
+    )
+    base = (token * stride + head * DIM)[:, None]
+    x = tl.load(x_ptr + base + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + base + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
+    if GAIN:
+        factor *= tl.load(gain_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
+    out = (x * cos + other * sin) * factor[:, None]
+    target = (token * (HEADS * DIM) + head * DIM)[:, None] + column[None, :]
+    tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stride, length, eps,
+                    H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
+                    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
+                    TOKENS: tl.constexpr):  # fmt: skip
+    tile = tl.program_id(0)
+    _turn(q, out_q, gain, cos, sin, tile, tokens, q_stride, length, eps, True, H, H_PADDED, DIM, DIM_PADDED, PAIRS,
+          TOKENS)  # fmt: skip
+    _turn(k, out_k, gain, cos, sin, tile, tokens, k_stride, length, eps, False, HKV, HKV_PADDED, DIM, DIM_PADDED,
+          PAIRS, TOKENS)  # fmt: skip
+
+
+@triton.jit
+def _turn_back(grad_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile, tokens, stride, length, eps,
+               GAIN: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr,
+               DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    token, head, column, swapped, mask, cos, sin = _tile(
+        tile, tokens, length, cos_ptr, sin_ptr, HEADS, HEADS_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS
+    )
+    packed = (token * (HEADS * DIM) + head * DIM)[:, None]
+    x = tl.load(x_ptr + (token * stride + head * DIM)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad_ptr + packed + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(grad_ptr + packed + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
+    normed = x * inverse[:, None]
+    back = g * cos - other * sin
+    inner = tl.sum(back * normed, axis=1)
+    factor = inverse
+    if GAIN:
+        d_gain += inner
+        factor *= tl.load(gain_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
+    d = factor[:, None] * (back - normed * (inner / DIM)[:, None])
+    tl.store(d_ptr + packed + column[None, :], d.to(d_ptr.dtype.element_ty), mask=mask)
+    return d_gain
+
+
+@triton.jit
+def _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, d_q, d_k, partial, tokens, q_stride, k_stride, length, eps,
+                     H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
+                     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
+                     TOKENS: tl.constexpr):  # fmt: skip
+    d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
+    unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
+        d_gain = _turn_back(grad_q, q, d_q, gain, d_gain, cos, sin, tile, tokens, q_stride, length, eps, True, H,
+                            H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+        unused = _turn_back(grad_k, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, length, eps, False, HKV,
+                            HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+    row = tl.arange(0, TOKENS * H_PADDED)
+    tl.store(partial + tl.program_id(0) * (TOKENS * H_PADDED) + row, d_gain)
+
+
+def _shape(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
+    heads, dim = q.shape[1:]
+    kv_heads = k.shape[1]
+    return {
+        "H": heads,
+        "H_PADDED": triton.next_power_of_2(heads),
+        "HKV": kv_heads,
+        "HKV_PADDED": triton.next_power_of_2(kv_heads),
+        "DIM": dim,
+        "DIM_PADDED": triton.next_power_of_2(dim),
+        "PAIRS": cos.shape[1],
+        "TOKENS": TOKENS,
+    }
+
+
+def forward(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = _triton_op.packed_heads(q), _triton_op.packed_heads(k), cos.contiguous(), sin.contiguous()
+    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    tokens = q.shape[0]
+    _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+        q, k, gain, cos, sin, out_q, out_k, tokens, q.stride(0), k.stride(0), cos.shape[0], eps,
+        **_shape(q, k, cos), num_warps=WARPS,
+    )  # fmt: skip
+    return out_q, out_k
+
+
+def backward(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, cos, sin = grad_q.contiguous(), grad_k.contiguous(), cos.contiguous(), sin.contiguous()
+    q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
+    d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    shape = _shape(q, k, cos)
+    tokens = q.shape[0]
+    programs = min(triton.cdiv(tokens, TOKENS), 8 * _triton_op.grid_size(q))
+    partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
+    _backward_kernel[(programs,)](
+        grad_q, grad_k, q, k, gain, cos, sin, d_q, d_k, partial, tokens, q.stride(0), k.stride(0), cos.shape[0], eps,
+        **shape, num_warps=WARPS,
+    )  # fmt: skip
+    return d_q, d_k, partial.sum((0, 1))[: gain.numel()].to(gain.dtype)
