@@ -245,6 +245,7 @@ class EvalConfig:
     cache_alpha: float = 0.2
     cache_order: int = 7
     cache_pretrain_tokens: int = 2_000_000
+    cache_adapters: bool = True  # low-rank adapters on q and v beside the cache
     cache_reset_every: int = 8
     compat: bool = False  # reproduce the published scorer's defects; its ledger is marked "not a legal score"
 

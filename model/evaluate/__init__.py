@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from model.config import Config
 from model.data.dataset import Dataset
+from model.data.shards import read_shard
 from model.errors import ConfigError
 from model.evaluate.bpb import score_per_document
 from model.evaluate.documents import find_documents
@@ -37,6 +38,8 @@ from model.evaluate.plain import DROPPED_SEQUENCES, evaluate_plain
 from model.evaluate.session import Progress, Session
 from model.evaluate.sgd_ttt import evaluate_sgd_ttt
 from model.evaluate.sliding import evaluate_sliding
+from model.evaluate.sliding_cache import DEFECTS as CACHE_DEFECTS
+from model.evaluate.sliding_cache import evaluate_sliding_cache
 from model.gpt import GPT
 
 TILT = "ngram-tilt"
@@ -46,6 +49,7 @@ _MODES: dict[str, Callable[[Session], None]] = {
     "sgd-ttt": evaluate_sgd_ttt,
     "lora-ttt": evaluate_lora_ttt,
     "phased": evaluate_phased,
+    "sliding-cache": evaluate_sliding_cache,
 }
 MODES = tuple(_MODES)
 
@@ -126,7 +130,10 @@ def evaluate(
             before = time.monotonic()
             session.tilt = make_tilt(tokens, config.eval, dataset.byte_tables, device)
             parts["hints"] = time.monotonic() - before
-        _MODES[name](session)
+        if name == "sliding-cache" and config.eval.compat:
+            evaluate_sliding_cache(session, train_tokens=_first_tokens(dataset, config.eval.cache_pretrain_tokens))
+        elif session.ledger.missing() or not session.ledger.legal:
+            _MODES[name](session)
         session.exchange()
         session.ledger.finish()
         session.pause(last=True)
@@ -150,7 +157,16 @@ def _defects(name: str, config: Config) -> tuple[str, ...]:
         return ()
     if name == "plain" and config.data.loader == "documents":
         return (DROPPED_SEQUENCES,)
-    return ()
+    return CACHE_DEFECTS if name == "sliding-cache" else ()
+
+
+def _first_tokens(dataset: Dataset, count: int) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for shard in dataset.train_shards:
+        if sum(len(part) for part in parts) >= count:
+            break
+        parts.append(read_shard(shard))
+    return np.concatenate([np.empty(0, np.uint16), *parts])[:count]
 
 
 def _distributed() -> bool:

@@ -106,6 +106,10 @@ class Ledger:
         """Whether every token of the ranges [start, end) has its score (the value may still be on its way)."""
         return bool(self._scored[ranges_to_positions(np.atleast_1d(starts), np.atleast_1d(ends))].all())
 
+    def has(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of the tokens has its score: bool."""
+        return self._scored[tokens]
+
     def score(
         self,
         state: np.ndarray | int,

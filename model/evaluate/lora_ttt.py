@@ -24,6 +24,7 @@ from model.evaluate.adapter_bank import AdapterBank, InitialA
 from model.evaluate.documents import balance, document_costs, find_documents, num_chunks, ranges_to_positions
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.session import Session
+from model.evaluate.step_graphs import StepGraphs
 
 PAUSE_STEPS = 32  # between fetches of scores from the device
 SIZE_MULTIPLE = 256  # tokens of a step on a GPU are rounded up to a multiple of this ...
@@ -129,88 +130,130 @@ class DocumentTrainer:
             initial_a=initial_a,
         )
         self._columns = torch.arange(config.ttt_chunk_size, device=session.device)
+        self._graphs: StepGraphs | None = None
 
-    def my_documents(self, chosen: np.ndarray) -> np.ndarray:
-        """This rank's share of the documents `chosen`, the most costly first."""
-        config = self.session.config
-        costs = document_costs(self.documents[chosen], config.ttt_chunk_size, config.ttt_eval_seq_len)
-        return chosen[balance(costs, self.session.world)[self.session.rank]]
+    def prepare(self, parts: list[np.ndarray]) -> None:
+        """On a GPU: one CUDA graph for each step size that reading the `parts` in turn will need.
 
-    def read(self, chosen: np.ndarray, state: int) -> None:
-        """Scores this rank's share of the documents, each starting from the base weights' `state`.
+        Kernels are compiled and warmed up on random tokens; the stream's own are put aside meanwhile.
+        """
+        if self.session.device.type != "cuda" or not self.session.graphs:
+            return
+        multiple = max(SIZE_MULTIPLE, self.slots)
+        sizes = np.array([step.size for part in parts for step in self._plan(self._open(part))], dtype=np.int64)
+        if not len(sizes):
+            return
+        chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
+        with self.session.random_tokens():
+            self._graphs = StepGraphs(self._pass, [self._warm_up_control(int(size)) for size in chosen], chosen)
+
+    def read(self, part: np.ndarray, state: int) -> None:
+        """Scores this rank's share of the documents `part`, each starting from the base weights' `state`.
 
         Documents that the ledger has already are left out; one that was interrupted is read again from its start, and
         what it has scores for is trained on but not scored again.
         """
-        session, config = self.session, self.session.config
-        order = self.my_documents(chosen)
-        starts, ends = self.documents[order, 0] + 1, self.documents[order].sum(axis=1)
-        order = order[[not session.ledger.is_scored(start, end) for start, end in zip(starts, ends, strict=True)]]
-        plan = plan_steps(
-            self.documents, order, slots=self.slots, chunk_size=config.ttt_chunk_size, seq_len=config.ttt_eval_seq_len
-        )
         states = np.full(self.slots, state)
-        for number, step in enumerate(plan, start=1):
+        for number, step in enumerate(self._plan(self._open(part)), start=1):
             states[step.new] = state
             self._run(step, states)
             if number % PAUSE_STEPS == 0:
-                session.pause()
-        session.pause()
+                self.session.pause()
+        self.session.pause()
+
+    def _open(self, part: np.ndarray) -> np.ndarray:
+        """This rank's share of the documents `part` that have no full score yet, the most costly first."""
+        config, session = self.session.config, self.session
+        costs = document_costs(self.documents[part], config.ttt_chunk_size, config.ttt_eval_seq_len)
+        mine = part[balance(costs, session.world)[session.rank]]
+        starts, ends = self.documents[mine, 0] + 1, self.documents[mine].sum(axis=1)
+        done = [session.ledger.is_scored(start, end) for start, end in zip(starts, ends, strict=True)]
+        return mine[~np.array(done, dtype=bool)]
+
+    def _plan(self, order: np.ndarray) -> Iterator[Step]:
+        config = self.session.config
+        return plan_steps(
+            self.documents, order, slots=self.slots, chunk_size=config.ttt_chunk_size, seq_len=config.ttt_eval_seq_len
+        )
 
     def _run(self, step: Step, states: np.ndarray) -> None:
         config, ledger = self.session.config, self.session.ledger
         if step.new.any():
             slots = np.flatnonzero(step.new)
             self.bank.hand_over(slots, step.document[slots])
-        control = torch.from_numpy(
-            np.stack([step.start, step.length, step.offset, step.count, step.trains * (step.chunk + 1)])
-        ).to(self.session.device, non_blocking=True)
-        trains = bool(step.trains.any())
-        score = self._pass(step.size, control, 0 if trains else None)
+        score = self._forward(step, 0)
         # The targets of a window's inputs start one token later.
         first = step.start + step.offset + 1
-        fresh = np.flatnonzero(step.count > 0)
-        fresh = fresh[[not ledger.is_scored(first[i], first[i] + step.count[i]) for i in fresh]]
+        end = first + step.count
+        fresh = np.flatnonzero((step.count > 0) & ~ledger.has(first))
         select = ranges_to_positions(fresh * config.ttt_chunk_size, fresh * config.ttt_chunk_size + step.count[fresh])
-        ledger.score(states[fresh], first[fresh], (first + step.count)[fresh], score, select)
-        if trains:
+        ledger.score(states[fresh], first[fresh], end[fresh], score, select)
+        if step.trains.any():
             slots = np.flatnonzero(step.trains)
-            states[slots] = ledger.update(states[slots], first[slots], (first + step.count)[slots], separate=True)
+            states[slots] = ledger.update(states[slots], first[slots], end[slots], separate=True)
             for repeat in range(1, config.ttt_grad_steps):
-                self._pass(step.size, control, repeat)
+                self._forward(step, repeat)
 
-    def _pass(self, size: int, control: Tensor, repeat: int | None) -> Tensor:
-        """One forward pass and, unless `repeat` is None, the repeat-th optimiser step on it; scores [slots * chunk]."""
-        start, length, offset, count, trained = control
+    def _forward(self, step: Step, repeat: int) -> Tensor:
+        """Runs one step, the `repeat`-th time on its windows; scores [slots * chunk]."""
+        count = np.where(step.trains, step.chunk * self.session.config.ttt_grad_steps + repeat + 1, 0)
+        control = torch.from_numpy(np.stack([step.start, step.length, step.offset, step.count, count]))
+        if self._graphs is not None:
+            return self._graphs.run(step.size, control)
+        return self._pass(step.size, control.to(self.session.device), train=bool(step.trains.any()))
+
+    def _pass(self, size: int, control: Tensor, train: bool = True) -> Tensor:
+        """A forward pass over a packed row of `size` inputs, then an optimiser step if asked for.
+
+        control: int64 [5, slots] of first input in the stream, inputs, chunk's offset, chunk's predictions, and the
+        number of the slot's optimiser step (0: none). Inputs beyond their sum fill the row and are nobody's.
+        """
         session, config = self.session, self.session.config
+        start, length, offset, count, steps = control
         bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
         rows = torch.arange(size, device=session.device)
         slot = torch.searchsorted(bounds[1:], rows, right=True).clamp_(max=self.slots - 1)
-        inputs = start[slot] + rows - bounds[slot]
+        inputs = (start[slot] + rows - bounds[slot]).clamp_(max=session.num_tokens - 2)
         # Scored positions, one line a slot; a line that is not full repeats its last, which nobody reads.
         columns = torch.minimum(self._columns, (count - 1).clamp(min=0).unsqueeze(1))
         positions = (bounds[:-1] + offset).unsqueeze(1).add(columns).clamp_(max=size - 1).view(-1)
-        cu_seqlens = bounds.int()
-        with torch.set_grad_enabled(repeat is not None):
+        with torch.set_grad_enabled(train):
             nll, score = session.losses(
                 session.input_ids[inputs][None],
                 session.target_ids[inputs + 1][None],
                 positions,
                 inputs[positions] + 1,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=self._attention_bounds(bounds, size),
                 max_seqlen=config.ttt_eval_seq_len,
-                adapters=self.bank.adapters(cu_seqlens),
+                adapters=self.bank.adapters(bounds.int()),
             )
-            if repeat is not None:
+            if train:
                 means = nll.view(self.slots, -1).mean(dim=1)
-                grads = torch.autograd.grad((means * (trained > 0)).sum(), self.bank.leaves)
-                steps = torch.where(trained > 0, (trained - 1) * config.ttt_grad_steps + repeat + 1, 0)
+                grads = torch.autograd.grad((means * (steps > 0)).sum(), self.bank.leaves)
                 self.bank.step(grads, steps)
         return score
+
+    def _attention_bounds(self, bounds: Tensor, size: int) -> Tensor:
+        """`bounds` and, where the row is filled up, further ones that cut the filling into windows: int32."""
+        if self.session.device.type != "cuda":
+            return bounds.int()
+        seq_len = self.session.config.ttt_eval_seq_len
+        filling = torch.arange(1, -(-size // seq_len) + 1, device=bounds.device) * seq_len
+        return torch.cat([bounds, (bounds[-1:] + filling).clamp_(max=size)]).int()
+
+    def _warm_up_control(self, size: int) -> Tensor:
+        """Every slot reads as many random tokens as fit, and trains."""
+        config = self.session.config
+        length = max(1, min(size // self.slots, config.ttt_eval_seq_len, self.session.num_tokens - 1))
+        count = min(length, config.ttt_chunk_size)
+        column = torch.tensor([0, length, length - count, count, 1])
+        return column.unsqueeze(1).repeat(1, self.slots)
 
 
 def evaluate_lora_ttt(session: Session, *, initial_a: InitialA | None = None, seed: int = 0) -> None:
     """Scores every document of the stream with adapters of its own."""
     documents = find_documents(session.tokens)
     trainer = DocumentTrainer(session, documents, initial_a=initial_a, seed=seed)
-    trainer.read(np.arange(len(documents)), ARTIFACT_STATE)
+    every = np.arange(len(documents))
+    trainer.prepare([every])
+    trainer.read(every, ARTIFACT_STATE)

@@ -73,6 +73,7 @@ def evaluate_phased(session: Session, *, initial_a: InitialA | None = None, seed
         prefix=config.phased_prefix_docs,
         phases=config.phased_num_phases,
     )
+    trainer.prepare([read for read, _ in plan])
     state = ARTIFACT_STATE
     for read, train in plan:
         trainer.read(read, state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Session:
     """One evaluation of `model` on the stream `tokens` (uint16 [T]) under `config`.
 
     `targets` stands in for `tokens` where losses are taken: the verifier puts other candidates there. `documents_apart`
-    says whether attention stops at BOS. `loop` is the layer order. `progress(score so far, tokens in all, seconds)` is
+    says whether attention stops at BOS. `loop` is the layer order; `graphs` allows CUDA
+    graphs. `progress(score so far, tokens in all, seconds)` is
     called now and then on every rank with that rank's score; `ledger_path` is where rank 0 saves the ledger.
     """
 
@@ -44,6 +46,7 @@ class Session:
     targets: np.ndarray | None = None
     tilt: Tilt | None = None
     loop: bool = True
+    graphs: bool = True
     progress: Progress | None = None
     ledger_path: Path | None = None
     rank: int = 0
@@ -90,25 +93,46 @@ class Session:
         chosen = targets.reshape(-1)[positions]
         return nll, self.tilt.apply(nll.detach(), log_p_hint, chosen, token_index)
 
-    def score_windows(self, state: int, windows: np.ndarray, **inputs: object) -> None:
-        """Scores windows of the stream in one forward pass and enters them into the ledger.
+    def window_scores(self, windows: np.ndarray, **inputs: object) -> Tensor:
+        """Scores in nats of windows of the stream from one forward pass, window after window.
 
-        windows: int64 [n, 3] of (first input, inputs, inputs at the front whose predictions are not scored). Windows
-        that the ledger has already, after an interruption, are left out.
+        windows: int64 [n, 3] of (first input, inputs, inputs at the front whose predictions are not scored).
         """
-        done = [self.ledger.is_scored(start + skip + 1, start + length + 1) for start, length, skip in windows]
-        if self.ledger.legal:
-            windows = windows[~np.array(done, dtype=bool)]
-        if not len(windows):
-            return
         starts, lengths, skips = windows.T
         batch = self._packed(starts, lengths) if self.documents_apart else self._rows(starts, lengths)
         input_ids, targets, first, extra = batch
         positions = self._to_device(ranges_to_positions(first + skips, first + lengths))
         token_index = self._to_device(ranges_to_positions(starts + skips + 1, starts + lengths + 1))
         with torch.no_grad():
-            _, score = self.losses(input_ids, targets, positions, token_index, **extra, **inputs)
-        self.ledger.score(state, starts + skips + 1, starts + lengths + 1, score)
+            return self.losses(input_ids, targets, positions, token_index, **extra, **inputs)[1]
+
+    def score_windows(self, state: int, windows: np.ndarray) -> None:
+        """Scores windows in one forward pass and enters them; leaves out those that the ledger has already."""
+        windows = self.not_scored(windows)
+        if len(windows):
+            starts, lengths, skips = windows.T
+            self.ledger.score(state, starts + skips + 1, starts + lengths + 1, self.window_scores(windows))
+
+    def not_scored(self, windows: np.ndarray) -> np.ndarray:
+        """The windows that an interrupted evaluation has not scored yet (a compatible one starts over)."""
+        if not self.ledger.legal:
+            return windows
+        done = [self.ledger.is_scored(start + skip + 1, start + length + 1) for start, length, skip in windows]
+        return windows[~np.array(done, dtype=bool)]
+
+    @contextmanager
+    def random_tokens(self) -> Iterator[None]:
+        """Random tokens in the stream's place, for warming up: nothing is learnt or timed on those to be scored."""
+        streams = [self.input_ids] if self.target_ids is self.input_ids else [self.input_ids, self.target_ids]
+        aside = [stream.clone() for stream in streams]
+        generator = torch.Generator(self.device).manual_seed(0)
+        for stream in streams:
+            stream.random_(0, self.model.config.vocab_size, generator=generator)
+        try:
+            yield
+        finally:
+            for stream, tokens in zip(streams, aside, strict=True):
+                stream.copy_(tokens)
 
     def pause(self, *, last: bool = False) -> None:
         """A point where nothing is half done: reports progress and saves the ledger when it is time."""
