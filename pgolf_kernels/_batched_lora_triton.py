@@ -1,14 +1,18 @@
 """Triton kernels of batched_lora.py.
 
-`_project_kernel` is one persistent matrix product whose depth runs through several pairs of operands: up to three shared
-ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b]. Which pair a
-step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains between them. With
-no shared pair it is the product that shrinks x to the ranks. `_outer_kernel` sums u^T v over each adapter's rows.
+`_project_kernel` is one persistent matrix product whose depth runs through several pairs of operands: up to three
+shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
+Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
+between them. With no shared pair it is the product that shrinks x to the ranks. `_outer_kernel` sums u^T v over each
+adapter's rows.
 
 Dense batches are described as [documents, T, columns]: the copy engine then fills rows past a document's end with zeros
-and drops them when storing, whatever T is. Packed batches take their tiles from a map that one small kernel computes, so
-that no length reaches the host.
+and drops them when storing, whatever T is. Packed batches take their tiles from a map that one small kernel computes,
+so that no length reaches the host.
 """
+
+# Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
+# ruff: noqa: SIM102, SIM108
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Triton kernels of fused_mlp.py: the two matrix products that carry the activation.
 
-Both are persistent: a program takes tiles of 128 x 256 outputs until none is left, operands through the copy engine, the
-loops over tiles and depth flattened into one, so that the next tile's operands arrive while this one is written.
+Both are persistent: a program takes tiles of 128 x 256 outputs until none is left, operands through the copy engine,
+the loops over tiles and depth flattened into one, so that the next tile's operands arrive while this one is written.
 
-Sign bits: within each group of 256 columns, word l (of 8) holds in bit j the sign of column 8 j + l. In the tensor cores'
-accumulator layout the 32 elements of a word belong to one thread, so that packing needs no exchange between threads.
+Sign bits: within each group of 256 columns, word l (of 8) holds in bit j the sign of column 8 j + l. In the tensor
+cores' accumulator layout the 32 elements of a word belong to one thread, so that packing needs no exchange between
+threads.
 """
 
 from __future__ import annotations

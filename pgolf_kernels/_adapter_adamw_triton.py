@@ -1,0 +1,57 @@
+"""Triton kernel of adapter_adamw.py: one read of p, g and v, one write of p and v."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 4096, 8  # four 16-byte loads a thread and tensor in flight
+
+
+@triton.jit(do_not_specialize=["total", "documents"])
+def _step_kernel(
+    p_ptr, g_ptr, v_ptr, m_ptr, factor_ptr, reset_ptr, total, inner, documents, lr, beta1, beta2, eps, keep,
+    MOMENT: tl.constexpr, RESET: tl.constexpr, ZERO: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """UNIFORM: a block never spans two documents, so that idle documents cost nothing."""
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    i = base + tl.arange(0, BLOCK)
+    mask = i < total
+    document = (base // inner) % documents if UNIFORM else (i // inner) % documents
+    inverse1 = tl.load(factor_ptr + 2 * document)
+    inverse2 = tl.load(factor_ptr + 2 * document + 1)
+    runs = inverse2 > 0
+    if RESET:
+        fresh = tl.load(reset_ptr + document) != 0
+        runs = runs & (fresh == 0)
+        tl.store(v_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
+        if MOMENT:
+            tl.store(m_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
+        if ZERO:
+            tl.store(p_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
+    mask = mask & runs
+    p = tl.load(p_ptr + i, mask=mask, other=0.0)
+    g = tl.load(g_ptr + i, mask=mask, other=0.0)
+    v = beta2 * tl.load(v_ptr + i, mask=mask, other=0.0) + (1 - beta2) * g * g
+    if MOMENT:
+        g = beta1 * tl.load(m_ptr + i, mask=mask, other=0.0) + (1 - beta1) * g
+        tl.store(m_ptr + i, g, mask=mask)
+    tl.store(v_ptr + i, v, mask=mask)
+    tl.store(p_ptr + i, p * keep - lr * inverse1 * g / (tl.sqrt(v) * inverse2 + eps), mask=mask)
+
+
+def step(
+    p: Tensor, g: Tensor, v: Tensor, m: Tensor | None, factors: Tensor, reset: Tensor | None, zero: bool,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """One parameter tensor [slots, documents, ...], in place."""
+    inner = p.numel() // (p.shape[0] * p.shape[1])
+    with torch.cuda.device_of(p):
+        _step_kernel[(triton.cdiv(p.numel(), BLOCK),)](
+            p, g, v, m, factors, None if reset is None else reset.view(torch.uint8), p.numel(), inner, p.shape[1],
+            lr, beta1, beta2, eps, 1.0 - lr * weight_decay,
+            MOMENT=m is not None, RESET=reset is not None, ZERO=zero, UNIFORM=inner % BLOCK == 0, BLOCK=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
