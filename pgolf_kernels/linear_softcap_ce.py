@@ -217,8 +217,8 @@ def _forward(
     for rows in head.chunks(config_of(hidden).chunk):
         logits = hidden.new_empty(rows.stop - rows.start, len(weight))
         head.logits(rows, logits)
-        hinted = (_part(hints, rows), *scalars, losses[rows], lse[rows], hint_log_probs[rows])
-        launch_forward(logits, targets[rows], *hinted)
+        out = (losses[rows], lse[rows], hint_log_probs[rows])
+        launch_forward(logits, targets[rows], _part(hints, rows), scalars, *out)
     return losses, hint_log_probs
 
 
@@ -239,9 +239,8 @@ def _keep(
     for rows in head.chunks(config_of(hidden).kept_chunk):
         logits = dlogits[rows]
         head.logits(rows, logits)
-        hinted = (losses[rows], lse[rows], hint_log_probs[rows])
-        upstream = one.expand(len(logits))
-        launch_with_grad(logits, targets[rows], _part(hints, rows), upstream, *scalars, *hinted, logits)
+        out = (losses[rows], lse[rows], hint_log_probs[rows])
+        launch_with_grad(logits, targets[rows], _part(hints, rows), one.expand(len(logits)), scalars, *out, logits)
     return losses, hint_log_probs, dlogits
 
 
@@ -284,10 +283,8 @@ def _recompute(
     for rows in head.chunks(config_of(hidden).chunk):
         logits = hidden.new_empty(rows.stop - rows.start, len(weight))
         head.logits(rows, logits)
-        part = losses[rows]  # written twice and not read: the loss is known already
-        launch_with_grad(
-            logits, targets[rows], None, one.expand(len(logits)), *scalars, part, part, hint_log_probs, logits
-        )
+        out = (losses[rows], losses[rows], hint_log_probs)  # not read: the losses are known already
+        launch_with_grad(logits, targets[rows], None, one.expand(len(logits)), scalars, *out, logits)
         grads.add(logits, upstream[rows], rows)
     return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
 

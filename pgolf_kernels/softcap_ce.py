@@ -90,31 +90,28 @@ def rows_of(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _problem(logits: Tensor, targets: Tensor, softcap: float, temperature: float, ignore_index: int) -> tuple[Any, ...]:
-    rows, vocab = logits.shape
-    code = DTYPE_CODES[logits.dtype]
-    return (
-        logits.data_ptr(),
-        logits.stride(0),
-        rows,
-        vocab,
-        code,
-        targets.data_ptr(),
-        ignore_index,
-        softcap,
-        temperature,
-    )
+def _problem(logits: Tensor, targets: Tensor, softcap: float, temperature: float, ignore_index: int) -> Any:
+    place = (logits.data_ptr(), logits.stride(0), *logits.shape, DTYPE_CODES[logits.dtype])
+    return _native.SoftcapCE(*place, targets.data_ptr(), ignore_index, softcap, temperature)
 
 
-def _where(logits: Tensor) -> tuple[str, tuple[int, ...]]:
-    """Suffix of the native function and its last arguments."""
-    return ("cuda", stream_of(logits)) if logits.is_cuda else ("cpu", (num_threads(),))
+def _losses(losses: Tensor, lse: Tensor, hints: Tensor | None, hint_log_probs: Tensor) -> Any:
+    hinted = (0, 0) if hints is None else (hints.data_ptr(), hint_log_probs.data_ptr())
+    return _native.SoftcapCELosses(losses.data_ptr(), lse.data_ptr(), *hinted)
 
 
-def _call(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *args: Any) -> None:
-    """Calls a native function; on the CPU it reports the first row with a bad target or hint (CUDA: a nan loss)."""
-    suffix, place = _where(logits)
-    row = getattr(_native, f"{name}_{suffix}")(*args, *place)
+def _gradient(upstream: Tensor, dlogits: Tensor) -> Any:
+    return _native.SoftcapCEGradient(upstream.data_ptr(), upstream.stride(0), dlogits.data_ptr(), dlogits.stride(0))
+
+
+def _launch(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *args: Any) -> None:
+    """Calls a native function. On the CPU it returns the first row with a bad target or hint, if any."""
+    if not len(logits):
+        return
+    if logits.is_cuda:
+        getattr(_native, f"{name}_cuda")(*args, *stream_of(logits))
+        return
+    row = getattr(_native, f"{name}_cpu")(*args, num_threads())
     if row is not None and row >= 0:
         hint = "" if hints is None else f" (hint {hints[row].item()})"
         raise IndexError(f"targets: got {targets[row].item()}{hint}, wanted indices in [0, {logits.shape[1]})")
@@ -124,38 +121,25 @@ def launch_forward(
     logits: Tensor,
     targets: Tensor,
     hints: Tensor | None,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
+    scalars: tuple[Any, ...],
     losses: Tensor,
     lse: Tensor,
     hint_log_probs: Tensor,
 ) -> None:
-    """Losses, lse and hint log-probabilities of contiguous int64 targets and hints into the tensors given."""
-    if not len(logits):
-        return
-    problem = _problem(logits, targets, softcap, temperature, ignore_index)
-    hint = 0 if hints is None else hints.data_ptr()
-    out = (losses.data_ptr(), lse.data_ptr(), hint, 0 if hints is None else hint_log_probs.data_ptr())
-    _call("softcap_ce_forward", logits, targets, hints, *problem, *out)
+    """Losses, lse and hint log-probabilities of contiguous int64 targets and hints into the tensors given.
+
+    `scalars`: softcap (0: none), temperature, ignore_index.
+    """
+    problem = _problem(logits, targets, *scalars)
+    _launch("softcap_ce_forward", logits, targets, hints, problem, _losses(losses, lse, hints, hint_log_probs))
 
 
 def launch_backward(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    upstream: Tensor,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-    dlogits: Tensor,
+    logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, scalars: tuple[Any, ...], dlogits: Tensor
 ) -> None:
     """The gradient into `dlogits`, which may be the logits themselves. `upstream` [N] may have stride 0."""
-    if not len(logits):
-        return
-    problem = _problem(logits, targets, softcap, temperature, ignore_index)
-    out = (lse.data_ptr(), upstream.data_ptr(), upstream.stride(0), dlogits.data_ptr(), dlogits.stride(0))
-    _call("softcap_ce_backward", logits, targets, None, *problem, *out)
+    problem = _problem(logits, targets, *scalars)
+    _launch("softcap_ce_backward", logits, targets, None, problem, lse.data_ptr(), _gradient(upstream, dlogits))
 
 
 def launch_with_grad(
@@ -163,22 +147,16 @@ def launch_with_grad(
     targets: Tensor,
     hints: Tensor | None,
     upstream: Tensor,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
+    scalars: tuple[Any, ...],
     losses: Tensor,
     lse: Tensor,
     hint_log_probs: Tensor,
     dlogits: Tensor,
 ) -> None:
     """Both of the above in one pass."""
-    if not len(logits):
-        return
-    problem = _problem(logits, targets, softcap, temperature, ignore_index)
-    hint = 0 if hints is None else hints.data_ptr()
-    out = (losses.data_ptr(), lse.data_ptr(), hint, 0 if hints is None else hint_log_probs.data_ptr())
-    grad = (upstream.data_ptr(), upstream.stride(0), dlogits.data_ptr(), dlogits.stride(0))
-    _call("softcap_ce_with_grad", logits, targets, hints, *problem, *out, *grad)
+    problem = _problem(logits, targets, *scalars)
+    out = _losses(losses, lse, hints, hint_log_probs)
+    _launch("softcap_ce_with_grad", logits, targets, hints, problem, out, _gradient(upstream, dlogits))
 
 
 # --- ops -------------------------------------------------------------------------------------------------------------
@@ -190,50 +168,34 @@ def _new_losses(logits: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor, T
     return losses, torch.empty_like(losses), logits.new_empty(0 if hints is None else rows, dtype=dtype)
 
 
-def _forward(
-    logits: Tensor, targets: Tensor, hints: Tensor | None, softcap: float, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Tensor, targets: Tensor, hints: Tensor | None, *scalars: Any) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of(logits)
     out = _new_losses(logits, hints)
-    launch_forward(logits, targets, hints, softcap, temperature, ignore_index, *out)
+    launch_forward(logits, targets, hints, scalars, *out)
     return out
 
 
-def _forward_fake(
-    logits: Tensor, targets: Tensor, hints: Tensor | None, softcap: float, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(logits: Tensor, targets: Tensor, hints: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _new_losses(logits, hints)
 
 
-def _backward(
-    upstream: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-) -> Tensor:
+def _backward(upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *scalars: Any) -> Tensor:
     logits = rows_of(logits)
     dlogits = logits.new_empty(logits.shape)
-    launch_backward(logits, targets, lse, upstream, softcap, temperature, ignore_index, dlogits)
+    launch_backward(logits, targets, lse, upstream, scalars, dlogits)
     return dlogits
 
 
-def _backward_fake(upstream: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *_: Any) -> Tensor:
+def _backward_fake(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _with_grad(
-    logits: Tensor, targets: Tensor, upstream: Tensor, softcap: float, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _with_grad(logits: Tensor, targets: Tensor, upstream: Tensor, *scalars: Any) -> tuple[Tensor, Tensor]:
     logits = rows_of(logits)
-    losses, lse, hint_log_probs = _new_losses(logits, None)
+    out = _new_losses(logits, None)
     dlogits = logits.new_empty(logits.shape)
-    launch_with_grad(
-        logits, targets, None, upstream, softcap, temperature, ignore_index, losses, lse, hint_log_probs, dlogits
-    )
-    return losses, dlogits
+    launch_with_grad(logits, targets, None, upstream, scalars, *out, dlogits)
+    return out[0], dlogits
 
 
 def _with_grad_fake(logits: Tensor, targets: Tensor, upstream: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -43,4 +43,14 @@ void softcap_ce_backward_cpu(const SoftcapCE& ce, const void* lse, const Softcap
 int64_t softcap_ce_with_grad_cpu(const SoftcapCE& ce, const SoftcapCELosses& out, const SoftcapCEGradient& gradient,
                                  int threads);
 
+#ifdef PGOLF_CUDA
+// The CUDA functions queue a kernel on the stream and return. A target or hint outside the vocabulary gives a nan loss
+// and gradient for its row; nothing outside the tensors is read.
+void softcap_ce_forward_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, int device, uintptr_t stream);
+void softcap_ce_backward_cuda(const SoftcapCE& ce, const void* lse, const SoftcapCEGradient& out, int device,
+                              uintptr_t stream);
+void softcap_ce_with_grad_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, const SoftcapCEGradient& gradient,
+                               int device, uintptr_t stream);
+#endif
+
 }  // namespace pgolf

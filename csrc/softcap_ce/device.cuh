@@ -1,0 +1,95 @@
+// Device helpers that the softcap cross-entropy kernels share.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "softcap_ce/softcap_ce.h"
+
+namespace pgolf {
+namespace softcap_ce {
+
+constexpr float kLog2e = 1.44269504f;
+
+enum class Pass { forward, backward, with_grad };
+
+// A row's target as the kernels need it. Out of range: nothing is read, loss and gradient become nan.
+struct Target {
+  int64_t column;  // -1: ignored or out of range
+  bool counted;    // false: ignored
+};
+
+__device__ inline Target target_of(const SoftcapCE& ce, int64_t row) {
+  const int64_t column = ce.targets[row];
+  const bool counted = column != ce.ignore_index;
+  return {counted && column >= 0 && column < ce.vocab ? column : -1, counted};
+}
+
+// The upstream gradient of a row: 0 when the row is ignored, nan when its target is out of range.
+__device__ inline float upstream_of(const SoftcapCEGradient& gradient, Target target, int64_t row) {
+  if (!target.counted) return 0.0f;
+  if (target.column < 0) return __int_as_float(0x7fc00000);
+  return static_cast<const float*>(gradient.upstream)[row * gradient.upstream_stride];
+}
+
+// The scalars of SoftcapCE in float.
+struct Caps {
+  float softcap;  // 0: none
+  float scale;    // 1 / temperature
+};
+
+inline Caps caps_of(const SoftcapCE& ce) {
+  return {static_cast<float>(ce.softcap), static_cast<float>(1.0 / ce.temperature)};
+}
+
+struct Capped {
+  float z;      // the softcapped logit over the temperature
+  float slope;  // dz/da
+};
+
+__device__ inline Capped cap(Caps caps, float a) {
+  if (caps.softcap == 0.0f) return {a * caps.scale, caps.scale};
+  const float t = tanhf(a / caps.softcap);
+  return {caps.softcap * caps.scale * t, caps.scale * (1.0f - t) * (1.0f + t)};
+}
+
+__device__ inline float nan_value() { return __int_as_float(0x7fc00000); }
+
+// z at the row's target and hint, read before anybody may overwrite the logits by their gradient.
+struct Picked {
+  float target;
+  float hint;  // -inf without a hint, nan for a hint out of range
+};
+
+template <class Read>
+__device__ Picked pick(const SoftcapCE& ce, const SoftcapCELosses& losses, Caps caps, int64_t row, Target target,
+                       const Read& read) {
+  Picked picked = {nan_value(), __int_as_float(0xff800000)};
+  if (target.column >= 0) picked.target = cap(caps, read(target.column)).z;
+  if (losses.hints == nullptr) return picked;
+  const int64_t hint = losses.hints[row];
+  if (hint >= 0) picked.hint = hint < ce.vocab ? cap(caps, read(hint)).z : nan_value();
+  return picked;
+}
+
+__device__ inline void write_losses(const SoftcapCELosses& losses, int64_t row, Target target, Picked picked,
+                                    float lse) {
+  static_cast<float*>(losses.losses)[row] = target.counted ? lse - picked.target : 0.0f;
+  static_cast<float*>(losses.lse)[row] = lse;
+  if (losses.hints != nullptr) static_cast<float*>(losses.hint_log_probs)[row] = picked.hint - lse;
+}
+
+// Barrier of the kThreads threads of one of a block's kGroups groups.
+template <int kThreads, int kGroups>
+__device__ inline void group_barrier(int group) {
+  if (kGroups == 1) {
+    __syncthreads();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kThreads) : "memory");
+  }
+}
+
+}  // namespace softcap_ce
+}  // namespace pgolf

@@ -1,0 +1,134 @@
+// Chooses a kernel and launches it.
+#include <algorithm>
+#include <atomic>
+
+#include "common/cuda_launch.h"
+#include "softcap_ce/generic.cuh"
+#include "softcap_ce/table.cuh"
+
+namespace pgolf {
+namespace {
+
+using namespace softcap_ce;
+
+// Above it the plain sum of exponentials could leave float's range.
+constexpr double kLargestFixedTop = 40.0;
+
+struct Launch {
+  SoftcapCE ce;
+  Caps caps;
+  SoftcapCELosses losses;
+  SoftcapCEGradient gradient;
+  const float* lse;
+  cudaStream_t stream;
+};
+
+bool aligned(const void* base, int64_t row_stride, int64_t bytes, int64_t element) {
+  return reinterpret_cast<uintptr_t>(base) % bytes == 0 && row_stride * element % bytes == 0;
+}
+
+template <Pass kPass>
+bool vectors_fit(const Launch& l, int64_t element) {
+  return aligned(l.ce.logits, l.ce.row_stride, 16, element) &&
+         (kPass == Pass::forward || aligned(l.gradient.dlogits, l.gradient.row_stride, 16, element));
+}
+
+bool fixed_top(const SoftcapCE& ce) {
+  return ce.softcap > 0.0 && ce.softcap / ce.temperature <= kLargestFixedTop && ce.dtype != DType::f16;
+}
+
+// Blocks that fill the device; asks for the shared memory, once per device and kernel.
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int shared_bytes, std::atomic<int>* known) {
+  constexpr int kDevices = 64;
+  int device = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<int>* slot = device < kDevices ? known + device : nullptr;
+  if (slot != nullptr && slot->load() > 0) return slot->load();
+  int processors = 0;
+  int per_processor = 0;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
+  cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes), "occupancy");
+  const int blocks = processors * std::max(1, per_processor);
+  if (slot != nullptr) slot->store(blocks);
+  return blocks;
+}
+
+template <class S, class Kernel, class... Args>
+void launch_rows(const Launch& l, Kernel kernel, std::atomic<int>* known, const Args&... args) {
+  constexpr int kBlock = S::kThreads * S::kGroups;
+  const int64_t needed = (l.ce.rows + S::kGroups - 1) / S::kGroups;
+  const int64_t blocks = std::min<int64_t>(needed, resident_blocks(kernel, kBlock, S::kBytes, known));
+  kernel<<<static_cast<unsigned>(blocks), kBlock, S::kBytes, l.stream>>>(l.ce, l.caps, table::layout_of(l.ce.softcap),
+                                                                         args...);
+}
+
+template <Pass kPass, class S>
+void launch_table(const Launch& l) {
+  static std::atomic<int> known[64];
+  if constexpr (kPass == Pass::backward) {
+    launch_rows<S>(l, table::gradient_kernel<S>, known, l.gradient, l.lse);
+  } else {
+    launch_rows<S>(l, table::losses_kernel<S, kPass == Pass::with_grad>, known, l.losses, l.gradient);
+  }
+}
+
+// False: the table kernels do not take this problem.
+template <Pass kPass>
+bool try_table(const Launch& l) {
+  using table::Shape;
+  const bool fits = l.ce.dtype == DType::bf16 && fixed_top(l.ce) && l.ce.vocab % table::kVector == 0;
+  if (!fits || !vectors_fit<kPass>(l, 2)) return false;
+  if (l.ce.vocab <= 1024) return launch_table<kPass, Shape<128, 4, 1, 2>>(l), true;
+  if (l.ce.vocab <= 4096) return launch_table<kPass, Shape<256, 2, 2, 2>>(l), true;
+  if (l.ce.vocab <= 8192) return launch_table<kPass, Shape<512, 1, 2, 2>>(l), true;
+  if (l.ce.vocab <= 16384) return launch_table<kPass, Shape<512, 1, 4, 1>>(l), true;
+  return false;
+}
+
+template <Pass kPass, class T, int kWidth>
+void launch_generic(const Launch& l) {
+  auto kernel =
+      fixed_top(l.ce) ? generic::row_kernel<T, kWidth, kPass, false> : generic::row_kernel<T, kWidth, kPass, true>;
+  kernel<<<static_cast<unsigned>(l.ce.rows), generic::kThreads, 0, l.stream>>>(l.ce, l.caps, l.losses, l.gradient,
+                                                                               l.lse);
+}
+
+template <Pass kPass, class T>
+void launch_generic(const Launch& l) {
+  if (vectors_fit<kPass>(l, sizeof(T))) return launch_generic<kPass, T, 16 / sizeof(T)>(l);
+  launch_generic<kPass, T, 1>(l);
+}
+
+template <Pass kPass>
+void launch(const SoftcapCE& ce, const SoftcapCELosses& losses, const void* lse, const SoftcapCEGradient& gradient,
+            int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  const Launch l = {
+      ce, caps_of(ce), losses, gradient, static_cast<const float*>(lse), reinterpret_cast<cudaStream_t>(stream)};
+  if (!try_table<kPass>(l)) {
+    if (ce.dtype == DType::f32) launch_generic<kPass, float>(l);
+    if (ce.dtype == DType::bf16) launch_generic<kPass, __nv_bfloat16>(l);
+    if (ce.dtype == DType::f16) launch_generic<kPass, __half>(l);
+  }
+  cuda_check(cudaGetLastError(), "softcap cross-entropy");
+}
+
+}  // namespace
+
+void softcap_ce_forward_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, int device, uintptr_t stream) {
+  launch<Pass::forward>(ce, out, nullptr, {}, device, stream);
+}
+
+void softcap_ce_backward_cuda(const SoftcapCE& ce, const void* lse, const SoftcapCEGradient& out, int device,
+                              uintptr_t stream) {
+  launch<Pass::backward>(ce, {}, lse, out, device, stream);
+}
+
+void softcap_ce_with_grad_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, const SoftcapCEGradient& gradient,
+                               int device, uintptr_t stream) {
+  launch<Pass::with_grad>(ce, out, nullptr, gradient, device, stream);
+}
+
+}  // namespace pgolf
