@@ -21,17 +21,18 @@ def _step_kernel(
     mask = i < total
     document = (base // inner) % documents if UNIFORM else (i // inner) % documents
     inverse1 = tl.load(factor_ptr + 2 * document)
-    inverse2 = tl.load(factor_ptr + 2 * document + 1)
-    runs = inverse2 > 0
+    # Compared as a vector: the interpreter turns a comparison of float scalars into a float.
+    inverse2 = tl.load(factor_ptr + 2 * document + 1) + tl.zeros((BLOCK,), tl.float32)
     if RESET:
-        fresh = tl.load(reset_ptr + document) != 0
-        runs = runs & (fresh == 0)
-        tl.store(v_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
+        flag = tl.load(reset_ptr + document)
+        fresh = mask & (flag != 0)
+        tl.store(v_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=fresh)
         if MOMENT:
-            tl.store(m_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
+            tl.store(m_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=fresh)
         if ZERO:
-            tl.store(p_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask & fresh)
-    mask = mask & runs
+            tl.store(p_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=fresh)
+        mask = mask & (flag == 0)
+    mask = mask & (inverse2 > 0)
     p = tl.load(p_ptr + i, mask=mask, other=0.0)
     g = tl.load(g_ptr + i, mask=mask, other=0.0)
     v = beta2 * tl.load(v_ptr + i, mask=mask, other=0.0) + (1 - beta2) * g * g
