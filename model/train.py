@@ -50,6 +50,7 @@ class TrainResult:
     seconds: float
     tokens: int
     recompiles: int
+    looped: bool  # whether the layer loop was ever active
     interrupted: int | None
 
 
@@ -99,6 +100,7 @@ class Trainer:
         self.compiled = config.train.compile and ranks.device.type == "cuda"
         self._forward = torch.compile(self._micro_loss) if self.compiled else self._micro_loss
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
+        self.looped = False
         self._resumed = False
         self._graphs = 0
 
@@ -213,6 +215,7 @@ class Trainer:
             values = self.train_step(settings)
             self.average.update()
         self.step += 1
+        self.looped = settings.loop
         record = StepRecord(self.step, settings, elapsed, self.config.train.train_batch_tokens)
         self._finish(self.in_flight.push(record, values))
 
@@ -289,7 +292,7 @@ class Trainer:
                 "seconds": {"train": self.seconds},
             }
         )
-        return TrainResult(self.model, self.step, self.seconds, tokens, recompiles, interrupted)
+        return TrainResult(self.model, self.step, self.seconds, tokens, recompiles, self.looped, interrupted)
 
     # The clock
 
@@ -314,7 +317,7 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
-        state = {"seconds": self._elapsed(), "ranks": self.ranks.gather_json(mine)}
+        state = {"seconds": self._elapsed(), "looped": self.looped, "ranks": self.ranks.gather_json(mine)}
         path = self.run_dir.checkpoints / f"step_{self.step:08d}"
         with self.ranks.together("writing a checkpoint"):
             if self.run_dir.writes:
@@ -349,6 +352,7 @@ class Trainer:
         self.loader.load_state_dict(states[self.ranks.rank]["loader"])
         set_random_state(states[self.ranks.rank]["random"], self.ranks.device)
         self.step, self.seconds = checkpoint.step, float(checkpoint.state["seconds"])
+        self.looped = bool(checkpoint.state["looped"])
         self.run_dir.forget_metrics_after(self.step)
         self._resumed = True
 
@@ -429,3 +433,9 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    from model.pipeline import main
+
+    main()
