@@ -55,7 +55,9 @@ def golden_config(system: str, **changes: object) -> Config:
     return Config(model=small_config(system)).replace(**{**settings, **changes})
 
 
-def golden_session(system: str, *, compat: bool = False, defects: tuple[str, ...] = (), **changes: object) -> Session:
+def golden_session(
+    system: str, *, compat: bool = False, defects: tuple[str, ...] = (), loop: bool = True, **changes: object
+) -> Session:
     """A session on the golden stream with the golden parameters of `system`."""
     config = golden_config(system, compat=compat, **changes)
     model, _ = golden_model(system)
@@ -70,6 +72,7 @@ def golden_session(system: str, *, compat: bool = False, defects: tuple[str, ...
         ledger=Ledger(len(tokens), defects),
         device=torch.device("cpu"),
         documents_apart=config.data.loader == "documents",
+        loop=loop,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,18 @@ ARTIFACT_STATE = 0
 _FORMAT_VERSION = 1
 _COLUMNS = (("state", np.int32), ("new_state", np.int32), ("start", np.int64), ("end", np.int64))
 _ARRAYS = {"nll": np.float64, "scored": np.bool_, "repeat_position": np.int64, "repeat_nll": np.float64}
+
+_DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass
@@ -256,7 +269,7 @@ class Ledger:
                 raise LegalityError(f"{path}: ledger version {header['version']!r}, wanted {_FORMAT_VERSION}")
             ledger = cls(len(arrays["nll"]), tuple(header["defects"]), dict(header["meta"]))
             ledger._num_states = int(header["states"])
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise LegalityError(f"{path}: not a ledger ({error})") from error
         for name, kind in wanted.items():
             if arrays[name].dtype != kind or arrays[name].ndim != 1:
