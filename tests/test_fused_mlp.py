@@ -1,0 +1,217 @@
+"""Fused MLP: the op against fp64, its gradients and contract, its Triton kernels interpreted, compiled and on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pgolf_kernels import fused_mlp
+from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels.fused_mlp import _backward_op, _forward_op, reference
+from tests import triton_aot
+
+SHAPES = [(37, 24, 40, 16), (130, 33, 261, 19), (200, 64, 512, 48)]  # rows, D, F, D_out
+
+
+def _case(shape, dtype, device="cpu", weight_dtype=torch.float32):
+    rows, dim, hidden, out = shape
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(scale, *size):
+        return (torch.randn(size, generator=generator) * scale).to(device)
+
+    x = draw(1.0, rows, dim).to(dtype)
+    w_up, w_down = draw(dim**-0.5, hidden, dim).to(weight_dtype), draw(hidden**-0.5, out, hidden).to(weight_dtype)
+    return [x, w_up, w_down], draw(1.0, rows, out).to(dtype)
+
+
+def _run(function, inputs, grad, convert):
+    leaves = [convert(t.detach().clone()).requires_grad_() for t in inputs]
+    y = function(*leaves)
+    y.backward(grad.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _assert_no_worse_than_pytorch(shape, dtype, device="cpu", weight_dtype=torch.float32, slope=0.3):
+    inputs, grad = _case(shape, dtype, device, weight_dtype)
+    exact = _run(lambda *a: reference(*a, slope), inputs, grad, lambda t: t.double())
+    plain = _run(lambda x, u, d: reference(x, u.to(dtype), d.to(dtype), slope), inputs, grad, lambda t: t)
+    ours = _run(lambda *a: fused_mlp(*a, negative_slope=slope), inputs, grad, lambda t: t)
+    for name, mine, theirs, truth in zip(("y", "dx", "dw_up", "dw_down"), ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_and_gradients_are_no_worse_than_pytorch(shape, dtype):
+    _assert_no_worse_than_pytorch(shape, dtype)
+
+
+def test_gradients_by_finite_differences():
+    def draw(*size):
+        return torch.randn(size, dtype=torch.float64, requires_grad=True)
+
+    inputs = (draw(2, 3, 8), draw(12, 8), draw(5, 12), draw(12))
+    assert torch.autograd.gradcheck(lambda x, u, d, g: fused_mlp(x, u, d, hidden_gain=g), inputs)
+    assert torch.autograd.gradcheck(lambda x, u, d: fused_mlp(x, u, d, negative_slope=0.0), inputs[:3])
+
+
+def test_return_hidden_is_the_input_of_the_second_matrix():
+    (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    gain = torch.rand(w_up.shape[0])
+    y, hidden = fused_mlp(x, w_up, w_down, hidden_gain=gain, return_hidden=True)
+    expected = torch.nn.functional.leaky_relu(x @ w_up.t(), 0.5).square() * gain
+    torch.testing.assert_close(hidden, expected)
+    torch.testing.assert_close(y, hidden @ w_down.t())
+    assert not hidden.requires_grad
+
+
+def test_frozen_weights_get_no_gradient_and_cost_none():
+    (x, w_up, w_down), grad = _case(SHAPES[0], torch.float32)
+    x.requires_grad_()
+    fused_mlp(x, w_up, w_down).backward(grad)
+    assert w_up.grad is None and w_down.grad is None and x.grad is not None
+    _, hidden, kept = _forward_op(x, w_up, w_down, 0.5)
+    d_x, d_up, d_down = _backward_op(grad, x, w_up, w_down, hidden, kept, 0.5, [True, False, False])
+    torch.testing.assert_close(d_x, x.grad)
+    assert d_up.numel() == d_down.numel() == 0
+
+
+def test_backward_honours_any_upstream_gradient_twice():
+    (x, w_up, w_down), grad = _case(SHAPES[0], torch.float32)
+    x.requires_grad_()
+    y = fused_mlp(x, w_up, w_down)
+    (first,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    (again,) = torch.autograd.grad(y, x, 3 * grad)
+    torch.testing.assert_close(again, 3 * first)
+
+
+def test_op_contract():
+    (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    for tensor in (x, w_up, w_down):
+        tensor.requires_grad_()
+    torch.library.opcheck(_forward_op, (x, w_up, w_down, 0.5))
+    torch.library.opcheck(_forward_op, (x[:0], w_up, w_down, 0.5))
+
+
+def test_compiled_equals_eager_also_under_autocast():
+    (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    compiled = torch.compile(fused_mlp, fullgraph=True, backend="aot_eager")
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            eager, traced = fused_mlp(x, w_up, w_down), compiled(x, w_up, w_down)
+        assert eager.dtype == torch.float32 and torch.equal(eager, traced)
+
+
+def test_strided_and_empty_inputs():
+    (_, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    wide = torch.randn(4, 5, 48)[..., ::2]
+    torch.testing.assert_close(fused_mlp(wide, w_up, w_down), reference(wide, w_up, w_down))
+    assert fused_mlp(torch.empty(0, 3, 24), w_up, w_down).shape == (0, 3, 16)
+
+
+def test_double_backward_raises():
+    (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(fused_mlp(x, w_up, w_down).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(3, 7)}, ValueError, r"w_up: got shape \(12, 8\), wanted \[F, 7\]"),
+        ({"x": torch.ones(3, 8, dtype=torch.int32)}, TypeError, "x: got torch.int32"),
+        ({"w_down": torch.randn(5, 11)}, ValueError, r"w_down: got shape \(5, 11\)"),
+        ({"w_up": torch.randn(12, 8, dtype=torch.float16)}, TypeError, "w_up: got torch.float16"),
+        ({"w_up": torch.empty(12, 8, device="meta")}, ValueError, "w_up: got device meta"),
+        ({"hidden_gain": torch.randn(3)}, ValueError, r"hidden_gain: got shape \(3,\)"),
+        ({"negative_slope": -0.1}, ValueError, "negative_slope: got -0.1"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    arguments = {"x": torch.randn(3, 8), "w_up": torch.randn(12, 8), "w_down": torch.randn(5, 12)} | change
+    with pytest.raises(error, match=message):
+        fused_mlp(**arguments)
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_through_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_fused_mlp"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch, dtype):
+    module = kernels("fused_mlp")
+    seen = triton_aot.record(monkeypatch, module)
+    x = torch.empty(98304, 512, dtype=dtype, device="meta")
+    w_up, w_down = (torch.empty(size, dtype=dtype, device="meta") for size in ((2048, 512), (512, 2048)))
+    keeps_sign = dtype == torch.bfloat16
+    hidden, kept = module.up(x, w_up, 0.5, keeps_sign)
+    module.grad_pre(x, w_down, hidden, kept, 0.5, keeps_sign)
+    triton_aot.assert_no_spills(seen, launches=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 512, 2048, 512)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wide_weights", [False, True])
+def test_triton_kernels_on_a_gpu(shape, dtype, wide_weights):
+    _assert_no_worse_than_pytorch(shape, dtype, "cuda", torch.float32 if wide_weights else dtype)
+
+
+@pytest.mark.gpu
+def test_saves_one_activation_and_a_bit_an_element():
+    (x, w_up, w_down), _ = _case((8192, 512, 2048, 512), torch.bfloat16, "cuda", torch.bfloat16)
+    for tensor in (x, w_up, w_down):
+        tensor.requires_grad_()
+    fused_mlp(x, w_up, w_down)  # allocates whatever stays, a workspace say
+    before = torch.cuda.memory_allocated()
+    y = fused_mlp(x, w_up, w_down)
+    kept = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    assert kept <= 8192 * 2048 * (2 + 1 / 8) * 1.01
+
+
+@pytest.mark.gpu
+def test_backward_returns_before_the_gpu_is_done():
+    (x, w_up, w_down), grad = _case((4096, 512, 2048, 512), torch.bfloat16, "cuda", torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, w_up, w_down)]
+    torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9))  # about a second
+    done = torch.cuda.Event()
+    torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
+    done.record()
+    assert not done.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_captures_into_a_graph():
+    (x, w_up, w_down), grad = _case((4096, 512, 2048, 512), torch.bfloat16, "cuda", torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, w_up, w_down)]
+    expected = torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+if __name__ == "__main__":
+    with interpreting():
+        for case in SHAPES:
+            for precision in (torch.float32, torch.float16):
+                _assert_no_worse_than_pytorch(case, precision)

@@ -1,0 +1,104 @@
+"""Compiles Triton kernels for sm_90 without a GPU, from the very launches that the package makes on meta tensors."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SHARED_LIMIT = 232448  # bytes of shared memory a block may have on sm_90
+_POINTERS = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, seen: list[Compiled]) -> None:
+        self._kernel, self._seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._compile
+
+    def _compile(self, *args: Any, **named: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        parameters = inspect.signature(self._kernel.fn).parameters
+        bound = inspect.signature(self._kernel.fn).bind(*args, **named)
+        bound.apply_defaults()
+        signature, constants, attributes = {}, {}, {}
+        frozen = set(self._kernel.do_not_specialize or ())
+        for position, (name, value) in enumerate(bound.arguments.items()):
+            kind, aligned = _kind(value)
+            one = isinstance(value, int) and value == 1 and name not in frozen
+            if "constexpr" in str(parameters[name].annotation) or kind is None or one:
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = kind
+            if aligned and name not in frozen:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self._kernel, signature=signature, constexprs=constants, attrs=attributes)
+        result = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self._seen.append(_usage(self._kernel.fn.__name__, result))
+
+
+def _kind(value: Any) -> tuple[str | None, bool]:
+    """(type in a Triton signature, whether it is known to be a multiple of 16); None for a constant."""
+    if isinstance(value, torch.Tensor):
+        return f"*{_POINTERS[value.dtype]}", True
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>", False
+    if isinstance(value, bool) or value is None:
+        return None, False
+    if isinstance(value, int):
+        return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    return None, False
+
+
+def _usage(name: str, compiled: Any) -> Compiled:
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    return Compiled(name, registers, stack, local, compiled.metadata.shared)
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Compiled]:
+    """Makes every kernel launch of a `_X_triton` module compile instead of run; the list fills as launches happen."""
+    seen: list[Compiled] = []
+    for name, value in list(vars(module).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(module, name, _Recorder(value, seen))
+    return seen
+
+
+def assert_no_spills(seen: list[Compiled], launches: int) -> None:
+    assert len(seen) == launches, [kernel.name for kernel in seen]
+    for kernel in seen:
+        assert kernel.stack == 0 and kernel.local == 0, f"{kernel}: spills"
+        assert kernel.shared <= SHARED_LIMIT, f"{kernel}: more shared memory than sm_90 has"
