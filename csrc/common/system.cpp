@@ -2,6 +2,9 @@
 #include "common/system.h"
 
 #include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -11,9 +14,12 @@ namespace pgolf {
 Isa detect_isa() {
 #if defined(__x86_64__)
   static const Isa isa = [] {
+    const char* limit = std::getenv("PGOLF_ISA");  // for tests: "avx2" or "baseline" leaves wider code unused
+    const std::string wanted = limit == nullptr ? "avx512" : limit;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+    if (wanted == "baseline") return Isa::baseline;
+    if (wanted != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       return Isa::avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
     return Isa::baseline;
@@ -41,9 +47,12 @@ void bind_system(pybind11::module_& m) {
   });
   m.def("isa", [] {
     switch (detect_isa()) {
-      case Isa::avx512: return "avx512";
-      case Isa::avx2: return "avx2";
-      default: return "baseline";
+      case Isa::avx512:
+        return "avx512";
+      case Isa::avx2:
+        return "avx2";
+      default:
+        return "baseline";
     }
   });
 }

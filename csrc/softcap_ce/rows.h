@@ -81,13 +81,13 @@ struct Caps {
 // tanh(x) = expm1(2x) / (expm1(2x) + 2), 1 - tanh(x)^2 = 4 exp(2x) / (exp(2x) + 1)^2: no cancellation on either side.
 inline Capped<float> cap(float a, float inverse2, float height, float slope) {
   float y = a * inverse2;
-  y = y > 20.0f ? 20.0f : y;  // tanh(10) = 1 - 4e-9
-  y = y < -20.0f ? -20.0f : y;
+  y = y > 80.0f ? 80.0f : y;  // the slope there is 7e-35: nothing is lost
+  y = y < -80.0f ? -80.0f : y;
   const ExpParts e = exp_parts(y);
   const float expm1 = fused(e.scale, e.fraction, e.scale - 1.0f);
   const float inverse = 1.0f / (expm1 + 2.0f);
   const float u = fused(e.scale, e.fraction, e.scale);
-  return {height * (expm1 * inverse), slope * (4.0f * u * inverse * inverse)};
+  return {height * (expm1 * inverse), slope * (4.0f * u * inverse) * inverse};
 }
 inline Capped<double> cap(double a, double inverse2, double height, double slope) {
   const double t = ::tanh(0.5 * a * inverse2);

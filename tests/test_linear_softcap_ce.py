@@ -1,0 +1,358 @@
+"""The output head and its loss in one call: against float64, per dtype, with adapters, hints and either memory mode."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
+from pgolf_kernels.linear_softcap_ce import (
+    _backward_op,
+    _forward_op,
+    _keep_op,
+    _recompute_op,
+    linear_softcap_ce_reference,
+)
+
+CPU = torch.device("cpu")
+DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODES = [pytest.param(False, id="keep"), pytest.param(True, id="recompute")]
+
+
+@dataclass
+class Problem:
+    """Inputs of one call; `wide` holds them in float64."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    doc_ids: Tensor | None
+    hints: Tensor
+    upstream: Tensor
+
+    def adapters(self) -> dict[str, Tensor | None]:
+        return {"lora_a": self.lora_a, "lora_b": self.lora_b, "doc_ids": self.doc_ids}
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.hidden, self.weight, self.lora_a, self.lora_b) if t is not None]
+
+    def converted(self, dtype: torch.dtype) -> "Problem":
+        def leaf(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+
+        hidden, weight, a, b = map(leaf, (self.hidden, self.weight, self.lora_a, self.lora_b))
+        assert hidden is not None and weight is not None
+        return Problem(hidden, weight, self.targets, a, b, self.doc_ids, self.hints, self.upstream)
+
+
+def draw(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    lora: bool = False,
+    shuffled: bool = False,
+    rows: int = 96,
+    width: int = 32,
+    vocab: int = 203,
+    docs: int = 5,
+    rank: int = 8,
+) -> Problem:
+    generator = torch.Generator().manual_seed(rows + vocab)
+
+    def normal(*shape: int, scale: float, of: torch.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(of).to(device).requires_grad_()
+
+    weights = weight_dtype or dtype
+    hidden = normal(rows, width, scale=1.0, of=dtype)
+    weight = normal(vocab, width, scale=5 / width**0.5, of=weights)
+    a = normal(docs, rank, width, scale=1 / width**0.5, of=weights) if lora else None
+    b = normal(docs, vocab, rank, scale=3 / rank**0.5, of=weights) if lora else None
+    ids = torch.randint(docs, (rows,), generator=generator)
+    ids = ids if shuffled else ids.sort().values
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    targets[rows // 3] = -100
+    hints = torch.randint(-1, vocab, (rows,), generator=generator)
+    hints[0] = -1
+    upstream = torch.randn(rows, generator=generator).to(device)
+    ids = ids.to(device) if lora else None
+    return Problem(hidden, weight, targets.to(device), a, b, ids, hints.to(device), upstream)
+
+
+def reference(problem: Problem, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses, hint log-probabilities and gradients in plain PyTorch, in the problem's dtype."""
+    p = problem
+    losses, hinted = linear_softcap_ce_reference(
+        p.hidden, p.weight, p.targets, p.lora_a, p.lora_b, p.doc_ids, p.hints, softcap, temperature
+    )
+    grads = torch.autograd.grad((losses * p.upstream.to(losses.dtype)).sum(), p.leaves())
+    return losses.detach(), hinted, list(grads)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64(dtype: torch.dtype, lora: bool, recompute: bool, device: torch.device) -> None:
+    problem = draw(dtype, device, lora=lora)
+    for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
+        wide, wide_hints, gradients = reference(problem.converted(torch.float64), softcap, temperature)
+        plain, _, plain_gradients = reference(problem, softcap, temperature)
+        losses, hinted = linear_softcap_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            softcap,
+            **problem.adapters(),
+            temperature=temperature,
+            hints=problem.hints,
+            reduction="none",
+            recompute=recompute,
+        )
+        assert losses.dtype == torch.float32 and not hinted.requires_grad
+        scale = max(1e-6, float((plain.double() - wide).abs().max()))
+        assert (losses.double() - wide).abs().max() <= 2 * scale + 1e-5
+        none = problem.hints < 0
+        assert (hinted[none] == float("-inf")).all()
+        assert (hinted - wide_hints)[~none].abs().max() <= 3 * scale + 1e-5
+        own = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+        for leaf, mine, theirs, wanted in zip(problem.leaves(), own, plain_gradients, gradients, strict=True):
+            assert mine.dtype == leaf.dtype
+            assert relative(mine, wanted) <= 2 * relative(theirs, wanted) + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_wide_weights_beside_narrow_activations(recompute: bool, device: torch.device) -> None:
+    problem = draw(torch.bfloat16, device, weight_dtype=torch.float32, lora=True, shuffled=True)
+    _, _, gradients = reference(problem.converted(torch.float64), 30.0, 1.0)
+    losses = linear_softcap_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
+    )
+    own = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+    assert [g.dtype for g in own] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    for mine, wanted in zip(own, gradients, strict=True):
+        assert relative(mine, wanted) < 1.5e-2  # what rounding weight and logits to bfloat16 costs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_upstream_gradients_and_retained_graph(recompute: bool, device: torch.device) -> None:
+    problem = draw(torch.float32, device, lora=True)
+    losses = linear_softcap_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
+    )
+    first = torch.autograd.grad(losses, problem.leaves(), problem.upstream, retain_graph=True)
+    again = torch.autograd.grad(losses, problem.leaves(), problem.upstream * -3, retain_graph=True)
+    scalar = torch.autograd.grad((losses / 8).sum(), problem.leaves(), retain_graph=True)
+    ones = torch.autograd.grad(losses, problem.leaves(), torch.ones_like(losses))
+    for a, b, c, d in zip(first, again, scalar, ones, strict=True):
+        torch.testing.assert_close(a * -3, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(c * 8, d, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_reductions(device: torch.device) -> None:
+    problem = draw(torch.float32, device)
+    inputs = (problem.hidden, problem.weight)
+    each = linear_softcap_cross_entropy(*inputs, problem.targets, reduction="none")
+    counted = problem.targets != -100
+    mean = linear_softcap_cross_entropy(*inputs, problem.targets)
+    torch.testing.assert_close(mean, each.sum() / counted.sum())
+    torch.testing.assert_close(linear_softcap_cross_entropy(*inputs, problem.targets, reduction="sum"), each.sum())
+    (gradient,) = torch.autograd.grad(mean, problem.hidden)
+    assert not gradient[~counted].any()
+    ignored = torch.full_like(problem.targets, -100)
+    assert linear_softcap_cross_entropy(*inputs, ignored).isnan()
+    assert linear_softcap_cross_entropy(*inputs, ignored, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_gradients_only_where_wanted(recompute: bool, device: torch.device) -> None:
+    for chosen in range(4):
+        problem = draw(torch.float32, device, lora=True)
+        for index, leaf in enumerate(problem.leaves()):
+            leaf.requires_grad_(index == chosen)
+        wide = problem.converted(torch.float64)
+        expected = reference(wide, 30.0, 1.0)[2][chosen]
+        losses = linear_softcap_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
+        )
+        (own,) = torch.autograd.grad(losses, problem.leaves()[chosen], problem.upstream)
+        assert relative(own, expected) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scoring_equals_the_loss_and_keeps_no_graph(device: torch.device) -> None:
+    problem = draw(torch.bfloat16, device, lora=True)
+    inputs = (problem.hidden, problem.weight, problem.targets)
+    own, hinted = score_tokens(*inputs, **problem.adapters(), hints=problem.hints, temperature=1.2)
+    losses, hints = linear_softcap_cross_entropy(
+        *inputs, **problem.adapters(), hints=problem.hints, temperature=1.2, reduction="none"
+    )
+    assert not own.requires_grad
+    torch.testing.assert_close(own, losses.detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(hinted, hints, rtol=0, atol=2e-5)
+    assert torch.equal(score_tokens(*inputs), score_tokens(problem.hidden, problem.weight, problem.targets))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_no_rows(recompute: bool, device: torch.device) -> None:
+    problem = draw(torch.float32, device, lora=True)
+    empty = problem.hidden.detach()[:0].requires_grad_()
+    ids = problem.doc_ids
+    assert ids is not None
+    adapters = {"lora_a": problem.lora_a, "lora_b": problem.lora_b, "doc_ids": ids[:0]}
+    call: dict[str, Any] = {"recompute": recompute, **adapters}
+    total = linear_softcap_cross_entropy(empty, problem.weight, problem.targets[:0], reduction="sum", **call)
+    assert total == 0
+    grads = torch.autograd.grad(total, [empty, problem.weight])
+    assert grads[0].shape == (0, 32) and not grads[1].any()
+    assert linear_softcap_cross_entropy(empty, problem.weight, problem.targets[:0], **call).isnan()
+
+
+def test_gradients_by_finite_differences() -> None:
+    problem = draw(torch.float64, lora=True, shuffled=True, rows=6, width=3, vocab=7, docs=2, rank=2)
+    for recompute in (False, True):
+
+        def loss(*leaves: Tensor, recompute: bool = recompute) -> Tensor:
+            hidden, weight, a, b = leaves
+            return linear_softcap_cross_entropy(
+                hidden,
+                weight,
+                problem.targets,
+                3.0,
+                lora_a=a,
+                lora_b=b,
+                doc_ids=problem.doc_ids,
+                temperature=0.8,
+                reduction="none",
+                recompute=recompute,
+            )
+
+        assert torch.autograd.gradcheck(loss, problem.leaves())
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pgolf_kernels.linear_softcap_ce as module
+
+    problem = draw(torch.float32, lora=True, shuffled=True)
+
+    def run(recompute: bool) -> list[Tensor]:
+        losses = linear_softcap_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
+        )
+        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+
+    whole = run(False)
+    small = module.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
+    monkeypatch.setattr(module, "CPU_CONFIG", small)
+    for recompute in (False, True, None):
+        for a, b in zip(run(recompute), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_opcheck(lora: bool, device: torch.device) -> None:
+    p = draw(torch.float32, device, lora=lora, rows=12)
+    inputs = (p.hidden, p.weight, p.targets, p.lora_a, p.lora_b, p.doc_ids)
+    scalars = (30.0, 1.0, -100)
+    for op in (_forward_op, _keep_op):
+        torch.library.opcheck(op, (*inputs, p.hints, *scalars))
+        torch.library.opcheck(op, (*inputs, None, *scalars))
+    plain = tuple(t if t is None else t.detach() for t in inputs)
+    needs = [True, False, lora, lora]
+    dlogits = torch.randn(12, 203, device=device)
+    torch.library.opcheck(_recompute_op, (p.upstream, *plain, needs, *scalars))
+    torch.library.opcheck(_backward_op, (p.upstream, dlogits, *plain[:2], *plain[3:], needs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
+def test_compiled_equals_eager(recompute: bool, autocast: bool, device: torch.device) -> None:
+    problem = draw(torch.float32, device, lora=not autocast)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return linear_softcap_cross_entropy(
+                hidden * 1.5, weight, problem.targets, **problem.adapters(), recompute=recompute
+            )
+
+    inputs = (problem.hidden, problem.weight)
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(loss(*inputs), compiled(*inputs), rtol=1e-6, atol=0)
+    own = torch.autograd.grad(loss(*inputs), inputs)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_double_backward_raises(recompute: bool, device: torch.device) -> None:
+    problem = draw(torch.float32, device)
+    loss = linear_softcap_cross_entropy(problem.hidden, problem.weight, problem.targets, recompute=recompute)
+    (gradient,) = torch.autograd.grad(loss, problem.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.square().sum().backward()
+
+
+def test_refusals() -> None:
+    p = draw(torch.float32, lora=True)
+    assert p.lora_a is not None and p.lora_b is not None and p.doc_ids is not None
+    call = linear_softcap_cross_entropy
+    adapters = p.adapters()
+    cases: list[tuple[type[Exception], str, Any]] = [
+        (TypeError, "hidden: got dtype torch.int64", lambda: call(p.hidden.long(), p.weight, p.targets)),
+        (ValueError, r"hidden: got shape \[96\]", lambda: call(p.hidden[:, 0], p.weight, p.targets)),
+        (ValueError, r"weight: got shape \[203, 31\]", lambda: call(p.hidden, p.weight[:, 1:], p.targets)),
+        (TypeError, "weight: got dtype", lambda: call(p.hidden, p.weight.long(), p.targets)),
+        (ValueError, "weight: got device meta", lambda: call(p.hidden, p.weight.to("meta"), p.targets)),
+        (ValueError, r"targets: got shape \[95\]", lambda: call(p.hidden, p.weight, p.targets[1:])),
+        (ValueError, r"hints: got shape \[95\]", lambda: call(p.hidden, p.weight, p.targets, hints=p.hints[1:])),
+        (ValueError, "temperature: got 0", lambda: call(p.hidden, p.weight, p.targets, temperature=0)),
+        (ValueError, "softcap: got -2", lambda: call(p.hidden, p.weight, p.targets, -2)),
+        (ValueError, "reduction: got", lambda: call(p.hidden, p.weight, p.targets, reduction="avg")),
+        (ValueError, "all three or none", lambda: call(p.hidden, p.weight, p.targets, lora_a=p.lora_a)),
+        (
+            ValueError,
+            r"lora_b: got shape \[5, 202, 8\], wanted \[5, 203, 8\]",
+            lambda: call(p.hidden, p.weight, p.targets, **{**adapters, "lora_b": p.lora_b[:, 1:]}),
+        ),
+        (
+            ValueError,
+            r"lora_a: got shape \[5, 8, 31\], wanted \[B, r, 32\]",
+            lambda: call(p.hidden, p.weight, p.targets, **{**adapters, "lora_a": p.lora_a[..., 1:]}),
+        ),
+        (
+            TypeError,
+            "doc_ids: got dtype torch.float32",
+            lambda: call(p.hidden, p.weight, p.targets, **{**adapters, "doc_ids": p.doc_ids.float()}),
+        ),
+        (
+            IndexError,
+            r"doc_ids: got 5, wanted indices in \[0, 5\)",
+            lambda: call(p.hidden, p.weight, p.targets, **{**adapters, "doc_ids": p.doc_ids + 2}),
+        ),
+        (IndexError, "targets: got 203", lambda: call(p.hidden, p.weight, torch.full_like(p.targets, 203))),
+        (
+            IndexError,
+            r"hint 203",
+            lambda: call(p.hidden, p.weight, p.targets, hints=torch.full_like(p.hints, 203)),
+        ),
+    ]
+    for error, message, refused in cases:
+        with pytest.raises(error, match=message):
+            refused()
