@@ -5,6 +5,27 @@
 //   load, store, broadcast, add, sub, mul, div, fma, clamp.
 // A tile holds kRows = kLanes * kVectors weight rows, transposed: tile[j * kRows + r].
 
+// sums[kGroup][kRows] += errors[k][kRows] * panel[k][kGroup] over `depth` values of k; the strides are those of the
+// arrays' first index.
+template <class V>
+PGOLF_TARGET inline void accumulate(typename V::Scalar* sums, int64_t sums_stride, const typename V::Scalar* errors,
+                                    int64_t errors_stride, const typename V::Scalar* panel, int64_t panel_stride,
+                                    int64_t depth) {
+  typename V::Reg acc[V::kGroup][V::kVectors];
+  for (int i = 0; i < V::kGroup; ++i)
+    for (int v = 0; v < V::kVectors; ++v) acc[i][v] = V::load(sums + i * sums_stride + v * V::kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    typename V::Reg error[V::kVectors];
+    for (int v = 0; v < V::kVectors; ++v) error[v] = V::load(errors + k * errors_stride + v * V::kLanes);
+    for (int i = 0; i < V::kGroup; ++i) {
+      const typename V::Reg weight = V::broadcast(panel[k * panel_stride + i]);
+      for (int v = 0; v < V::kVectors; ++v) acc[i][v] = V::fma(error[v], weight, acc[i][v]);
+    }
+  }
+  for (int i = 0; i < V::kGroup; ++i)
+    for (int v = 0; v < V::kVectors; ++v) V::store(sums + i * sums_stride + v * V::kLanes, acc[i][v]);
+}
+
 // The panel of one group of columns starting at j0: the rows k >= j0 of the feedback coefficients
 // factor[k][j] * row_gain[k] * column_gain[j], packed as panel[(k - j0) * kGroup + j - j0].
 template <class V>
@@ -22,26 +43,6 @@ PGOLF_TARGET void pack_group(const typename V::Scalar* factor, int64_t cols, int
         out[i] = i < width ? row[i] * row_gain[k] * column_gain[j0 + i] : Scalar(0);
     }
   }
-}
-
-// sums[kGroup][kRows] += errors[k][kRows] * panel[k][kGroup] over `depth` values of k.
-template <class V>
-PGOLF_TARGET void accumulate(typename V::Scalar* sums, const typename V::Scalar* errors,
-                             const typename V::Scalar* panel, int64_t depth) {
-  constexpr int rows = V::kLanes * V::kVectors;
-  typename V::Reg acc[V::kGroup][V::kVectors];
-  for (int i = 0; i < V::kGroup; ++i)
-    for (int v = 0; v < V::kVectors; ++v) acc[i][v] = V::load(sums + i * rows + v * V::kLanes);
-  for (int64_t k = 0; k < depth; ++k) {
-    typename V::Reg error[V::kVectors];
-    for (int v = 0; v < V::kVectors; ++v) error[v] = V::load(errors + k * rows + v * V::kLanes);
-    for (int i = 0; i < V::kGroup; ++i) {
-      const typename V::Reg weight = V::broadcast(panel[k * V::kGroup + i]);
-      for (int v = 0; v < V::kVectors; ++v) acc[i][v] = V::fma(error[v], weight, acc[i][v]);
-    }
-  }
-  for (int i = 0; i < V::kGroup; ++i)
-    for (int v = 0; v < V::kVectors; ++v) V::store(sums + i * rows + v * V::kLanes, acc[i][v]);
 }
 
 // Quantises the columns of one group, last first; `tile` and `codes` point at the group's first column. Weights in
@@ -124,15 +125,15 @@ PGOLF_TARGET void quantize_rows(const GptqMatrix& m, bool residual, int64_t bloc
       std::fill_n(sums.get(), block * rows, Scalar(0));
       for (int64_t k = b1; feedback && k < cols; k += depth_step)
         for (int64_t j0 = b0; j0 < b1; j0 += V::kGroup)
-          accumulate<V>(sums.get() + (j0 - b0) * rows, tile + k * rows,
-                        panel.get() + (j0 - b0) / V::kGroup * panel_stride + (k - j0) * V::kGroup,
+          accumulate<V>(sums.get() + (j0 - b0) * rows, rows, tile + k * rows, rows,
+                        panel.get() + (j0 - b0) / V::kGroup * panel_stride + (k - j0) * V::kGroup, V::kGroup,
                         std::min(depth_step, cols - k));
       for (int64_t j0 = b0 + (b1 - b0 - 1) / V::kGroup * V::kGroup; j0 >= b0; j0 -= V::kGroup) {
         const Scalar* group = panel.get() + (j0 - b0) / V::kGroup * panel_stride;
         const int64_t after = std::min<int64_t>(j0 + V::kGroup, b1);
         if (feedback && after < b1)
-          accumulate<V>(sums.get() + (j0 - b0) * rows, tile + after * rows, group + (after - j0) * V::kGroup,
-                        b1 - after);
+          accumulate<V>(sums.get() + (j0 - b0) * rows, rows, tile + after * rows, rows,
+                        group + (after - j0) * V::kGroup, V::kGroup, b1 - after);
         quantize_group<V>(tile + j0 * rows, codes.get() + (j0 - b0) * rows, sums.get() + (j0 - b0) * rows, group,
                           scales.get() + t * rows, Scalar(m.max_code), after - j0, residual);
       }
