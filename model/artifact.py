@@ -1,4 +1,4 @@
-"""The artifact: a container for a quantised model that is checked before it is believed. docs/artifact.md has the bytes.
+"""The artifact: a container for a quantised model, checked before it is believed. docs/artifact.md has the bytes.
 
     preamble  36 bytes   magic, version, lengths of the header, digest of all this and of the header
     header               JSON (zlib): configuration, tensors, sections with codec, length and digest, provenance
@@ -41,7 +41,7 @@ _PREAMBLE = struct.Struct("<8sHHII")  # magic, version, flags (0), stored and pl
 _DIGEST_BYTES = 16
 _HEADER_LIMIT = 1 << 24
 _ELEMENT_LIMIT = 1 << 31
-_EXPANSION_LIMIT = 1 << 16  # elements a stored byte can stand for: no codec here does better
+_EXPANSION_LIMIT = 1 << 18  # elements a stored byte can stand for; codecs reach less
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

@@ -187,7 +187,7 @@ class QuantConfig:
     prune_fraction: float = 0.0  # smallest weights zeroed before GPTQ (pull request 1499: 0.03)
     keep_fp16: tuple[str, ...] = ()  # names of matrices that stay fp16
     sort_hidden_units: bool = True  # store MLP hidden units in the order of their scales: fewer bytes, same function
-    codec: Literal["context", "static", "brotli", "lzma", "zstd"] = "static"
+    codec: Literal["context", "static", "brotli", "lzma", "zstd"] = "context"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,16 @@ std::vector<Matrix<T>> matrices_at(const std::vector<Address>& addresses) {
   return matrices;
 }
 
+template <std::vector<uint8_t> (*Encode)(const ConstMatrices&, int)>
+py::bytes encode(const std::vector<Address>& addresses, int threads) {
+  std::vector<uint8_t> data;
+  {
+    py::gil_scoped_release release;
+    data = Encode(matrices_at<const int8_t>(addresses), threads);
+  }
+  return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
+}
+
 }  // namespace
 
 void bind_packing(py::module_& m) {
@@ -80,18 +90,17 @@ void bind_packing(py::module_& m) {
   m.def("byte_unshuffle", [](py::object out, py::handle data, int stride, bool appended) {
     return shuffle(byte_unshuffle, std::move(out), data, {}, stride, appended);
   });
-  m.def("encode_static", [](const std::vector<Address>& addresses, int threads) {
-    std::vector<uint8_t> data;
-    {
-      py::gil_scoped_release release;
-      data = encode_static(matrices_at<const int8_t>(addresses), threads);
-    }
-    return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
-  });
+  m.def("encode_static", &encode<encode_static>);
+  m.def("encode_context", &encode<encode_context>);
   m.def("decode_static", [](py::handle data, const std::vector<Address>& addresses, int) {
     const Bytes source(data, false);
     py::gil_scoped_release release;
     decode_static(source.data(), source.size(), matrices_at<int8_t>(addresses));
+  });
+  m.def("decode_context", [](py::handle data, const std::vector<Address>& addresses, int threads) {
+    const Bytes source(data, false);
+    py::gil_scoped_release release;
+    decode_context(source.data(), source.size(), matrices_at<int8_t>(addresses), threads);
   });
 }
 

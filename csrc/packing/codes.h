@@ -24,6 +24,10 @@ struct DamagedData : std::invalid_argument {
 std::vector<uint8_t> encode_static(const ConstMatrices& matrices, int threads);
 void decode_static(const uint8_t* data, int64_t size, const Matrices& matrices);
 
+// Adaptive models of columns, rows and earlier matrices, mixed bit by bit before arithmetic coding.
+std::vector<uint8_t> encode_context(const ConstMatrices& matrices, int threads);
+void decode_context(const uint8_t* data, int64_t size, const Matrices& matrices, int threads);
+
 // Matrices [begin, end) of one shape, which share their models.
 struct Group {
   size_t begin, end;
