@@ -1,0 +1,149 @@
+"""Several runs side by side: groups of seeds, their means, and whether they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from model.report import plots
+from model.report.html import Markup, figure, join, table, tag
+from model.report.load import Run
+from model.report.stats import RECORD_NATS, RECORD_P, summarize, welch
+
+
+def compare_runs(runs: list[Run]) -> Iterator[Markup]:
+    """The comparison, without the runs' own sections. The first run's group is what the others are compared with."""
+    groups = _group(runs)
+    different = _differences(groups)
+    yield tag("p", f"{len(runs)} runs in {len(groups)} groups. Runs that differ by their seed alone form a group.")
+    yield table(*_group_table(groups), numbers=(1,))
+    if different:
+        yield tag("h2", "What differs between the groups")
+        yield table(["setting", *groups], different)
+    labels = [name for name, members in groups.items() for _ in members]
+    ordered = [run for members in groups.values() for run in members]
+    colours = plots.group_colours(list(groups))
+    if any(run.steps for run in runs):
+        yield tag("h2", "Training")
+        yield figure(
+            plots.loss_curves(ordered, labels, [colours[label] for label in labels]),
+            "Training by step, a colour for each group",
+        )
+    for mode in _modes(groups):
+        yield from _compare_mode(groups, mode)
+    yield tag("h2", "Every run")
+    yield _run_table(groups)
+
+
+def _group(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs of one configuration and data set under one name: the preset, with a letter where that is not enough."""
+    by_signature: dict[Any, list[Run]] = {}
+    for run in runs:
+        key = (run.config.preset, run.signature, run.provenance.get("data_sha256"))
+        by_signature.setdefault(key, []).append(run)
+    presets = [key[0] for key in by_signature]
+    named = {}
+    for number, (key, members) in enumerate(by_signature.items()):
+        name = key[0] if presets.count(key[0]) == 1 else f"{key[0]} {chr(ord('A') + presets[:number].count(key[0]))}"
+        named[name] = members
+    return named
+
+
+def _group_table(groups: dict[str, list[Run]]) -> tuple[list[str], list[list[Any]]]:
+    rows = [
+        [name, len(members), ", ".join(str(run.seed) for run in members), ", ".join(run.name for run in members)]
+        for name, members in groups.items()
+    ]
+    return ["group", "runs", "seeds", "folders"], rows
+
+
+def _differences(groups: dict[str, list[Run]]) -> list[list[Any]]:
+    settings = [dict(members[0].signature) for members in groups.values()]
+    rows = [
+        [name, *(tag("code", values[name]) for values in settings)]
+        for name in settings[0]
+        if len({repr(values.get(name)) for values in settings}) > 1
+    ]
+    data = [members[0].provenance.get("data_sha256") or "unknown" for members in groups.values()]
+    if len(set(data)) > 1:
+        rows.append(["data set (hash)", *(tag("code", digest[:12]) for digest in data)])
+    return rows
+
+
+def _modes(groups: dict[str, list[Run]]) -> list[str]:
+    """Evaluation modes that at least two groups have, or one group with several runs; the final ones last."""
+    modes = dict.fromkeys(mode for members in groups.values() for run in members for mode in run.bpb)
+    return [m for m in modes if sum(m in run.bpb for members in groups.values() for run in members) > 1]
+
+
+def _compare_mode(groups: dict[str, list[Run]], mode: str) -> Iterator[Markup]:
+    bpb = {name: [run.bpb[mode] for run in members if mode in run.bpb] for name, members in groups.items()}
+    nats = {name: [run.nats[mode] for run in members if mode in run.nats] for name, members in groups.items()}
+    bpb = {name: values for name, values in bpb.items() if values}
+    yield tag("h2", f"Score: {mode}")
+    yield figure(
+        plots.strip(bpb, "bits per byte (less is better)"),
+        f"Bits per byte in mode {mode}: " + ", ".join(f"{n} {summarize(v).mean:.4f}" for n, v in bpb.items()),
+        "Each dot a run, the bar the group's mean.",
+    )
+    first = next(iter(bpb))
+    columns = ["group", "runs", "bpb mean", "bpb sd", "nats mean", "nats sd", f"bpb less {first}", f"nats less {first}",
+               "Welch t", "df", "p", f"p of {RECORD_NATS} nats better"]  # fmt: skip
+    rows = [_mode_row(name, values, nats[name], bpb[first], nats[first], name == first) for name, values in bpb.items()]
+    yield table(columns, rows, numbers=range(1, len(columns)))
+    yield from _verdicts(nats, first)
+
+
+def _mode_row(
+    name: str, bpb: list[float], nats: list[float], base_bpb: list[float], base_nats: list[float], is_base: bool
+) -> list[Any]:
+    summary = summarize(bpb)
+    row = [name, summary.count, f"{summary.mean:.5f}", _sd(summary.sd)]
+    row += [f"{summarize(nats).mean:.5f}", _sd(summarize(nats).sd)] if nats else ["", ""]
+    if is_base:
+        return [*row, "", "", "", "", "", ""]
+    row.append(f"{summary.mean - summarize(base_bpb).mean:+.5f}")
+    row.append(f"{summarize(nats).mean - summarize(base_nats).mean:+.5f}" if nats and base_nats else "")
+    test = welch(bpb, base_bpb)
+    row += [f"{test.t:.2f}", f"{test.df:.1f}", _p(test.p)] if test else ["", "", "needs 2 runs each"]
+    record = welch(nats, base_nats, -RECORD_NATS, one_sided=True) if nats and base_nats else None
+    return [*row, _p(record.p) if record else ""]
+
+
+def _verdicts(nats: dict[str, list[float]], first: str) -> Iterator[Markup]:
+    """A sentence for each group that could be a record over the first."""
+    lines = []
+    for name, values in nats.items():
+        record = welch(values, nats[first], -RECORD_NATS, one_sided=True) if name != first and values else None
+        if record is None:
+            continue
+        reached = record.p < RECORD_P
+        word = tag("span", "is" if reached else "is not shown to be", class_="good" if reached else "bad")
+        line = [name, " ", word, f" better than {first} by at least {RECORD_NATS} nats per token at p < {RECORD_P}"]
+        lines.append(join([*line, f" (one-sided Welch test, p {_p(record.p)})."]))
+    if lines:
+        yield tag("p", join(lines, " "))
+
+
+def _run_table(groups: dict[str, list[Run]]) -> Markup:
+    modes = list(dict.fromkeys(mode for members in groups.values() for run in members for mode in run.bpb))
+    rows = []
+    for name, members in groups.items():
+        for run in members:
+            train = run.result.get("train", {})
+            seconds = run.result.get("seconds", {}).get("train")
+            row = [run.name, name, run.seed, f"{train['steps']:,}" if "steps" in train else ""]
+            row.append("" if seconds is None else f"{seconds:,.1f}")
+            row += [f"{run.bpb[mode]:.5f}" if mode in run.bpb else "" for mode in modes]
+            rows.append([*row, f"{run.artifact.size:,}" if run.artifact else ""])
+    columns = ["run", "group", "seed", "steps", "train s", *(f"bpb {mode}" for mode in modes), "artifact bytes"]
+    return table(columns, rows, numbers=range(2, len(columns)))
+
+
+def _sd(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.5f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-4 else f"{value:.0e}"

@@ -1,0 +1,197 @@
+"""Reading a run's folder for the report. What a run lacks is left out and said so; what is damaged is an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.artifact import read_artifact
+from model.config import Config
+from model.data.dataset import Dataset, open_dataset
+from model.errors import ConfigError, DataError
+from model.evaluate.bpb import score_per_document
+from model.evaluate.documents import find_documents
+from model.evaluate.ledger import Ledger
+from model.run import RunDir
+
+# Settings that say where a run is or which one of several equal ones it is, not what it does.
+_IDENTITY = frozenset({"seed", "run_id", "run_dir", "data_dir"})
+
+
+@dataclass(frozen=True)
+class WeightClass:
+    """Weights of one kind in the artifact. entropy: order-0, bits a weight over all codes of the class."""
+
+    name: str
+    weights: int
+    bits: float  # allotted to a weight, on average
+    entropy: float
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """Bytes of an artifact's parts. `classes` are the quantised matrices, whose codes share one section."""
+
+    parts: dict[str, int]
+    classes: list[WeightClass]
+
+    @property
+    def size(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def code_bytes(self) -> dict[str, float]:
+        """The section of codes, shared out over the classes by their entropy."""
+        entropies = {c.name: c.weights * c.entropy for c in self.classes}
+        total = sum(entropies.values())
+        return {name: self.parts["codes"] * bits / total if total else 0.0 for name, bits in entropies.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as its folder tells."""
+
+    path: Path
+    config: Config
+    provenance: dict[str, Any]
+    result: dict[str, Any]
+    steps: list[dict[str, Any]]  # metrics of training steps
+    validations: list[dict[str, Any]]  # metrics of validations during training
+    artifact: ArtifactFacts | None
+    dataset: Dataset | None
+    ledgers: dict[str, Ledger]  # by evaluation mode, as in `bpb`
+    missing: list[str] = field(default_factory=list)  # sentences for the page
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def bpb(self) -> dict[str, float]:
+        """Bits per byte by evaluation mode."""
+        return {mode: value for mode, value in self.result.get("bpb", {}).items() if isinstance(value, int | float)}
+
+    @property
+    def nats(self) -> dict[str, float]:
+        """Nats per token by evaluation mode."""
+        scores = self.result.get("evaluation", {})
+        return {mode: scores[mode]["val_loss"] for mode in self.bpb if mode in scores}
+
+    @property
+    def final_mode(self) -> str | None:
+        """The mode whose score is the run's: the preset's if it was run, else the last one."""
+        wanted = self.config.eval.eval_mode.replace("-", "_").replace("+", "_")
+        return wanted if wanted in self.bpb else next(reversed(self.bpb), None)
+
+    @property
+    def by_token(self) -> dict[str, Ledger]:
+        """The ledgers of evaluations that came to their end, where the data set is there to read them with."""
+        return {} if self.dataset is None else {mode: self.ledgers[mode] for mode in self.bpb if mode in self.ledgers}
+
+    @property
+    def signature(self) -> tuple[tuple[str, Any], ...]:
+        """Equal for runs that differ by their seed (and their place) alone."""
+        return tuple((name, value) for _, name, value in self.config.items() if name not in _IDENTITY)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of each validation token. Needs the data set."""
+        return self.dataset.byte_tables.stream_bytes(self.dataset.valid_tokens)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """Start and length of each validation document. Needs the data set."""
+        return find_documents(self.dataset.valid_tokens)
+
+    def per_document(self, mode: str) -> np.ndarray:
+        """Loss sum (nats), bytes and tokens of each document in this mode. Needs the data set and the ledger."""
+        return score_per_document(self.ledgers[mode].nll, self.token_bytes, self.documents)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Reads a run's folder. Raises ConfigError where there is none, and what its damaged parts raise."""
+    run_dir = RunDir(path, writes=False)
+    config = run_dir.config()
+    provenance = _read_provenance(run_dir.path / "provenance.json")
+    records = list(run_dir.metrics())
+    missing: list[str] = []
+    dataset = _find_dataset(run_dir.path, config, provenance, missing)
+    ledgers = {}
+    for file in sorted(run_dir.path.rglob("ledger*.npz")):
+        ledger = Ledger.load(file)
+        if dataset is not None and ledger.num_tokens != dataset.valid_tokens.size:
+            missing.append(f"{file.name} belongs to another validation stream.")
+            continue
+        ledgers[re.sub(r"^ledger[_.-]?", "", file.stem) or str(ledger.meta.get("mode"))] = ledger
+    if not ledgers:
+        missing.append("No ledger was kept: nothing by document, and no example text.")
+    artifact = run_dir.artifact_path
+    if not artifact.is_file():
+        missing.append("There is no artifact: nothing on its bytes.")
+    return Run(
+        path=run_dir.path.resolve(),
+        config=config,
+        provenance=provenance,
+        result=run_dir.result(),
+        steps=[record for record in records if "loss" in record],
+        validations=[record for record in records if "val_loss" in record],
+        artifact=_artifact_facts(artifact) if artifact.is_file() else None,
+        dataset=dataset,
+        ledgers=ledgers,
+        missing=missing,
+    )
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a JSON object ({error})") from error
+
+
+def _find_dataset(run: Path, config: Config, provenance: dict[str, Any], missing: list[str]) -> Dataset | None:
+    """The run's data set, if it is still where it was (or beside the run's results) and what it was."""
+    problems = []
+    for folder in (Path(config.data.data_dir), run / "data"):
+        try:
+            dataset = open_dataset(folder)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if dataset.fingerprint == provenance.get("data_sha256"):
+            return dataset
+        problems.append(f"{folder} is not the data set of this run")
+    missing.append(f"The data set was not found ({problems[0]}): nothing by document, and no example text.")
+    return None
+
+
+def _artifact_facts(path: Path) -> ArtifactFacts:
+    artifact = read_artifact(path)
+    codes: dict[str, list[np.ndarray]] = defaultdict(list)
+    bits: dict[str, int] = defaultdict(int)
+    for matrix in artifact.quantized.matrices:
+        kind = "embedding" if matrix.name == "tok_emb" else "MLP" if ".mlp." in matrix.name else "attention"
+        codes[kind].append(matrix.codes.numpy().reshape(-1))
+        bits[kind] += matrix.bits * matrix.codes.numel()
+    classes = []
+    for kind, parts in codes.items():
+        values = np.concatenate(parts)
+        counts = np.bincount(values.astype(np.int64) + 128, minlength=256)
+        share = counts[counts > 0] / values.size
+        classes.append(WeightClass(kind, values.size, bits[kind] / values.size, float(-(share * np.log2(share)).sum())))
+    header = artifact.header
+    return ArtifactFacts({"header": header.size} | {s.name: s.size for s in header.sections}, classes)
