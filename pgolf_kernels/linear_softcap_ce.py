@@ -25,6 +25,11 @@ import torch
 from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
+from pgolf_kernels.batched_lora import _WEIGHT as WEIGHT
+from pgolf_kernels.batched_lora import MAX_RANK
+from pgolf_kernels.batched_lora import _backward_kernel as lora_backward
+from pgolf_kernels.batched_lora import _forward as lora_forward
+from pgolf_kernels.batched_lora import _padded_rank as padded_rank
 from pgolf_kernels.softcap_ce import (
     check_float,
     check_indices,
@@ -96,44 +101,63 @@ def config_of(tensor: Tensor) -> HeadConfig:
     return CUDA_CONFIG if tensor.device.type == "cuda" else CPU_CONFIG
 
 
-# --- the head, a chunk of rows at a time -----------------------------------------------------------------------------
+# --- the head, a chunk of rows at a time ------------------------------------------------------------------------------
 
 
 class Head:
-    """Weight and adapters in the compute dtype, and the matrix products that a chunk of rows needs."""
+    """Hidden states, weight and adapters in the compute dtype, and the products that a chunk of rows needs.
+
+    With adapters the rows are sorted by document (`order`), for batched_lora.py's products by document.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
     ):
-        dtype = hidden.dtype
         self.hidden = hidden
-        self.weight = weight.to(dtype)
-        self.a = None if lora_a is None else lora_a.to(dtype)
-        self.b = None if lora_b is None else lora_b.to(dtype)
-        self.doc_ids = doc_ids
+        self.weight = weight.to(hidden.dtype)
+        self.lora_a, self.lora_b = lora_a, lora_b
+        self.order: Tensor | None = None
+        if lora_a is None or lora_b is None or doc_ids is None:
+            return
+        documents = len(lora_a)
+        if (
+            not doc_ids.is_cuda
+            and len(doc_ids)
+            and not 0 <= (extremes := doc_ids.aminmax()).min <= extremes.max < documents
+        ):
+            raise IndexError(
+                f"doc_ids: got {extremes.min.item()} to {extremes.max.item()}, wanted indices in [0, {documents})"
+            )
+        known = doc_ids.where((doc_ids >= 0) & (doc_ids < documents), documents)  # rows of no document go last
+        ids, self.order = known.sort(stable=True)
+        bounds = torch.arange(documents + 1, device=ids.device)
+        self.bounds = torch.searchsorted(ids, bounds, out_int32=True)
+        self.hidden = hidden[self.order]
+
+    def sorted(self, rows: Tensor | None) -> Tensor | None:
+        return rows if self.order is None or rows is None else rows[self.order]
+
+    def unsorted(self, rows: Tensor) -> Tensor:
+        return (
+            rows if self.order is None or not rows.numel() else torch.empty_like(rows).index_copy_(0, self.order, rows)
+        )
 
     def chunks(self, chunk_bytes: int) -> Iterator[slice]:
         count = max(1, chunk_bytes // (self.weight.shape[0] * self.hidden.element_size()))
-        for start in range(0, len(self.hidden), count):
+        for start in range(0, max(1, len(self.hidden)), count):
             yield slice(start, min(start + count, len(self.hidden)))
 
-    def documents(self, rows: slice) -> Iterator[tuple[int, slice | Tensor]]:
-        """(document, its rows within the chunk) for each document of a chunk."""
-        if self.a is None or self.doc_ids is None:
-            return
-        ids = self.doc_ids[rows]
-        for doc in ids.unique().tolist():
-            if not 0 <= doc < len(self.a):
-                raise IndexError(f"doc_ids: got {doc}, wanted indices in [0, {len(self.a)})")
-            index = (ids == doc).nonzero()[:, 0]
-            first, last = int(index[0]), int(index[-1])
-            yield doc, slice(first, last + 1) if last - first + 1 == len(index) else index
+    def bounds_in(self, rows: slice) -> Tensor:
+        return (self.bounds - rows.start).clamp(0, rows.stop - rows.start)
 
-    def logits(self, rows: slice, out: Tensor) -> None:
+    def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """A chunk's logits, and with adapters x A^T, which their gradients need."""
         hidden = self.hidden[rows]
-        torch.mm(hidden, self.weight.T, out=out)
-        for doc, index in self.documents(rows):
-            out[index] += (hidden[index] @ self.a[doc].T) @ self.b[doc].T
+        if self.order is None:
+            return torch.mm(hidden, self.weight.T, out=out), None
+        lists = [self.weight], [self.lora_a], [self.lora_b]
+        logits, inner = lora_forward(hidden, *lists, [], [WEIGHT], self.bounds_in(rows), None, 0, 1.0)
+        return logits if out is None else out.copy_(logits), inner
 
 
 class Gradients:
@@ -145,31 +169,33 @@ class Gradients:
 
         self.head = head
         self.hidden = torch.empty_like(head.hidden) if needs[0] else None
-        self.weight, self.a, self.b = zeros(needs[1], head.weight), zeros(needs[2], head.a), zeros(needs[3], head.b)
+        self.weight = zeros(needs[1], head.weight)
+        self.lora_a, self.lora_b = zeros(needs[2], head.lora_a), zeros(needs[3], head.lora_b)
 
-    def add(self, dlogits: Tensor, upstream: Tensor, rows: slice) -> None:
-        """Adds a chunk: `dlogits` are its losses' gradients, `upstream` [n] the gradients of its losses."""
-        head, scale = self.head, upstream[:, None].to(dlogits.dtype)
-        scaled = head.hidden[rows] * scale
-        if self.hidden is not None:
-            torch.mm(dlogits, head.weight, out=self.hidden[rows])
+    def add(self, dlogits: Tensor, scale: Tensor, rows: slice, inner: Tensor | None) -> None:
+        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]."""
+        head, factor = self.head, scale[:, None].to(dlogits.dtype)
+        scaled = head.hidden[rows] * factor
         if self.weight is not None:
             add_product(self.weight, dlogits.T, scaled)
-        for doc, index in head.documents(rows):
-            if self.hidden is not None or self.a is not None:
-                dinner = dlogits[index] @ head.b[doc]
-            if self.hidden is not None:
-                self.hidden[rows][index] += dinner @ head.a[doc]
-            if self.a is not None:
-                add_product(self.a[doc], dinner.T, scaled[index])
-            if self.b is not None:
-                add_product(self.b[doc], dlogits[index].T, scaled[index] @ head.a[doc].T)
+        if inner is not None:
+            lists = [head.weight], [head.lora_a], [head.lora_b]
+            bounds, wants = (head.bounds_in(rows), None, 0, 1.0), (self.hidden is not None, [False])
+            results = lora_backward([dlogits], scaled, *lists, inner * factor, [WEIGHT], *bounds, *wants)
+            dhidden, _, d_a, d_b = results
+            for total, part in ((self.lora_a, d_a), (self.lora_b, d_b)):
+                if total is not None:
+                    total += part
+        elif self.hidden is not None:
+            del scaled  # as large as what comes next
+            dhidden = torch.mm(dlogits, head.weight, out=self.hidden[rows])
         if self.hidden is not None:
-            self.hidden[rows] *= scale
+            torch.mul(dhidden, factor, out=self.hidden[rows])
 
     def outputs(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor, ...]:
         """In the inputs' dtypes; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
-        sums = (self.hidden, self.weight, self.a, self.b)
+        hidden = None if self.hidden is None else self.head.unsorted(self.hidden)
+        sums = (hidden, self.weight, self.lora_a, self.lora_b)
         return tuple(
             self.head.hidden.new_empty(0) if total is None else total.to(dtype)
             for total, dtype in zip(sums, dtypes, strict=True)
@@ -186,7 +212,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-# --- ops -------------------------------------------------------------------------------------------------------------
+# --- ops --------------------------------------------------------------------------------------------------------------
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? lora_a, Tensor? lora_b, Tensor? doc_ids"
 _SCALARS = "float softcap, float temperature, int ignore_index"
@@ -212,14 +238,14 @@ def _forward(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    targets, hints = head.sorted(targets), head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     lse = torch.empty_like(losses)
     for rows in head.chunks(config_of(hidden).chunk):
-        logits = hidden.new_empty(rows.stop - rows.start, len(weight))
-        head.logits(rows, logits)
+        logits, _ = head.logits(rows)
         out = (losses[rows], lse[rows], hint_log_probs[rows])
         launch_forward(logits, targets[rows], _part(hints, rows), scalars, *out)
-    return losses, hint_log_probs
+    return head.unsorted(losses), head.unsorted(hint_log_probs)
 
 
 def _keep(
@@ -231,26 +257,31 @@ def _keep(
     doc_ids: Tensor | None,
     hints: Tensor | None,
     *scalars: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    targets, hints = head.sorted(targets), head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     lse, one = torch.empty_like(losses), losses.new_ones(1)
-    dlogits = hidden.new_empty(len(hidden), len(weight))
-    for rows in head.chunks(config_of(hidden).kept_chunk):
-        logits = dlogits[rows]
-        head.logits(rows, logits)
+    chunks = list(head.chunks(config_of(hidden).kept_chunk))
+    dlogits = None if len(chunks) == 1 else hidden.new_empty(len(hidden), len(weight))
+    inner = []
+    for rows in chunks:
+        logits, own = head.logits(rows, None if dlogits is None else dlogits[rows])
+        inner.append(own)
         out = (losses[rows], lse[rows], hint_log_probs[rows])
         launch_with_grad(logits, targets[rows], _part(hints, rows), one.expand(len(logits)), scalars, *out, logits)
-    return losses, hint_log_probs, dlogits
+    kept = hidden.new_empty(0) if lora_a is None else torch.cat(inner) if len(inner) > 1 else inner[0]
+    return head.unsorted(losses), head.unsorted(hint_log_probs), logits if dlogits is None else dlogits, kept
 
 
-def _dtypes(hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, lora_a, lora_b))
+def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def _backward(
     upstream: Tensor,
     dlogits: Tensor,
+    inner: Tensor,
     hidden: Tensor,
     weight: Tensor,
     lora_a: Tensor | None,
@@ -259,9 +290,10 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    upstream = head.sorted(upstream)
     grads = Gradients(head, needs)
     for rows in head.chunks(config_of(hidden).kept_chunk):
-        grads.add(dlogits[rows], upstream[rows], rows)
+        grads.add(dlogits[rows], upstream[rows], rows, None if lora_a is None else inner[rows])
     return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
 
 
@@ -277,40 +309,48 @@ def _recompute(
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    targets, upstream = head.sorted(targets), head.sorted(upstream)
     grads = Gradients(head, needs)
     losses, hint_log_probs = _new_losses(hidden, None)
     one = losses.new_ones(1)
     for rows in head.chunks(config_of(hidden).chunk):
-        logits = hidden.new_empty(rows.stop - rows.start, len(weight))
-        head.logits(rows, logits)
+        logits, inner = head.logits(rows)
         out = (losses[rows], losses[rows], hint_log_probs)  # not read: the losses are known already
         launch_with_grad(logits, targets[rows], None, one.expand(len(logits)), scalars, *out, logits)
-        grads.add(logits, upstream[rows], rows)
+        grads.add(logits, upstream[rows], rows, inner)
     return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
 
 
 def _gradients_fake(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
     hidden = tensors[0]
+    assert hidden is not None
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else hidden.new_empty(0)
+        tensor.new_empty(tensor.shape) if need and tensor is not None else hidden.new_empty(0)
         for need, tensor in zip(needs, tensors, strict=True)
     )
 
 
 def _forward_fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, doc_ids: Any, hints: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return _new_losses(hidden, hints)
 
 
-def _keep_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *_forward_fake(hidden, weight, *rest), hidden.new_empty(len(hidden), len(weight))
+def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, *rest: Any) -> tuple[Tensor, ...]:
+    inner = hidden.new_empty(0) if a is None else hidden.new_empty(len(hidden), padded_rank(a, hidden))
+    return *_forward_fake(hidden, weight, targets, a, *rest), hidden.new_empty(len(hidden), len(weight)), inner
 
 
 def _backward_fake(
-    upstream: Tensor, dlogits: Tensor, hidden: Tensor, weight: Tensor, a: Any, b: Any, doc_ids: Any, needs: list[bool]
+    upstream: Tensor,
+    dlogits: Tensor,
+    inner: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Any,
+    b: Any,
+    doc_ids: Any,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     return _gradients_fake((hidden, weight, a, b), needs)
 
@@ -332,8 +372,8 @@ def _recompute_fake(
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 _NO_DOUBLE = "double backward is not supported"
 _backward_op = register_op(
-    f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, {_INPUTS.replace('Tensor targets, ', '')}, "
-    f"bool[] needs) -> {_GRADIENTS}",
+    f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, Tensor inner, "
+    f"{_INPUTS.replace('Tensor targets, ', '')}, bool[] needs) -> {_GRADIENTS}",
     cpu=_backward,
     cuda=_backward,
     fake=_backward_fake,
@@ -347,7 +387,7 @@ _recompute_op = register_op(
     not_differentiable=_NO_DOUBLE,
 )
 
-# --- autograd --------------------------------------------------------------------------------------------------------
+# --- autograd ---------------------------------------------------------------------------------------------------------
 
 _DIFFERENTIABLE = (0, 1, 3, 4)  # hidden, weight, lora_a, lora_b among the forward ops' ten inputs
 
@@ -383,7 +423,7 @@ _forward_op = register_op(
     setup_context=_setup_context,
 )
 _keep_op = register_op(
-    f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
+    f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_keep,
     cuda=_keep,
     fake=_keep_fake,
@@ -415,8 +455,8 @@ def _check(
             raise ValueError(f"{name}: got device {tensor.device}, wanted {hidden.device}")
     if lora_a is None or lora_b is None or doc_ids is None:
         return None
-    if lora_a.dim() != 3 or lora_a.shape[2] != width:
-        raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, wanted [B, r, {width}]")
+    if lora_a.dim() != 3 or lora_a.shape[2] != width or not 1 <= lora_a.shape[1] <= MAX_RANK:
+        raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, wanted [B, r, {width}] with 1 <= r <= {MAX_RANK}")
     wanted = (lora_a.shape[0], weight.shape[0], lora_a.shape[1])
     if lora_b.shape != wanted:
         raise ValueError(f"lora_b: got shape {list(lora_b.shape)}, wanted {list(wanted)}")
