@@ -1,0 +1,285 @@
+"""The training loop: schedule, clock, warm-up, validation, stopping, and errors that say what to do."""
+
+import json
+import math
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import schedule
+from model.config import ModelConfig
+from model.data.dataset import open_dataset
+from model.distributed import Dist, local_micro_batches
+from model.errors import DataError, TrainError
+from model.flops import layer_passes, matmul_flops_per_token, peak_flops, train_flops
+from model.monitor import InFlight, StepRecord
+from model.presets import get_preset
+from model.run import RunDir
+from model.schedule import StepSettings
+from model.train import Trainer, attention_pairs, stop_signals, train
+from tests.tiny import tiny_config, tiny_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def dataset(data):
+    return open_dataset(data)
+
+
+def run_of(config, name="run"):
+    return RunDir(f"{config.train.run_dir}/{name}")
+
+
+def test_it_learns_and_writes_down_what_it_did(data, dataset, tmp_path, capsys):
+    config = tiny_config(data, tmp_path, iterations=24, matrix_lr=0.02, val_loss_every=12)
+    run = run_of(config)
+    run.start(config, dataset.fingerprint)
+    result = train(config, dataset, run, Dist.single(), started=time.perf_counter())
+    records = list(run.metrics())
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 25))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert [r["loop"] for r in steps] == [False] * 12 + [True] * 12
+    assert [r["step"] for r in records if "val_bpb" in r] == [0, 12]
+    assert steps[-1]["lr_scale"] < steps[0]["lr_scale"] == 1.0
+    assert steps[3]["muon_momentum"] == pytest.approx(schedule.muon_momentum(config.train, 3))
+    assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in steps)
+    stored = run.result()
+    assert stored["train"]["steps"] == 24
+    assert stored["train"]["tokens"] == 24 * 256 == result.tokens
+    assert stored["seconds"]["start_to_first_step"] > 0
+    assert {"config.json", "provenance.json", "source.zip", "model.safetensors", "log.txt"} <= set(os.listdir(run.path))
+    assert run.config() == config
+    assert json.loads((run.path / "provenance.json").read_text())["data_sha256"] == dataset.fingerprint
+    assert "step 24/24" in capsys.readouterr().out
+
+
+def test_one_seed_twice_gives_the_same_weights(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path)
+    one, two = (train(config, dataset, run_of(config, name), Dist.single()).model.state_dict() for name in "ab")
+    other = train(config.replace(seed=4), dataset, run_of(config, "c"), Dist.single()).model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["tok_emb"], other["tok_emb"])
+
+
+def test_warm_up_leaves_no_trace(data, dataset, tmp_path):
+    warm = tiny_config(data, tmp_path, warmup_steps=3)
+    cold = warm.replace(warmup_steps=0)
+    weights = [
+        train(config, dataset, run_of(config, name), Dist.single()).model.state_dict()
+        for config, name in ((warm, "warm"), (cold, "cold"))
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_public_defect_of_the_warm_up_can_be_had(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path, warmup_steps=2, restore_muon_momentum=False)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+    trainer.prepare()
+    state = trainer.optimizer.state()
+    assert state["momentum.qo_bank"].abs().sum() > 0
+    assert not any(name.startswith("adamw") for name in state)
+    trainer.close()
+
+
+def test_the_result_has_the_averaged_weights(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path, ema_decay=0.5)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+    trainer.prepare()
+    result = trainer.run()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, trainer.average.average[name]), name
+    trainer.close()
+
+
+class FakeClock:
+    """Stands in for the module `time`: a step takes 0.1 s, a validation 5 s."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        step, clock = Trainer.train_step, self
+
+        def timed_step(self, settings):
+            clock.now += 0.1
+            return step(self, settings)
+
+        def validate(*arguments, **options):
+            clock.now += 5.0
+            return SimpleNamespace(val_loss=2.0, bpb=1.0)
+
+        monkeypatch.setattr("model.train.time", self)
+        monkeypatch.setattr("model.evaluate.evaluate", validate)
+        monkeypatch.setattr(Trainer, "train_step", timed_step)
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_the_wall_clock_stops_training_and_leaves_out_validation(data, dataset, tmp_path, monkeypatch):
+    FakeClock(monkeypatch)
+    config = tiny_config(
+        data,
+        tmp_path,
+        iterations=10_000,
+        max_wallclock_seconds=3.0,
+        reserve_seconds=1.05,
+        val_loss_every=8,
+        warmup_steps=2,
+    )
+    result = train(config, dataset, run_of(config), Dist.single())
+    assert result.step == 20  # 19 steps take 1.9 s of 1.95, warm-up and validation not counted
+    assert result.seconds == pytest.approx(2.0)
+    records = list(run_of(config).metrics())
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 8, 16]
+    steps = [r for r in records if "loss" in r]
+    assert [r["elapsed"] for r in steps] == pytest.approx([0.1 * n for n in range(20)])
+    assert [r["loop"] for r in steps] == [n / 10 / 1.95 >= 0.5 for n in range(20)]
+    assert steps[-1]["lr_scale"] == pytest.approx((1 - 1.9 / 1.95) / config.train.warmdown_frac)
+
+
+def test_late_qat_changes_training_and_not_the_result(data, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.gpt.QAT_MIN_ELEMENTS", 100)
+    config = tiny_config(data, tmp_path)
+    plain = train(config, dataset, run_of(config, "plain"), Dist.single())
+    quantised = train(config.replace(late_qat_threshold=0.9), dataset, run_of(config, "qat"), Dist.single())
+    flags = [[r["late_qat"] for r in run_of(config, name).metrics()] for name in ("plain", "qat")]
+    assert not any(flags[0])
+    assert any(flags[1])
+    assert not all(flags[1])
+    assert not torch.equal(plain.model.up_bank, quantised.model.up_bank)
+    assert quantised.model.late_qat is False
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_led_to_it(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+    trainer.prepare()
+    trainer._start_clock()
+    settings = StepSettings(0.0, 1.0, 0.9, False, False)
+    trainer._one_step(settings, 0.0)
+    with torch.no_grad():
+        trainer.model.tok_emb[5:].fill_(math.nan)
+    with pytest.raises(TrainError, match=r"step 2: loss nan.*--matrix-lr"):
+        trainer._one_step(settings, 0.0)
+    report = json.loads((run_of(config).path / "not_finite.json").read_text())
+    assert [r["step"] for r in report["recent"]] == [1, 2]
+    trainer.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_training_with_a_checkpoint_that_resumes(data, dataset, tmp_path, monkeypatch, number):
+    config = tiny_config(data, tmp_path)
+    whole = train(config, dataset, run_of(config, "whole"), Dist.single())
+    one_step = Trainer._one_step
+
+    def interrupted_step(self, settings, elapsed):
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+        one_step(self, settings, elapsed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted_step)
+        result = train(config, dataset, run_of(config), Dist.single())
+    assert result.interrupted == number
+    assert result.step == 4  # the step that was running is finished
+    assert not run_of(config).model_path.exists()
+    again = train(config, dataset, run_of(config), Dist.single(), resume=True)
+    assert again.interrupted is None
+    assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in whole.model.state_dict().items())
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert received == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_out_of_memory_names_the_setting(data, dataset, tmp_path, monkeypatch):
+    config = tiny_config(data, tmp_path, warmup_steps=0)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+
+    def fail(settings):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(trainer, "train_step", fail)
+    with pytest.raises(TrainError, match=r"128 tokens a micro-batch; --micro-batches 4 halves them.*3 GiB"):
+        trainer._one_step(StepSettings(0.0, 1.0, 0.9, False, False), 0.0)
+    trainer.close()
+
+
+def test_batches_that_do_not_divide_are_refused():
+    assert local_micro_batches(8, 4) == 2
+    with pytest.raises(TrainError, match=r"micro_batches: got 8 for 3 ranks.*use 1, 2, 4, 8 ranks"):
+        local_micro_batches(8, 3)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path, vocab_size=256)
+    with pytest.raises(DataError, match=r"512 pieces, wanted at most vocab_size=256; set --vocab-size 512"):
+        Trainer(config, dataset, run_of(config), Dist.single())
+
+
+def test_a_missing_shard_is_named(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path)
+    missing = dataset.train_shards[0].with_name("gone.bin")
+    dataset.train_shards[0] = missing
+    with pytest.raises((DataError, OSError), match=r"gone\.bin"):
+        Trainer(config, dataset, run_of(config), Dist.single())
+
+
+def test_attention_pairs_by_real_lengths(data, dataset, tmp_path):
+    config = tiny_config(data, tmp_path)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+    batch = trainer.loader.next_batch()
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert sum(lengths) == 128
+    assert attention_pairs(batch).item() == sum(n * (n + 1) // 2 for n in lengths)
+    dense = batch._replace(inputs=batch.inputs.view(2, 64), cu_seqlens=None)
+    assert attention_pairs(dense).item() == 2 * 64 * 65 // 2
+    trainer.close()
+
+
+def test_flops():
+    model = ModelConfig(
+        vocab_size=100,
+        num_layers=2,
+        model_dim=8,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_mult=2.0,
+        rope_dims=4,
+        loop_start=0,
+        loop_end=0,
+        num_loops=2,
+        parallel_start=-1,
+        xsa_last_n=2,
+    )
+    block = 2 * 8 * 8 + 2 * 4 * 8 + 2 * 16 * 8
+    assert matmul_flops_per_token(model, loop=False) == 6 * (2 * block + 800)
+    assert matmul_flops_per_token(model, loop=True) == 6 * (4 * block + 800)
+    # One document of 10 tokens: 55 pairs, two products of 8 multiply-adds each, a layer.
+    assert train_flops(model, False, 0, 55) == 3 * 2 * 2 * 8 * 55 * 2
+    legacy = get_preset("pr1499").model
+    assert layer_passes(legacy, loop=True) == 11 + 3
+    assert layer_passes(get_preset("pr1530").model, loop=True) == 17
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA Unknown") is None
+
+
+def test_cpu_steps_are_finished_when_they_are_pushed():
+    in_flight = InFlight(torch.device("cpu"))
+    record = StepRecord(1, StepSettings(0.0, 1.0, 0.9, False, False), 0.0, 10)
+    assert in_flight.push(record, torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)) == [record]
+    assert (record.loss, record.grad_norm, record.pairs) == (2.0, 3.0, 4.0)
+    assert len(in_flight) == 0
