@@ -26,6 +26,7 @@ from model.report import write_report
 from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
+from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
 SPECIAL = "if (a < b && c > d) { return \"<script>alert('x')</script>\"; }\n日本語 😀 é\n"
@@ -229,6 +230,18 @@ def test_another_data_set_in_the_place_of_the_runs_own_is_not_used(run, tmp_path
     provenance = json.loads((copied / "provenance.json").read_text())
     (copied / "provenance.json").write_text(json.dumps(provenance | {"data_sha256": "0" * 64}))
     assert "is not the data set of this run" in report(copied).text
+
+
+def test_what_the_verifier_found(run, tmp_path):
+    copied = copy_run(run, tmp_path / "copy")
+    checks = [Check("causality", PASS, "0 of 9 scores changed"), Check("normalisation", FAIL, "sums to 1.02 <at most>")]
+    (copied / "verify.json").write_text(Report(checks).to_json())
+    page = report(copied)
+    assert "Verified independently (verify): not legal." in page.text
+    assert all(text in page.text for check in checks for text in (check.name, check.status, check.figure))
+    (copied / "verify.json").write_text('{"checks": [1]}')
+    with pytest.raises(ConfigError, match="not what `pgolf verify` writes"):
+        report(copied)
 
 
 def test_an_evaluation_that_was_cut_off_is_not_legal(run, tmp_path):

@@ -68,6 +68,7 @@ class Run:
     artifact: ArtifactFacts | None
     dataset: Dataset | None
     ledgers: dict[str, Ledger]  # by evaluation mode, as in `bpb`
+    verified: dict[str, dict[str, Any]]  # what `pgolf verify` found (model/verify.py), by the file's name
     missing: list[str] = field(default_factory=list)  # sentences for the page
 
     @property
@@ -124,7 +125,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Reads a run's folder. Raises ConfigError where there is none, and what its damaged parts raise."""
     run_dir = RunDir(path, writes=False)
     config = run_dir.config()
-    provenance = _read_provenance(run_dir.path / "provenance.json")
+    origin = run_dir.path / "provenance.json"
+    provenance = _read_json(origin) if origin.is_file() else {}
     records = list(run_dir.metrics())
     missing: list[str] = []
     dataset = _find_dataset(run_dir.path, config, provenance, missing)
@@ -150,17 +152,25 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         artifact=_artifact_facts(artifact) if artifact.is_file() else None,
         dataset=dataset,
         ledgers=ledgers,
+        verified={file.stem: _read_verified(file) for file in sorted(run_dir.path.glob("verify*.json"))},
         missing=missing,
     )
 
 
-def _read_provenance(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a JSON object ({error})") from error
+
+
+def _read_verified(path: Path) -> dict[str, Any]:
+    report = _read_json(path)
+    checks = report.get("checks")
+    keys = {"name", "status", "figure"}
+    if not isinstance(checks, list) or not all(isinstance(c, dict) and keys <= set(c) for c in checks):
+        raise ConfigError(f"{path}: not what `pgolf verify` writes, wanted checks with {', '.join(sorted(keys))}")
+    return {"legal": report.get("legal") is True, "checks": checks}
 
 
 def _find_dataset(run: Path, config: Config, provenance: dict[str, Any], missing: list[str]) -> Dataset | None:

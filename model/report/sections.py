@@ -159,18 +159,16 @@ def _legality(run: Run) -> Iterator[Markup]:
             "p", "From each evaluation's ledger: is every token scored, once, and before anything learned from it?"
         )
         yield table(["mode", "verdict", "tokens scored", "updates", "rules it may break"], rows, numbers=(2, 3))
-    checks = run.result.get("verify")
-    if isinstance(checks, dict) and checks:
-        yield table(["check", "outcome"], [[name, _outcome(value)] for name, value in checks.items()])
+    for name, report in run.verified.items():
+        verdict = tag("span", "legal" if report["legal"] else "not legal", class_="good" if report["legal"] else "bad")
+        yield tag("p", join([f"Verified independently ({name}): ", verdict, "."]))
+        lines = [[c["name"], _status(c["status"]), c["figure"]] for c in report["checks"]]
+        yield table(["check", "outcome", "measured"], lines)
 
 
-def _outcome(value: Any) -> Any:
-    passed = value.get("passed") if isinstance(value, dict) else value
-    note = ", ".join(f"{k} {v}" for k, v in value.items() if k != "passed") if isinstance(value, dict) else ""
-    if not isinstance(passed, bool):
-        return value
-    word = tag("span", "passed" if passed else "failed", class_="good" if passed else "bad")
-    return join([word, f" ({note})" if note else ""])
+def _status(status: str) -> Markup:
+    kind = {"pass": "good", "fail": "bad"}.get(status, "soft")
+    return tag("span", status, class_=kind)
 
 
 def _origin(run: Run) -> Iterator[Markup]:
