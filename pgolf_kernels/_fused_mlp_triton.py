@@ -1,11 +1,8 @@
 """Triton kernels of fused_mlp.py: the two matrix products that carry the activation.
 
-Both are persistent: a program takes tiles of 128 x 256 outputs until none is left, operands through the copy engine,
-the loops over tiles and depth flattened into one, so that the next tile's operands arrive while this one is written.
-
-Sign bits: within each group of 256 columns, word l (of 8) holds in bit j the sign of column 8 j + l. In the tensor
-cores' accumulator layout the 32 elements of a word belong to one thread, so that packing needs no exchange between
-threads.
+Both are persistent: a program takes tiles of outputs until none is left, operands through the copy engine, the loops
+over tiles and depth flattened into one, so that the next tile's operands arrive while this one is written. A tile is
+written in strips of its columns that share one buffer; the shared memory this frees holds another stage of operands.
 """
 
 from __future__ import annotations
@@ -20,44 +17,65 @@ from torch import Tensor
 
 from pgolf_kernels._triton_op import can_describe, descriptor, grid_size
 
-COLUMNS = 256  # a tile's width: one group of sign words
-
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """Launch knobs of one kernel: rows of outputs a tile, depth a step, pipeline stages, warps."""
+    """Launch knobs: outputs a tile, depth a step, strips a tile, stages, warps, programs a multiprocessor."""
 
     rows: int = 128
+    columns: int = 256
     depth: int = 64
-    stages: int = 3
+    strips: int = 4
+    stages: int = 4
     warps: int = 8
+    programs: int = 1
 
 
 UP = MlpConfig()
-GRAD_PRE = MlpConfig()
+GRAD_PRE = MlpConfig(stages=3)
 
 
 @triton.jit
-def _sign_offsets(m, n, rows, hidden_dim, BM: tl.constexpr, BN: tl.constexpr):
-    """Where a tile's sign words lie, [BM, 8], and which of them exist."""
-    row = m + tl.arange(0, BM)
-    words = tl.cdiv(hidden_dim, BN) * 8
-    offsets = row.to(tl.int64)[:, None] * words + (n // BN) * 8 + tl.arange(0, 8)[None, :]
-    return offsets, (row < rows)[:, None]
+def _strip(acc, i: tl.constexpr, STRIPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The i-th of STRIPS equal ranges of a tile's columns."""
+    if STRIPS == 1:
+        return acc
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        if i < STRIPS // 2:
+            return _strip(left, i, STRIPS // 2, BM, BN // 2)
+        else:
+            return _strip(right, i - STRIPS // 2, STRIPS // 2, BM, BN // 2)
 
 
 @triton.jit
-def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a tile's columns: written one after the other, they share one buffer."""
-    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+def _with_sign(value, negative, target: tl.constexpr):
+    """The number of type `target` (bf16 or fp32) closest to value >= 0 among those whose last bit is `negative`."""
+    bits = value.to(tl.int32, bitcast=True)
+    if target == tl.bfloat16:
+        sign = negative.to(tl.int32) << 16
+        bits = ((bits - sign + 0x10000) & -0x20000) + sign
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return ((bits & -2) | negative.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _is_negative(hidden):
+    """The bit that _with_sign hid."""
+    if hidden.dtype == tl.bfloat16:
+        return (hidden.to(tl.int16, bitcast=True) & 1) != 0
+    else:
+        return (hidden.to(tl.int32, bitcast=True) & 1) != 0
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
-    x_desc, w_desc, hidden_desc, kept_desc, sign_ptr, rows, hidden_dim, slope,
-    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SIGN: tl.constexpr,
+    x_desc, w_desc, hidden_desc, pre_desc, rows, hidden_dim, slope,
+    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STRIPS: tl.constexpr,
+    SIGN: tl.constexpr,
 ):  # fmt: skip
-    """hidden = leaky_relu(x W^T)^2; kept: its signs (SIGN) or the product itself."""
+    """hidden = leaky_relu(x W^T)^2, with the sign in its last bit (SIGN) or the product beside it."""
     tiles_n = tl.cdiv(hidden_dim, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
@@ -65,37 +83,24 @@ def _up_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, DEPTH, BK):
             acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
-        if SIGN:
-            bits = tl.arange(0, 32)[None, :, None]
-            words = tl.sum((tl.reshape(acc, (BM, 32, 8)) > 0).to(tl.int32) << bits, axis=1)
-            offsets, mask = _sign_offsets(m, n, rows, hidden_dim, BM, BN)
-            tl.store(sign_ptr + offsets, words, mask=mask)
-        left, right = _halves(acc, BM, BN)
-        if not SIGN:
-            kept_desc.store([m, n], left.to(kept_desc.dtype))
-            kept_desc.store([m, n + BN // 2], right.to(kept_desc.dtype))
-        left = tl.where(left > 0, left, slope * left)
-        hidden_desc.store([m, n], (left * left).to(hidden_desc.dtype))
-        right = tl.where(right > 0, right, slope * right)
-        hidden_desc.store([m, n + BN // 2], (right * right).to(hidden_desc.dtype))
-
-
-@triton.jit
-def _through_activation(product, kept, slope, SIGN: tl.constexpr):
-    """product * act'(u), up to the factor by u's sign where kept is the hidden value, |leaky(u)| = sqrt(kept)."""
-    kept = kept.to(tl.float32)
-    if SIGN:
-        return product * tl.sqrt(kept)
-    else:
-        return product * tl.where(kept > 0, 2.0, 2.0 * slope * slope) * kept
+        for i in tl.static_range(STRIPS):
+            column = n + i * (BN // STRIPS)
+            u = _strip(acc, i, STRIPS, BM, BN)
+            leaky = tl.where(u > 0, u, slope * u)
+            if SIGN:
+                hidden_desc.store([m, column], _with_sign(leaky * leaky, u <= 0, hidden_desc.dtype))
+            else:
+                pre_desc.store([m, column], u.to(pre_desc.dtype))
+                hidden_desc.store([m, column], (leaky * leaky).to(hidden_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _grad_pre_kernel(
-    grad_desc, w_desc, kept_desc, sign_ptr, out_desc, rows, hidden_dim, slope,
-    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SIGN: tl.constexpr,
+    grad_desc, w_desc, kept_desc, out_desc, rows, hidden_dim, slope,
+    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STRIPS: tl.constexpr,
+    SIGN: tl.constexpr,
 ):  # fmt: skip
-    """out = (grad W) * act'(u); kept: the hidden values, with signs beside them (SIGN), or u."""
+    """out = (grad W) * act'(u); kept: the hidden values with u's sign in the last bit (SIGN), or u."""
     tiles_n = tl.cdiv(hidden_dim, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
@@ -103,16 +108,16 @@ def _grad_pre_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, DEPTH, BK):
             acc = tl.dot(grad_desc.load([m, k]), w_desc.load([k, n]), acc)
-        if SIGN:
-            offsets, mask = _sign_offsets(m, n, rows, hidden_dim, BM, BN)
-            words = tl.load(sign_ptr + offsets, mask=mask, other=0)
-            positive = ((words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1) != 0
-            acc = tl.reshape(tl.reshape(acc, (BM, 32, 8)) * tl.where(positive, 2.0, -2.0 * slope), (BM, BN))
-        left, right = _halves(acc, BM, BN)
-        left = _through_activation(left, kept_desc.load([m, n]), slope, SIGN)
-        out_desc.store([m, n], left.to(out_desc.dtype))
-        right = _through_activation(right, kept_desc.load([m, n + BN // 2]), slope, SIGN)
-        out_desc.store([m, n + BN // 2], right.to(out_desc.dtype))
+        for i in tl.static_range(STRIPS):
+            column = n + i * (BN // STRIPS)
+            kept = kept_desc.load([m, column])
+            if SIGN:
+                factor = tl.where(_is_negative(kept), -2.0 * slope, 2.0) * tl.sqrt(kept.to(tl.float32))
+            else:
+                u = kept.to(tl.float32)
+                factor = tl.where(u > 0, 2.0, 2.0 * slope * slope) * u
+            product = _strip(acc, i, STRIPS, BM, BN) * factor
+            out_desc.store([m, column], product.to(out_desc.dtype))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -126,50 +131,51 @@ def _described(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, -tensor.shape[1] % step)).contiguous()
 
 
-def _new_described(tensor: Tensor, rows: int, columns: int) -> Tensor:
+def _new_described(like: Tensor, rows: int, columns: int) -> Tensor:
     """An empty [rows, columns] whose rows the copy engine can write; past the columns lies padding."""
-    step = 16 // tensor.element_size()
-    return tensor.new_empty((rows, columns + -columns % step))[:, :columns]
+    step = 16 // like.element_size()
+    return like.new_empty((rows, columns + -columns % step))[:, :columns]
 
 
 def _grid(tensor: Tensor, rows: int, columns: int, config: MlpConfig) -> tuple[int]:
-    return (min(grid_size(tensor), triton.cdiv(rows, config.rows) * triton.cdiv(columns, COLUMNS)),)
+    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns)
+    return (min(grid_size(tensor) * config.programs, tiles),)
+
+
+def _constants(depth: int, sign: bool, config: MlpConfig) -> dict[str, int]:
+    return {
+        "DEPTH": depth, "BM": config.rows, "BN": config.columns, "BK": config.depth, "STRIPS": config.strips,
+        "SIGN": sign, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
 
 
 def up(x: Tensor, w_up: Tensor, slope: float, keeps_sign: bool) -> tuple[Tensor, Tensor]:
-    """(hidden, kept) of x [N, D] and w_up [F, D] in one dtype; kept is sign words or the pre-activation."""
+    """(hidden, u) of x [N, D] and w_up [F, D] in one dtype; with the sign in hidden's last bit u is empty."""
     (rows, depth), hidden_dim = x.shape, w_up.shape[0]
     x, w_up = _described(x), _described(w_up)
     hidden = _new_described(x, rows, hidden_dim)
-    if keeps_sign:
-        kept = torch.empty((rows, triton.cdiv(hidden_dim, COLUMNS) * 8), dtype=torch.int32, device=x.device)
-    else:
-        kept = _new_described(x, rows, hidden_dim)
-    out_block = (UP.rows, COLUMNS // 2)
-    hidden_desc = descriptor(hidden, out_block)
+    pre = x.new_empty((rows, 0)) if keeps_sign else _new_described(x, rows, hidden_dim)
+    strip = (UP.rows, UP.columns // UP.strips)
     with torch.cuda.device_of(x):
         _up_kernel[_grid(x, rows, hidden_dim, UP)](
-            descriptor(x, (UP.rows, UP.depth)), descriptor(w_up, (COLUMNS, UP.depth)), hidden_desc,
-            hidden_desc if keeps_sign else descriptor(kept, out_block), kept if keeps_sign else None,
-            rows, hidden_dim, slope,
-            DEPTH=depth, BM=UP.rows, BN=COLUMNS, BK=UP.depth, SIGN=keeps_sign,
-            num_warps=UP.warps, num_stages=UP.stages,
+            descriptor(x, (UP.rows, UP.depth)), descriptor(w_up, (UP.columns, UP.depth)), descriptor(hidden, strip),
+            None if keeps_sign else descriptor(pre, strip), rows, hidden_dim, slope,
+            **_constants(depth, keeps_sign, UP),
         )  # fmt: skip
-    return hidden.contiguous(), kept.contiguous()
+    return hidden.contiguous(), pre.contiguous()
 
 
-def grad_pre(grad: Tensor, w_down: Tensor, hidden: Tensor, kept: Tensor, slope: float, keeps_sign: bool) -> Tensor:
-    """The pre-activation's gradient [N, F] of grad [N, D_out] and w_down [D_out, F]."""
+def grad_pre(grad: Tensor, w_down: Tensor, kept: Tensor, slope: float, keeps_sign: bool) -> Tensor:
+    """The gradient of u [N, F] from grad [N, D_out], w_down [D_out, F] and the signed hidden values, or u."""
     (rows, depth), hidden_dim = grad.shape, w_down.shape[1]
-    grad, w_down = _described(grad), _described(w_down)
-    signs, kept = (kept, _described(hidden)) if keeps_sign else (None, _described(kept))
+    grad, w_down, kept = _described(grad), _described(w_down), _described(kept)
     out = _new_described(grad, rows, hidden_dim)
-    out_block = (GRAD_PRE.rows, COLUMNS // 2)
+    config = GRAD_PRE
+    strip = (config.rows, config.columns // config.strips)
     with torch.cuda.device_of(grad):
-        _grad_pre_kernel[_grid(grad, rows, hidden_dim, GRAD_PRE)](
-            descriptor(grad, (GRAD_PRE.rows, GRAD_PRE.depth)), descriptor(w_down, (GRAD_PRE.depth, COLUMNS)),
-            descriptor(kept, out_block), signs, descriptor(out, out_block), rows, hidden_dim, slope,
-            DEPTH=depth, BM=GRAD_PRE.rows, BN=COLUMNS, BK=GRAD_PRE.depth, SIGN=keeps_sign,
-            num_warps=GRAD_PRE.warps, num_stages=GRAD_PRE.stages,
+        _grad_pre_kernel[_grid(grad, rows, hidden_dim, config)](
+            descriptor(grad, (config.rows, config.depth)), descriptor(w_down, (config.depth, config.columns)),
+            descriptor(kept, strip), descriptor(out, strip), rows, hidden_dim, slope,
+            **_constants(depth, keeps_sign, config),
         )  # fmt: skip
     return out.contiguous()
