@@ -244,13 +244,18 @@ def test_what_the_verifier_found(run, tmp_path):
         report(copied)
 
 
-def test_an_evaluation_that_was_cut_off_is_not_legal(run, tmp_path):
+@pytest.mark.parametrize("damage, word", [("cut off", "unfinished"), ("defects", "not a legal score")])
+def test_an_evaluation_that_is_not_a_legal_score(run, tmp_path, damage, word):
     copied = copy_run(run, tmp_path / "copy")
     with np.load(copied / "ledger_plain.npz") as file:
         arrays = dict(file)
-    arrays["nll"][-5:] = np.nan
+    if damage == "cut off":
+        arrays["nll"][-5:] = np.nan
+    else:
+        header = json.loads(arrays["header"].tobytes()) | {"defects": ["scores tokens twice"]}
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     np.savez(copied / "ledger_plain.npz", **arrays)
-    assert "not a legal score" in report(copied).text
+    assert word in report(copied).text
 
 
 @pytest.mark.parametrize(

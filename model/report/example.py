@@ -40,7 +40,7 @@ def example_text(run: Run) -> Iterator[Markup]:
     row = run.per_document(mode)[chosen]
     yield tag(
         "p",
-        f"Document {chosen + 1} of {len(run.documents):,}, of typical length and difficulty: "
+        f"Document {chosen + 1} of {len(run.documents):,}, of typical difficulty: "
         f"{row[0] / math.log(2) / row[1]:.3f} bits per byte over {int(row[2]):,} tokens. Colours are bits for a token "
         f"under {mode}; the tooltip of a token has every mode.",
     )

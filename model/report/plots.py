@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from model.report.load import Run
 
@@ -213,8 +213,9 @@ def bpb_by_length(documents: dict[str, np.ndarray]) -> str:
             bpb = [group[:, 0].sum() / math.log(2) / group[:, 1].sum() for group in groups]
             axes.plot(lengths, bpb, color=colour, marker="o", markersize=4, label=mode)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         axes.legend(fontsize=8)
         _label(axes, "", "tokens in a document (median of the group)", "bits per byte")
 

@@ -59,7 +59,7 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
     if run.steps:
         recent = sorted(r["tokens_per_second"] for r in run.steps[len(run.steps) // 2 :] if r.get("tokens_per_second"))
         if recent:
-            yield "tokens per second, median of the second half", f"{recent[len(recent) // 2]:,.0f}"
+            yield "tokens per second, second half", f"{recent[len(recent) // 2]:,.0f}"
     seconds = run.result.get("seconds", {}).get("train")
     if seconds is not None:
         yield "seconds of training", f"{seconds:,.0f}"
@@ -150,8 +150,8 @@ def _legality(run: Run) -> Iterator[Markup]:
     for mode, ledger in run.ledgers.items():
         targets = ledger.num_tokens - 1
         scored = sum(map(math.isfinite, ledger.nll[1:].tolist()))
-        legal = ledger.legal and scored == targets
-        verdict = tag("span", "legal" if legal else "not a legal score", class_="good" if legal else "bad")
+        word = "not a legal score" if not ledger.legal else "unfinished" if scored < targets else "legal"
+        verdict = tag("span", word, class_="good" if word == "legal" else "bad")
         rows.append([mode, verdict, f"{scored:,} of {targets:,}", f"{ledger.num_states - 1:,}",
                      "; ".join(ledger.defects) or "none"])  # fmt: skip
     if rows:
