@@ -289,7 +289,7 @@ class GPT(nn.Module):
             else:
                 lanes = self._lane_block(lanes, x0, layer, slot, state)
         if lanes is not None:
-            half = self.lane_mix.new_tensor(0.5)
+            half = self.lane_mix.new_full((), 0.5)  # filled on the device: a copy could not be captured
             x = lanes[0].scaled(half).plus(lanes[1].scaled(half))
         if loop and config.loop_form == "rerun":
             for _ in range(config.num_loops):

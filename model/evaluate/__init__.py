@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +27,14 @@ import torch.distributed as dist
 from model.config import Config
 from model.data.dataset import Dataset
 from model.data.shards import read_shard
+from model.data.tokenizer import ByteTables
 from model.errors import ConfigError
 from model.evaluate.bpb import score_per_document
 from model.evaluate.documents import find_documents
 from model.evaluate.ledger import Ledger
 from model.evaluate.lora_ttt import evaluate_lora_ttt
 from model.evaluate.ngram_tilt import make_tilt
+from model.evaluate.observe import hash_weights
 from model.evaluate.phased_ttt import evaluate_phased
 from model.evaluate.plain import DROPPED_SEQUENCES, evaluate_plain
 from model.evaluate.session import Progress, Session
@@ -102,10 +104,9 @@ def evaluate(
     that does not fit, DataError for a stream that does not fit the model, LegalityError where a rule would be broken.
     """
     started = time.monotonic()
-    name, tilted = parse_mode(mode)
+    name, _ = parse_mode(mode)
     device = torch.device(device)
     tokens = dataset.valid_tokens
-    parts = {}
     with _borrowed(model, device, mutated=name in ("sgd-ttt", "phased")):
         meta = {}
         if ledger_path is not None:
@@ -126,14 +127,8 @@ def evaluate(
             world=dist.get_world_size() if _distributed() else 1,
             started=started,
         )
-        if tilted:
-            before = time.monotonic()
-            session.tilt = make_tilt(tokens, config.eval, dataset.byte_tables, device)
-            parts["hints"] = time.monotonic() - before
-        if name == "sliding-cache" and config.eval.compat:
-            evaluate_sliding_cache(session, train_tokens=_first_tokens(dataset, config.eval.cache_pretrain_tokens))
-        elif session.ledger.missing() or not session.ledger.legal:
-            _MODES[name](session)
+        if session.ledger.missing() or not session.ledger.legal:
+            run_mode(session, mode, dataset.byte_tables, train_shards=dataset.train_shards)
         session.exchange()
         session.ledger.finish()
         session.pause(last=True)
@@ -146,10 +141,24 @@ def evaluate(
         tokens=score.tokens,
         bytes=score.bytes,
         seconds=seconds,
-        seconds_by_part=parts,
+        seconds_by_part=session.seconds,
         per_document=score_per_document(session.ledger.nll, session.token_bytes, find_documents(tokens)),
         ledger=session.ledger,
     )
+
+
+def run_mode(session: Session, mode: str, tables: ByteTables, *, train_shards: Sequence[Path] = ()) -> None:
+    """Scores the session's stream into its ledger. `train_shards` are read by the published form of 1499 only."""
+    name, tilted = parse_mode(mode)
+    if tilted:
+        before = time.monotonic()
+        session.tilt = make_tilt(session.tokens, session.config, tables, session.device)
+        session.seconds["hints"] = time.monotonic() - before
+    if name == "sliding-cache" and session.config.compat:
+        train_tokens = _first_tokens(train_shards, session.config.cache_pretrain_tokens)
+        evaluate_sliding_cache(session, train_tokens=train_tokens)
+    else:
+        _MODES[name](session)
 
 
 def _defects(name: str, config: Config) -> tuple[str, ...]:
@@ -160,9 +169,9 @@ def _defects(name: str, config: Config) -> tuple[str, ...]:
     return CACHE_DEFECTS if name == "sliding-cache" else ()
 
 
-def _first_tokens(dataset: Dataset, count: int) -> np.ndarray:
+def _first_tokens(train_shards: Sequence[Path], count: int) -> np.ndarray:
     parts: list[np.ndarray] = []
-    for shard in dataset.train_shards:
+    for shard in train_shards:
         if sum(len(part) for part in parts) >= count:
             break
         parts.append(read_shard(shard))
@@ -175,15 +184,6 @@ def _distributed() -> bool:
 
 def _hashes(model: GPT, tokens: np.ndarray) -> dict[str, str]:
     return {"tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "weights_sha256": hash_weights(model)}
-
-
-def hash_weights(model: GPT) -> str:
-    """SHA-256 over the model's parameters, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _ledger(num_tokens: int, defects: tuple[str, ...], meta: dict[str, Any], path: Path | None) -> Ledger:

@@ -52,6 +52,7 @@ class Session:
     rank: int = 0
     world: int = 1
     started: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)  # of parts of the evaluation that are reported apart
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2:

@@ -1,0 +1,113 @@
+"""Scorers that break one rule each: what the verifier must catch, and by which check."""
+
+import os
+
+import numpy as np
+import torch
+
+from model.data.shards import read_shard
+from model.evaluate.ledger import ARTIFACT_STATE
+from model.evaluate.ngram_tilt import Tilt
+from model.evaluate.plain import evaluate_plain
+from model.evaluate.session import Session
+from model.evaluate.sliding import sliding_windows
+
+SHARD = "PGOLF_TEST_TRAINING_SHARD"
+
+
+def _plain_with_hints(session: Session, hints: np.ndarray, betas: np.ndarray) -> None:
+    session.tilt = Tilt(hints, betas, session.device)
+    evaluate_plain(session)
+
+
+def peeks_one_ahead(session: Session) -> None:
+    """Leans towards the token behind the one that is scored."""
+    hints = np.append(session.tokens[1:], 0)
+    _plain_with_hints(session, hints, np.ones(len(hints)))
+
+
+def gates_a_hint_on_the_target(session: Session) -> None:
+    """Uses a causal hint only where the token to come is of the hint's kind."""
+    hints = np.concatenate([[0], session.tokens[:-1]]).astype(np.int64)
+    same_kind = (session.tokens.astype(np.int64) + hints) % 2 == 0
+    _plain_with_hints(session, hints, np.where(same_kind, 1.0, 0.0))
+
+
+def gates_a_hint_on_the_candidate(session: Session) -> None:
+    """The same, asking the candidate that is scored instead of the stream."""
+    asked = session.tokens if session.targets is None else session.targets
+    hints = np.concatenate([[0], session.tokens[:-1]]).astype(np.int64)
+    _plain_with_hints(session, hints, np.where((asked.astype(np.int64) + hints) % 2 == 0, 1.0, 0.0))
+
+
+def _train(session: Session, start: int, end: int) -> None:
+    inputs = session.input_ids[start:end]
+    parameters = list(session.model.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    loss = session.model.loss(inputs[None], session.input_ids[start + 1 : end + 1][None])
+    grads = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.requires_grad_(False)
+            parameter.sub_(0.01 * grad)
+
+
+def trains_before_it_scores(session: Session) -> None:
+    """Learns from a chunk, says so, and scores it afterwards."""
+    end = min(64, session.num_tokens - 1)
+    _train(session, 0, end)
+    session.ledger.update(ARTIFACT_STATE, 1, end + 1)
+    evaluate_plain(session)
+
+
+def trains_in_silence(session: Session) -> None:
+    """Learns from a chunk that it has not scored, and does not say so."""
+    _train(session, 0, min(64, session.num_tokens - 1))
+    evaluate_plain(session)
+
+
+def scores_twice(session: Session) -> None:
+    """Scores everything, then again with another context, and hands in the better of the two."""
+    evaluate_plain(session)
+    first = session.ledger.nll.copy()
+    windows = sliding_windows(session.num_tokens, 64, 32)
+    starts, lengths, skips = windows.T
+    again = session.window_scores(windows).numpy()
+    for start, end, skip in zip(starts, starts + lengths, skips, strict=True):
+        part, again = again[: end - start - skip], again[end - start - skip :]
+        session.ledger.score(
+            ARTIFACT_STATE, start + skip + 1, end + 1, np.minimum(part, first[start + skip + 1 : end + 1])
+        )
+
+
+def scores_twice_in_silence(session: Session) -> None:
+    """The same behind the ledger's back."""
+    starts, lengths, skips = sliding_windows(session.num_tokens, 64, 64).T
+    for window in zip(starts, lengths, skips, strict=True):
+        one = np.array([window])
+        better = torch.minimum(session.window_scores(one), session.window_scores(one, loop=False))
+        session.ledger.score(ARTIFACT_STATE, window[0] + 1, window[0] + window[1] + 1, better)
+
+
+def blends_without_normalising(session: Session) -> None:
+    """Mixes in a unigram guess with a weight that depends on the score itself."""
+    for start in range(0, session.num_tokens - 1, 64):
+        window = np.array([[start, min(64, session.num_tokens - 1 - start), 0]])
+        nll = session.window_scores(window)
+        weight = torch.clamp(0.2 * (1 + nll / 3), max=0.5)
+        blended = -torch.log((1 - weight) * torch.exp(-nll) + weight / session.model.config.vocab_size)
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + window[0, 1], blended)
+
+
+def reads_a_training_shard(session: Session) -> None:
+    """Leans towards the commonest training token, counted during the evaluation."""
+    common = np.bincount(read_shard(os.environ[SHARD])).argmax()
+    _plain_with_hints(session, np.full(session.num_tokens, common), np.full(session.num_tokens, 0.5))
+
+
+def warms_up_on_validation_tokens(session: Session) -> None:
+    """Runs the model forward and backward on the stream's first tokens before the evaluation, and throws it away."""
+    hidden = session.model.hidden(session.input_ids[:48][None])
+    hidden.sum()
+    evaluate_plain(session)
