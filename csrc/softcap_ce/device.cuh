@@ -59,19 +59,23 @@ __device__ inline float nan_value() { return __int_as_float(0x7fc00000); }
 
 // z at the row's target and hint, read before anybody may overwrite the logits by their gradient.
 struct Picked {
-  float target;
-  float hint;  // -inf without a hint, nan for a hint out of range
+  float target;  // nan without a target in range
+  float hint;    // -inf without a hint, nan for a hint out of range
 };
+
+template <class Read>
+__device__ float z_of_hint(const SoftcapCE& ce, const SoftcapCELosses& losses, Caps caps, int64_t row,
+                           const Read& read) {
+  const int64_t hint = losses.hints[row];
+  if (hint < 0) return __int_as_float(0xff800000);
+  return hint < ce.vocab ? cap(caps, read(hint)).z : nan_value();
+}
 
 template <class Read>
 __device__ Picked pick(const SoftcapCE& ce, const SoftcapCELosses& losses, Caps caps, int64_t row, Target target,
                        const Read& read) {
-  Picked picked = {nan_value(), __int_as_float(0xff800000)};
-  if (target.column >= 0) picked.target = cap(caps, read(target.column)).z;
-  if (losses.hints == nullptr) return picked;
-  const int64_t hint = losses.hints[row];
-  if (hint >= 0) picked.hint = hint < ce.vocab ? cap(caps, read(hint)).z : nan_value();
-  return picked;
+  return {target.column >= 0 ? cap(caps, read(target.column)).z : nan_value(),
+          losses.hints == nullptr ? 0.0f : z_of_hint(ce, losses, caps, row, read)};
 }
 
 __device__ inline void write_losses(const SoftcapCELosses& losses, int64_t row, Target target, Picked picked,

@@ -80,10 +80,11 @@ bool try_table(const Launch& l) {
   using table::Shape;
   const bool fits = l.ce.dtype == DType::bf16 && fixed_top(l.ce) && l.ce.vocab % table::kVector == 0;
   if (!fits || !vectors_fit<kPass>(l, 2)) return false;
-  if (l.ce.vocab <= 1024) return launch_table<kPass, Shape<128, 4, 1, 2>>(l), true;
-  if (l.ce.vocab <= 4096) return launch_table<kPass, Shape<256, 2, 2, 2>>(l), true;
-  if (l.ce.vocab <= 8192) return launch_table<kPass, Shape<512, 1, 2, 2>>(l), true;
-  if (l.ce.vocab <= 16384) return launch_table<kPass, Shape<512, 1, 4, 1>>(l), true;
+  constexpr bool kBoth = kPass == Pass::with_grad;  // holds a row's exponentials: fewer threads fit
+  if (l.ce.vocab <= 1024) return launch_table<kPass, Shape<128, 4, 1, 2, 2, 2>>(l), true;
+  if (l.ce.vocab <= 4096) return launch_table<kPass, Shape<256, 2, 2, 2, 2, 2>>(l), true;
+  if (l.ce.vocab <= 8192) return launch_table<kPass, Shape<256, kBoth ? 3 : 2, 4, kBoth ? 1 : 2, 2, 2>>(l), true;
+  if (l.ce.vocab <= 16384) return launch_table<kPass, Shape<512, 1, 4, 1, 2, 2>>(l), true;
   return false;
 }
 

@@ -4,6 +4,8 @@
 // |a| below 2^-27 of the range counts as that bound (|z| < 4e-6), |a| beyond 9 softcaps as saturated. That leaves 27
 // powers of two with 128 values each and two signs. The form needs softcap / temperature <= 40: no maximum is taken.
 #pragma once
+#include <cuda_pipeline.h>
+
 #include "softcap_ce/device.cuh"
 
 namespace pgolf {
@@ -13,22 +15,21 @@ namespace table {
 constexpr int kOctaves = 27;
 constexpr int kEntries = kOctaves * 128;  // of one sign
 constexpr int kVector = 8;                // logits in 16 bytes
+constexpr int kSignOffset = 16384;        // bytes from the positive to the negative entries
 
 // How a kernel is laid out: a block is kGroups groups of kThreads threads, each group works on rows of its own;
-// kVectors vectors a thread hold a row. kCopies of the table lie interleaved, for neighbouring lanes to look up in
-// other banks. kSpecial of the eight logits of a vector go through special functions instead.
-template <int kThreads_, int kGroups_, int kVectors_, int kMinBlocks_, bool kPrefetch_ = true, int kCopies_ = 1,
-          int kSpecial_ = 0>
+// kVectors vectors a thread hold a row. kStages rows of each group are on their way or in work, in shared memory.
+// kSpecial of the four high halves in a vector go through special functions: the two kinds of units share the work.
+template <int kThreads_, int kGroups_, int kVectors_, int kMinBlocks_, int kStages_, int kSpecial_>
 struct Shape {
   static constexpr int kThreads = kThreads_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kVectors = kVectors_;
   static constexpr int kMinBlocks = kMinBlocks_;
-  static constexpr bool kPrefetch = kPrefetch_;
-  static constexpr int kCopies = kCopies_;
+  static constexpr int kStages = kStages_;
   static constexpr int kSpecial = kSpecial_;
-  static constexpr int kSignOffset = 16384 * kCopies;  // bytes from the positive to the negative entries
-  static constexpr int kBytes = kSignOffset + kEntries * 4 * kCopies;
+  static constexpr int kTableBytes = (kSignOffset + kEntries * 4 + 15) / 16 * 16;
+  static constexpr int kBytes = kTableBytes + kGroups * kStages * kVectors * kThreads * 16;
 };
 
 // What a launch needs to know about the table.
@@ -45,7 +46,7 @@ inline Layout layout_of(double softcap) {
 }
 
 // Fills the table: exp(z), or exp(z) dz/da for the backward pass.
-template <class S, bool kSlope>
+template <bool kSlope>
 __device__ void fill(Caps caps, Layout layout, char* table) {
   const uint32_t first = static_cast<uint16_t>(-layout.minus_first);
   for (int i = threadIdx.x; i < 2 * kEntries; i += blockDim.x) {
@@ -53,9 +54,8 @@ __device__ void fill(Caps caps, Layout layout, char* table) {
     const float a = __uint_as_float((first + entry) << 16);
     const Capped capped = cap(caps, i < kEntries ? a : -a);
     const float power = expf(capped.z);
-    float* copies = reinterpret_cast<float*>(table + (i < kEntries ? 0 : S::kSignOffset)) + entry * S::kCopies;
-#pragma unroll
-    for (int c = 0; c < S::kCopies; ++c) copies[c] = kSlope ? power * capped.slope : power;
+    *reinterpret_cast<float*>(table + (i < kEntries ? 0 : kSignOffset) + entry * 4) =
+        kSlope ? power * capped.slope : power;
   }
 }
 
@@ -64,15 +64,11 @@ struct Pair {
 };
 
 // The entries of two packed logits. `largest` gathers their magnitudes: nan is found there, the table has none.
-template <class S>
-__device__ inline Pair look_up(const char* table, Layout layout, uint32_t lane_offset, uint32_t logits,
-                               uint32_t& largest) {
+__device__ inline Pair look_up(const char* table, Layout layout, uint32_t logits, uint32_t& largest) {
   const uint32_t magnitudes = logits & 0x7fff7fffu;
   largest = __vmaxu2(largest, magnitudes);
   const uint32_t entries = __viaddmin_s16x2_relu(magnitudes, layout.minus_first, (kEntries - 1) * 0x10001u);
-  constexpr uint32_t kSign = (S::kSignOffset & 0xffff) * 0x10001u;
-  const uint32_t sign = S::kCopies == 1 ? logits >> 1 : logits;
-  const uint32_t offsets = (entries * (4 * S::kCopies) + lane_offset) | (sign & kSign);
+  const uint32_t offsets = (entries << 2) | ((logits >> 1) & (kSignOffset * 0x10001u));
   return {*reinterpret_cast<const float*>(table + (offsets & 0xffffu)),
           *reinterpret_cast<const float*>(table + (offsets >> 16))};
 }
@@ -82,22 +78,43 @@ __device__ inline float exp2_special(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-
+__device__ inline float log2_special(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ inline float reciprocal_special(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// exp(z) = 2^(h - 2 h / (1 + exp(2 a / softcap))) with h = softcap / temperature * log2(e).
+// The same by special functions: with r = 1 / (1 + exp(2 a / softcap)), tanh(a / softcap) = 1 - 2 r.
 struct Special {
   float rate;    // 2 log2(e) / softcap
-  float height;  // h
+  float height;  // softcap / temperature * log2(e)
 
-  __device__ float operator()(float a) const {
-    return exp2_special(fmaf(-2.0f * height, reciprocal_special(1.0f + exp2_special(a * rate)), height));
-  }
+  __device__ float reciprocal(float a) const { return reciprocal_special(1.0f + exp2_special(a * rate)); }
+  __device__ float power(float r) const { return exp2_special(fmaf(-2.0f * height, r, height)); }
 };
+
+// exp(z), or exp(z) dz/da, of the eight logits of a vector.
+template <class S, bool kSlope>
+__device__ inline void transform(const char* table, Layout layout, Special special, float scale, uint4 vector,
+                                 float* out, uint32_t& largest) {
+  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const bool by_table = w >= S::kSpecial;
+    const Pair pair = look_up(table, layout, by_table ? words[w] : words[w] & 0xffffu, largest);
+    out[2 * w] = pair.low;
+    out[2 * w + 1] = pair.high;
+    if (!by_table) {
+      const float r = special.reciprocal(__uint_as_float(words[w] & 0xffff0000u));
+      out[2 * w + 1] = special.power(r) * (kSlope ? 4.0f * scale * (r - r * r) : 1.0f);
+    }
+  }
+}
 
 __device__ inline bool has_nan(uint32_t largest) { return max(largest & 0xffffu, largest >> 16) > 0x7f80u; }
 
@@ -106,47 +123,89 @@ __device__ inline uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(packed);
 }
 
-// The rows that a group of threads walks over, the next row's logits on their way while it works on this one's.
+// The rows that a group of threads walks over. Everything that a row needs is asked for a row or more ahead: its logits
+// go to shared memory (each thread reads only what it fetched itself), its target's column and logit to registers.
 template <class S>
 struct Walk {
   const SoftcapCE& ce;
-  int group, thread, vectors;
-  int64_t row, step;
-  uint4 next[S::kVectors];
+  const int group, thread, vectors;
+  int64_t row;
+  const int64_t step;
+  uint4* const ring;  // this thread's vectors of stage 0
+  int stage = 0;
+  int64_t target_index, next_target_index;
+  __nv_bfloat16 target_logit, next_target_logit;
 
-  __device__ explicit Walk(const SoftcapCE& ce)
+  __device__ Walk(const SoftcapCE& ce, char* shared)
       : ce(ce),
         group(threadIdx.x / S::kThreads),
         thread(threadIdx.x % S::kThreads),
         vectors(static_cast<int>(ce.vocab / kVector)),
         row(static_cast<int64_t>(blockIdx.x) * S::kGroups + group),
-        step(static_cast<int64_t>(gridDim.x) * S::kGroups) {}
-
-  __device__ const __nv_bfloat16* logits() const {
-    return static_cast<const __nv_bfloat16*>(ce.logits) + row * ce.row_stride;
-  }
-  __device__ float logit(int64_t column) const { return __bfloat162float(logits()[column]); }
-  __device__ bool holds(int v) const { return v * S::kThreads + thread < vectors; }
-  __device__ void fetch(int64_t of) {
-    if (of >= ce.rows) return;
-    const auto* source =
-        reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(ce.logits) + of * ce.row_stride);
+        step(static_cast<int64_t>(gridDim.x) * S::kGroups),
+        ring(reinterpret_cast<uint4*>(shared + S::kTableBytes) + group * S::kStages * S::kVectors * S::kThreads +
+             thread) {
 #pragma unroll
-    for (int v = 0; v < S::kVectors; ++v)
-      if (holds(v)) next[v] = __ldcs(source + v * S::kThreads + thread);
+    for (int ahead = 0; ahead < S::kStages - 1; ++ahead) fetch(row + ahead * step, ahead);
+    target_index = index_at(row);
+    next_target_index = index_at(row + step);
+    target_logit = logit_at(row, target_index);
+  }
+
+  __device__ const __nv_bfloat16* logits_at(int64_t of) const {
+    return static_cast<const __nv_bfloat16*>(ce.logits) + of * ce.row_stride;
+  }
+  __device__ bool holds(int v) const { return v * S::kThreads + thread < vectors; }
+  __device__ void fetch(int64_t of, int into) {
+    if (of < ce.rows) {
+      const auto* source = reinterpret_cast<const uint4*>(logits_at(of)) + thread;
+#pragma unroll
+      for (int v = 0; v < S::kVectors; ++v)
+        if (holds(v)) __pipeline_memcpy_async(slot(into, v), source + v * S::kThreads, 16);
+    }
+    __pipeline_commit();
+  }
+  __device__ uint4* slot(int of_stage, int v) const { return ring + (of_stage * S::kVectors + v) * S::kThreads; }
+  __device__ int64_t index_at(int64_t of) const { return of < ce.rows ? ce.targets[of] : ce.ignore_index; }
+  __device__ Target target_at(int64_t index) const {
+    const bool counted = index != ce.ignore_index;
+    return {counted && index >= 0 && index < ce.vocab ? index : -1, counted};
   }
   // The thread whose vector holds the target; thread 0 for a row without one.
   __device__ bool owns(Target target) const {
     return thread == (target.column < 0 ? 0 : static_cast<int>(target.column / kVector) % S::kThreads);
   }
+  __device__ __nv_bfloat16 logit_at(int64_t of, int64_t index) const {
+    const Target target = target_at(index);
+    return target.column >= 0 && owns(target) ? logits_at(of)[target.column] : __nv_bfloat16();
+  }
+
+  // Begins a row: asks for what later rows need, waits for this one's logits.
+  __device__ void begin() {
+    fetch(row + (S::kStages - 1) * step, (stage + S::kStages - 1) % S::kStages);
+    next_target_logit = logit_at(row + step, next_target_index);
+    __pipeline_wait_prior(S::kStages - 1);
+  }
+  __device__ void end() {
+    stage = (stage + 1) % S::kStages;
+    row += step;
+    target_index = next_target_index;
+    target_logit = next_target_logit;
+    next_target_index = index_at(row + step);
+  }
+
   // The target's own derivative, after the same thread's store of the vector that holds it.
-  __device__ void store_target(const SoftcapCEGradient& gradient, Caps caps, Target target, float at_target,
-                               float upstream, float lse) const {
-    const Capped capped = cap(caps, at_target);
+  __device__ void store_target(const SoftcapCEGradient& gradient, Caps caps, Target target, float upstream,
+                               float lse) const {
+    const Capped capped = cap(caps, __bfloat162float(target_logit));
     static_cast<__nv_bfloat16*>(gradient.dlogits)[row * gradient.row_stride + target.column] =
         __float2bfloat16_rn(upstream * capped.slope * (expf(capped.z - lse) - 1.0f));
   }
 };
+
+__device__ inline Special special_of(Caps caps) {
+  return {2.0f * kLog2e / caps.softcap, caps.softcap * caps.scale * kLog2e};
+}
 
 // Losses and, with kGradient, the gradient in the same pass: exp(z) stays in registers between the two sweeps.
 template <class S, bool kGradient>
@@ -154,32 +213,26 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     losses_kernel(const SoftcapCE ce, const Caps caps, const Layout layout, const SoftcapCELosses losses,
                   const SoftcapCEGradient gradient) {
   constexpr int kWarps = S::kThreads / 32;
-  extern __shared__ __align__(16) char table[];
+  extern __shared__ __align__(16) char shared[];
   __shared__ float partial[S::kGroups][2][kWarps];
 
-  Walk<S> walk(ce);
-  if (S::kPrefetch) walk.fetch(walk.row);
-  fill<S, false>(caps, layout, table);
+  Walk<S> walk(ce, shared);
+  fill<false>(caps, layout, shared);
   __syncthreads();
 
-  const uint32_t lane_offset = (threadIdx.x % S::kCopies) * 0x40004u;
-  const float height = caps.softcap * caps.scale * kLog2e;
-  const Special special = {2.0f * kLog2e / caps.softcap, height};
-  const float tanh_of_log2 = 1.0f / height;
-  for (int parity = 0; walk.row < ce.rows; walk.row += walk.step, parity ^= 1) {
-    uint4 raw[S::kVectors];
-    if (!S::kPrefetch) walk.fetch(walk.row);
-#pragma unroll
-    for (int v = 0; v < S::kVectors; ++v) raw[v] = walk.next[v];
-    if (S::kPrefetch) walk.fetch(walk.row + walk.step);
-    const Target target = target_of(ce, walk.row);
+  const Special special = special_of(caps);
+  const float tanh_of_log2 = 1.0f / special.height;
+  for (int parity = 0; walk.row < ce.rows; parity ^= 1, walk.end()) {
+    const Target target = walk.target_at(walk.target_index);
+    const float upstream = kGradient ? upstream_of(gradient, target, walk.row) : 0.0f;
+    // With the gradient the hint's logit may be overwritten: it is read before the barrier.
     const bool owner = walk.owns(target);
-    Picked picked;
-    float at_target = 0.0f;
-    if (owner) {
-      picked = pick(ce, losses, caps, walk.row, target, [&](int64_t j) { return walk.logit(j); });
-      if (kGradient && target.column >= 0) at_target = walk.logit(target.column);
+    float hint = __int_as_float(0xff800000);
+    if (losses.hints != nullptr && owner) {
+      const __nv_bfloat16* logits = walk.logits_at(walk.row);
+      hint = z_of_hint(ce, losses, caps, walk.row, [&](int64_t j) { return __bfloat162float(logits[j]); });
     }
+    walk.begin();
 
     float power[S::kVectors][kVector];
     float sum = 0.0f;
@@ -187,20 +240,9 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
       if (!walk.holds(v)) break;
-      const uint32_t words[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
+      transform<S, false>(shared, layout, special, 0.0f, *walk.slot(walk.stage, v), power[v], largest);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if (w < S::kSpecial) {
-          const uint32_t low_twice = (words[w] & 0xffffu) * 0x10001u;
-          power[v][2 * w] = look_up<S>(table, layout, lane_offset, low_twice, largest).low;
-          power[v][2 * w + 1] = special(__uint_as_float(words[w] & 0xffff0000u));
-        } else {
-          const Pair pair = look_up<S>(table, layout, lane_offset, words[w], largest);
-          power[v][2 * w] = pair.low;
-          power[v][2 * w + 1] = pair.high;
-        }
-        sum += power[v][2 * w] + power[v][2 * w + 1];
-      }
+      for (int j = 0; j < kVector; j += 2) sum += power[v][j] + power[v][j + 1];
     }
     if (has_nan(largest)) sum = nan_value();
 #pragma unroll
@@ -210,28 +252,33 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += partial[walk.group][parity][w];
-    const float lse = logf(total);
-    if (owner) write_losses(losses, walk.row, target, picked, lse);
-    if (!kGradient) continue;
 
-    const float upstream = upstream_of(gradient, target, walk.row);
-    const float slope = upstream * caps.scale;
-    const float inverse = 1.0f / total;
-    auto derivative = [&](float e) {  // tanh from the exponential: one logarithm, no second look-up
-      const float t = __log2f(e) * tanh_of_log2;
-      return (e * inverse) * fmaf(-slope * t, t, slope);
-    };
-    uint4* out =
-        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride);
+    if (kGradient) {
+      // tanh from the exponential: one logarithm, no second look-up.
+      const float flat = upstream * caps.scale / total;
+      const float bend = -flat * tanh_of_log2 * tanh_of_log2;
+      auto derivative = [&](float e) {
+        const float l = log2_special(e);
+        return e * fmaf(bend * l, l, flat);
+      };
+      auto* out =
+          reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride) +
+          walk.thread;
 #pragma unroll
-    for (int v = 0; v < S::kVectors; ++v) {
-      if (!walk.holds(v)) break;
-      uint32_t words[4];
+      for (int v = 0; v < S::kVectors; ++v) {
+        if (!walk.holds(v)) break;
+        uint32_t words[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words[w] = pack(derivative(power[v][2 * w]), derivative(power[v][2 * w + 1]));
-      __stcs(out + v * S::kThreads + walk.thread, make_uint4(words[0], words[1], words[2], words[3]));
+        for (int w = 0; w < 4; ++w) words[w] = pack(derivative(power[v][2 * w]), derivative(power[v][2 * w + 1]));
+        __stcs(out + v * S::kThreads, make_uint4(words[0], words[1], words[2], words[3]));
+      }
     }
-    if (owner && target.column >= 0) walk.store_target(gradient, caps, target, at_target, upstream, lse);
+    if (owner) {
+      const float lse = logf(total);
+      const float z = target.column < 0 ? nan_value() : cap(caps, __bfloat162float(walk.target_logit)).z;
+      write_losses(losses, walk.row, target, {z, hint}, lse);
+      if (kGradient && target.column >= 0) walk.store_target(gradient, caps, target, upstream, lse);
+    }
   }
 }
 
@@ -239,41 +286,36 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     gradient_kernel(const SoftcapCE ce, const Caps caps, const Layout layout, const SoftcapCEGradient gradient,
                     const float* __restrict__ lse) {
-  extern __shared__ __align__(16) char table[];
-  Walk<S> walk(ce);
-  if (S::kPrefetch) walk.fetch(walk.row);
-  fill<S, true>(caps, layout, table);
+  extern __shared__ __align__(16) char shared[];
+  Walk<S> walk(ce, shared);
+  fill<true>(caps, layout, shared);
   __syncthreads();
 
-  const uint32_t lane_offset = (threadIdx.x % S::kCopies) * 0x40004u;
-  for (; walk.row < ce.rows; walk.row += walk.step) {
-    uint4 raw[S::kVectors];
-    if (!S::kPrefetch) walk.fetch(walk.row);
-#pragma unroll
-    for (int v = 0; v < S::kVectors; ++v) raw[v] = walk.next[v];
-    if (S::kPrefetch) walk.fetch(walk.row + walk.step);
-    const Target target = target_of(ce, walk.row);
-    const bool owner = walk.owns(target) && target.column >= 0;
-    const float at_target = owner ? walk.logit(target.column) : 0.0f;
+  const Special special = special_of(caps);
+  float row_lse = walk.row < ce.rows ? lse[walk.row] : 0.0f;
+  for (; walk.row < ce.rows; walk.end()) {
+    const Target target = walk.target_at(walk.target_index);
     const float upstream = upstream_of(gradient, target, walk.row);
-    const float row_lse = lse[walk.row];
+    const float next_lse = walk.row + walk.step < ce.rows ? lse[walk.row + walk.step] : 0.0f;
+    walk.begin();
     const float inverse = expf(-row_lse);
-    uint4* out =
-        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride);
+    auto* out =
+        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride) +
+        walk.thread;
     uint32_t largest = 0;  // not read: a nan among the logits has made lse nan
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
       if (!walk.holds(v)) break;
-      const uint32_t in[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
+      float power[kVector];
+      transform<S, true>(shared, layout, special, caps.scale, *walk.slot(walk.stage, v), power, largest);
       uint32_t words[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const Pair pair = look_up<S>(table, layout, lane_offset, in[w], largest);
-        words[w] = pack(upstream * (pair.low * inverse), upstream * (pair.high * inverse));
-      }
-      __stcs(out + v * S::kThreads + walk.thread, make_uint4(words[0], words[1], words[2], words[3]));
+      for (int w = 0; w < 4; ++w)
+        words[w] = pack(upstream * (power[2 * w] * inverse), upstream * (power[2 * w + 1] * inverse));
+      __stcs(out + v * S::kThreads, make_uint4(words[0], words[1], words[2], words[3]));
     }
-    if (owner) walk.store_target(gradient, caps, target, at_target, upstream, row_lse);
+    if (target.column >= 0 && walk.owns(target)) walk.store_target(gradient, caps, target, upstream, row_lse);
+    row_lse = next_lse;
   }
 }
 
