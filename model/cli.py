@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,26 @@ from typing import Any
 import click
 
 from model.errors import PgolfError
+from model.settings import given_flags, section_options
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 ANY_PATH = click.Path(path_type=Path)
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+class Deferred(click.Command):
+    """A subcommand that is the click command `attribute` of a module, imported when it is used."""
+
+    def __init__(self, name: str, module: str, attribute: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self._module, self._attribute = module, attribute
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        command: click.Command = getattr(importlib.import_module(self._module), self._attribute)
+        return command.make_context(info_name, args, parent, **extra)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,6 +44,23 @@ def cli() -> None:
 
     `pgolf demo` runs everything on the bundled text; `pgolf doctor` says what this installation can do.
     """
+
+
+@cli.command()
+@click.option("--runs", type=ANY_PATH, default=Path("runs"), show_default=True, help="Where the run's folder goes.")
+@click.option("--seed", type=int, help="Seed of the weights [default: the preset's].")
+@click.option("--steps", type=click.IntRange(1), help="Training steps [default: the preset's]. Few give a quick look.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(runs: Path, **options: Any) -> None:
+    """Run everything on the bundled text: about four minutes on two cores.
+
+    Builds a data set, trains a small model from random weights, quantises it, packs it into an artifact, scores the
+    artifact in a fresh process (plain, sliding window, with test-time training) and writes a report page.
+    """
+    from model.demo import print_result, run_demo
+
+    run = run_demo(runs, **options)
+    print_result(run)
 
 
 @cli.group()
@@ -128,6 +161,89 @@ def data_download(out: Path, **options: Any) -> None:
     click.echo(f"{out}: {len(dataset.train_shards)} training and {len(dataset.valid_shards)} validation shards")
 
 
+cli.add_command(Deferred("train", "model.pipeline", "train_command", "Train, quantise, write the artifact, evaluate."))
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.option(
+    "--weights", help="Start from these instead of the run's model.safetensors: a run, a checkpoint or a file."
+)
+@click.option("--data", "data_dir", type=FOLDER, help="Data set for the calibration [default: the run's].")
+@section_options("quant")
+def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any) -> None:
+    """Quantise the weights of a run into its artifact, RUN/model.pgolf.
+
+    Without flags with the run's own settings. Scores the unquantised weights on the way.
+    """
+    from model.pipeline import run_pipeline
+    from model.run import RunDir
+
+    changes = {**given_flags(flags), "run_dir": str(run.parent), "run_id": run.resolve().name}
+    if data_dir:
+        changes["data_dir"] = str(data_dir)
+    run_pipeline(RunDir(run).config().replace(**changes), stages=("quantize",), weights=weights)
+
+
+@cli.command("eval")
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--mode",
+    "modes",
+    multiple=True,
+    help="plain, sliding, sgd-ttt, lora-ttt, phased or sliding-cache, each also with +ngram-tilt. May be "
+    "repeated [default: the artifact's own].",
+)
+@click.option("--data", "data_dir", type=FOLDER, help="Data set [default: the one it was trained on].")
+@click.option("--label", help="Name of the result in result.json [default: the mode].")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation of the run.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@section_options("eval")
+def evaluate_command(
+    path: Path,
+    modes: tuple[str, ...],
+    data_dir: Path | None,
+    label: str | None,
+    device: str | None,
+    resume: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Score an artifact, or the artifact of a run, on the validation text.
+
+    For a run the results are merged into its result.json, and its ledgers are kept for `pgolf verify`.
+
+    \b
+    pgolf eval runs/NAME --mode plain --mode sliding --eval-stride 128
+    """
+    from model.score import print_scores, score_artifact
+
+    if label and len(modes) > 1:
+        raise click.UsageError("--label wants a single --mode")
+    results = score_artifact(
+        path,
+        modes,
+        data_dir=str(data_dir) if data_dir else None,
+        label=label,
+        device=device,
+        resume=resume,
+        quiet=quiet,
+        **given_flags(flags),
+    )
+    print_scores(results)
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=ANY_PATH, help="The page [default: report.html in the first run's folder].")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write a page about a run, or a comparison of several, that opens offline."""
+    from model.report import write_report
+
+    click.echo(f"wrote {write_report(runs, out)}")
+
+
 @cli.command()
 def doctor() -> None:
     """Say what this installation can do, and the exact command for what is missing.
@@ -136,10 +252,10 @@ def doctor() -> None:
     """
     from rich.console import Console
 
-    from model.doctor import examine, report
+    from model.doctor import examine, print_findings
 
     findings = examine()
-    report(findings, Console())
+    print_findings(findings, Console())
     broken = [finding.part for finding in findings if finding.status == "broken"]
     if broken:
         raise PgolfError(f"broken: {', '.join(broken)}")
@@ -186,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         _line(_describe(error))
-        status = 1
+        # An interrupted training says which signal it was.
+        status = 128 + error.number if hasattr(error, "number") else 1
     sys.exit(status)
 
 

@@ -62,7 +62,7 @@ def examine() -> list[Finding]:
     return findings
 
 
-def report(findings: list[Finding], console: Console) -> None:
+def print_findings(findings: list[Finding], console: Console) -> None:
     """Prints the findings as a table, then the commands."""
     colour = {"ok": "green", "note": "yellow", "broken": "red"}
     table = Table(box=None, pad_edge=False, show_header=False)

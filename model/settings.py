@@ -49,6 +49,18 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def section_options(section: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds a flag for every field of one section, such as "eval", to a click command."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, kind in reversed(field_types().items()):
+            if _sections()[name] == section:
+                command = _option(name, kind)(command)
+        return command
+
+    return decorate
+
+
 def _option(name: str, kind: Any) -> Callable[..., Any]:
     flag = "--" + name.replace("_", "-")
     section = _sections()[name]

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from model import doctor
-from model.doctor import Finding, examine, report
+from model.doctor import Finding, examine, print_findings
 
 
 def find(findings, part):
@@ -152,6 +152,6 @@ def test_commands_are_printed_whole():
     """A command is never wrapped or read as markup, however narrow the terminal."""
     command = "cd /a/long/path && PGOLF_CUDA=1 python -m pip install --force-reinstall --no-deps -e '.[test]'"
     output = io.StringIO()
-    report([Finding("native module", "note", "CPU only [x]", command)], Console(file=output, width=40))
+    print_findings([Finding("native module", "note", "CPU only [x]", command)], Console(file=output, width=40))
     assert command in output.getvalue()
     assert "CPU only [x]" in output.getvalue()

@@ -1,0 +1,160 @@
+"""The main job, `pgolf demo`: the bundled text through every stage at a size for two CPU cores.
+
+    build data -> train -> quantise -> pack -> evaluate in a fresh process -> report
+
+Nothing here is special to the demo but the preset: each stage is the one that the large presets use.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from model.baselines import baselines
+from model.config import Config
+from model.data.build import build_dataset
+from model.data.dataset import Dataset, open_dataset
+from model.data.text import SAMPLE
+from model.errors import PgolfError
+from model.evaluate.bpb import score_per_document
+from model.evaluate.documents import find_documents
+from model.evaluate.ledger import Ledger
+from model.pipeline import Interrupted, run_pipeline
+from model.presets import get_preset
+from model.report import write_report
+from model.run import RunDir
+
+VALID_DOCUMENTS = 40
+ADAPTED, FROZEN = "lora_ttt", "lora_ttt_lr0"  # test-time training, and the same windows with learning rate 0
+
+
+def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, quiet: bool = False) -> RunDir:
+    """Runs everything in a new folder under `runs` and returns it.
+
+    `seed` and `steps` go over the preset's. Raises PgolfError and its kinds.
+    """
+    started = time.perf_counter()
+    changes: dict[str, Any] = {"run_dir": str(runs)}
+    changes |= {name: value for name, value in (("seed", seed), ("iterations", steps)) if value is not None}
+    config = get_preset("demo").replace(**changes)
+    config = config.replace(run_id=f"demo-seed{config.train.seed}-{time.strftime('%m%d-%H%M%S')}")
+    run = RunDir(runs / config.train.run_id)
+    config = config.replace(data_dir=str(run.path / "data"))
+
+    with _timed(run, "data"):
+        build_sample(config, quiet=quiet)
+        dataset = open_dataset(config.data.data_dir)
+    try:
+        run_pipeline(config, stages=("train", "quantize"), dataset=dataset)
+    except Interrupted as error:
+        raise KeyboardInterrupt from error  # the demo starts anew, it has no --resume
+    _evaluate_in_fresh_processes(run, quiet=quiet)
+    gain, error, documents = paired_gain(run, dataset)
+    with _timed(run, "baselines"):
+        general = baselines(dataset)
+    run.merge_result(
+        {
+            "val_loss": run.result()["evaluation"][ADAPTED]["val_loss"],
+            "baselines": general,
+            "ttt_gain": {"bpb": gain, "standard_error": error, "documents": documents},
+        }
+    )
+    with _timed(run, "report"):
+        write_report([run.path])
+    run.merge_result({"seconds": {"total": time.perf_counter() - started}})
+    return run
+
+
+def build_sample(config: Config, *, quiet: bool = False) -> None:
+    """The bundled text as the data set `config.data.data_dir`."""
+    build_dataset(
+        [SAMPLE],
+        config.data.data_dir,
+        vocab_size=config.model.vocab_size,
+        valid_docs=VALID_DOCUMENTS,
+        quiet=quiet,
+    )
+
+
+def _evaluate_in_fresh_processes(run: RunDir, *, quiet: bool) -> None:
+    """`pgolf eval` in processes that know nothing of the training but its files."""
+    common = [sys.executable, "-m", "model.cli", "eval", str(run.path)]
+    common += ["--quiet"] if quiet else []
+    for arguments in (
+        ["--mode", "plain", "--mode", "sliding", "--mode", "lora-ttt"],
+        ["--mode", "lora-ttt", "--ttt-lora-lr", "0", "--label", FROZEN],
+    ):
+        # A process group of its own: Ctrl-C reaches this process alone, which ends the other.
+        done = subprocess.run([*common, *arguments], process_group=0)
+        if done.returncode:
+            raise PgolfError(f"{run.path}: evaluation ended with exit status {done.returncode}, its message is above")
+
+
+def paired_gain(run: RunDir, dataset: Dataset) -> tuple[float, float, int]:
+    """What test-time training gains over learning rate 0: (bits per byte, its standard error, documents).
+
+    Each document is scored both ways; the standard error is that of the sum of the documents' differences.
+    """
+    losses = [_document_losses(run.path / f"ledger_{name}.npz", dataset) for name in (FROZEN, ADAPTED)]
+    difference = (losses[0][:, 0] - losses[1][:, 0]) / math.log(2)
+    count, total_bytes = len(difference), losses[0][:, 1].sum()
+    error = math.sqrt(count) * difference.std(ddof=1) if count > 1 else math.nan
+    return float(difference.sum() / total_bytes), float(error / total_bytes), count
+
+
+def _document_losses(path: Path, dataset: Dataset) -> np.ndarray:
+    tokens = dataset.valid_tokens
+    nll = Ledger.load(path).nll
+    return score_per_document(nll, dataset.byte_tables.stream_bytes(tokens), find_documents(tokens))
+
+
+def print_result(run: RunDir, console: Console | None = None) -> None:
+    """The table that the demo ends with."""
+    console = console or Console()
+    result = run.result()
+    bpb, artifact = result["bpb"], result["artifact"]
+    table = Table(title="bits per byte on the held-out text", title_justify="left", box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = [
+        ("model before quantisation", bpb["float"]),
+        ("artifact", bpb["plain"]),
+        ("artifact, sliding window", bpb["sliding"]),
+        ("artifact, test-time training", bpb[ADAPTED]),
+        ("  the same, learning rate 0", bpb[FROZEN]),
+        ("gzip -9, primed", result["baselines"]["gzip"]),
+        ("xz -9e, primed", result["baselines"]["xz"]),
+        ("brotli -11, primed", result["baselines"]["brotli"]),
+    ]
+    for name, value in rows:
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    gain = result["ttt_gain"]
+    console.print(
+        f"test-time training: {bpb[ADAPTED] / result['baselines']['xz']:.3f} of xz; gains {gain['bpb']:.4f} "
+        f"± {gain['standard_error']:.4f} over learning rate 0 (paired over {gain['documents']} documents)",
+        highlight=False,
+    )
+    console.print(
+        f"artifact: {artifact['bytes']:,} bytes, {artifact['bits_per_weight']:.3f} bits a weight", highlight=False
+    )
+    seconds = [f"{name} {value:.1f}" for name, value in result["seconds"].items()]
+    console.print(f"seconds: {', '.join(seconds)}", highlight=False)
+    console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _timed(run: RunDir, stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    run.merge_result({"seconds": {stage: time.perf_counter() - started}})
