@@ -1,5 +1,6 @@
 // Runs the experts and settles which of them speaks at each position.
 #include <algorithm>
+#include <future>
 
 #include "common/parallel.h"
 #include "ngram/experts.h"
@@ -47,13 +48,25 @@ void ngram_hints_cpu(const uint16_t* tokens, int64_t n, const NgramSettings& set
   });
   Votes votes;
   std::vector<Stage> stages;
-  if (settings.full_hash)
-    full_hash_hints(stream, settings, threads);
-  else
+  const bool voting = settings.has_leading_space != nullptr;
+  if (!settings.full_hash) {
     add_compatible_stages(stream, settings, stages);
-  if (settings.has_leading_space != nullptr) add_voter_stage(stream, settings, votes, stages);
-  run_stages(stages, stream.blocks(), threads);
-  if (settings.has_leading_space == nullptr) return;
+    if (voting) add_voter_stage(stream, settings, votes, stages);
+    run_stages(stages, stream.blocks(), threads);
+  } else if (voting) {
+    // The voters' tables are one sequential pass: it takes one thread, the token expert the others.
+    add_voter_stage(stream, settings, votes, stages);
+    std::future<void> voters;
+    if (threads > 1) voters = std::async(std::launch::async, [&] { run_stages(stages, stream.blocks(), 1); });
+    full_hash_hints(stream, settings, std::max(1, threads - 1));
+    if (threads > 1)
+      voters.get();
+    else
+      run_stages(stages, stream.blocks(), 1);
+  } else {
+    full_hash_hints(stream, settings, threads);
+  }
+  if (!voting) return;
   parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t p = std::max<int64_t>(begin, 1); p < end; ++p) settle(stream, settings, votes, p);
   });

@@ -106,11 +106,11 @@ class Voters {
   }
 
   Step request(const Step& step) const {
-    if (step.look_within.table >= 0) contexts_[step.look_within.table]->prefetch(step.look_within.context);
-    if (step.look_word.table >= 0) contexts_[step.look_word.table]->prefetch(step.look_word.context);
+    if (step.look_within.table >= 0) contexts_[step.look_within.table]->prefetch_entry(step.look_within.context);
+    if (step.look_word.table >= 0) contexts_[step.look_word.table]->prefetch_entry(step.look_word.context);
     if (step.add.table >= 0) {
-      contexts_[step.add.table]->prefetch(step.add.context);
-      pairs_[step.add.table]->prefetch(step.add.pair);
+      contexts_[step.add.table]->prefetch_entry(step.add.context);
+      pairs_[step.add.table]->prefetch_entry(step.add.pair);
     }
     return step;
   }
