@@ -75,7 +75,7 @@ def data() -> None:
     type=click.Path(path_type=Path, exists=True),
     multiple=True,
     required=True,
-    help="A .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder of them. May be repeated.",
+    help="A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder of them. May be repeated.",
 )
 @click.option("--out", type=ANY_PATH, required=True, help="The data set's folder; it appears when it is complete.")
 @click.option("--vocab-size", type=click.IntRange(1, 65536), help="Train a SentencePiece BPE tokenizer of this size.")
@@ -100,6 +100,7 @@ def data() -> None:
 @click.option(
     "--shard-tokens", type=click.IntRange(2), default=100_000_000, show_default=True, help="Tokens in a shard."
 )
+@click.option("--shuffle-seed", type=int, help="Bring the training documents into this random order.")
 @click.option("--allow-overlap", is_flag=True, help="Accept documents that are in both splits.")
 @click.option("--replace", is_flag=True, help="Replace a data set that is already there.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for tokenising [default: all cores].")
@@ -232,6 +233,9 @@ def evaluate_command(
         **given_flags(flags),
     )
     print_scores(results)
+
+
+cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether a score is legal, check by check."))
 
 
 @cli.command()
