@@ -100,11 +100,13 @@ class Adapters:
         )
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
 
-    def add(self, kind: str, slot: int, x: Tensor, output: Tensor) -> Tensor:
-        """`output` plus the adapter's share of x, or `output` itself without such an adapter."""
+    def add(self, kind: str, slot: int, x: Tensor, output: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`output` plus `scale` [out] times the adapter's share of x, or `output` itself without such an adapter."""
         if kind not in self.a:
             return output
         a, b = self.pair(kind, slot)
+        if scale is not None:
+            b = b * scale.to(b.dtype).unsqueeze(-1)
         flat = self._flatten(x)
         residual = output.reshape(*flat.shape[:-1], output.size(-1))
         y = batched_lora(flat, None, a, b, residual=residual, cu_seqlens=self.cu_seqlens, adapter_index=self.index)

@@ -34,7 +34,7 @@ from model.layers import (
     smear,
 )
 from model.stream import Stream
-from pgolf_kernels import fused_mlp, linear_softcap_cross_entropy, qk_rope, varlen_attention, xsa
+from pgolf_kernels import fused_mlp, linear_softcap_cross_entropy, norm_residual, qk_rope, varlen_attention, xsa
 
 Collect = Callable[[tuple[str, ...], Tensor], None]
 LANE_RESIDUAL_INIT = 1.1
@@ -44,7 +44,7 @@ QAT_MIN_ELEMENTS = 8192
 
 @dataclass
 class _Weights:
-    """One layer's matrices, cast to the compute dtype."""
+    """One layer's matrices in the compute dtype; o and down carry the branch's scale in their rows."""
 
     q: Tensor
     k: Tensor
@@ -255,10 +255,14 @@ class GPT(nn.Module):
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
 
     def _weights(self) -> list[_Weights]:
+        """Every layer's matrices; the branch scales go into the output matrices, so that no activation is scaled."""
         layers, dtype = self.config.num_layers, self.compute_dtype
-        qo, kv = (self._maybe_fake_quantize(bank.to(dtype), 31).unbind() for bank in (self.qo_bank, self.kv_bank))
-        up, down = (self._maybe_fake_quantize(bank.to(dtype), 15).unbind() for bank in (self.up_bank, self.down_bank))
-        return [_Weights(qo[i], kv[i], kv[layers + i], qo[layers + i], up[i], down[i]) for i in range(layers)]
+        qo, kv = self._maybe_fake_quantize(self.qo_bank, 31), self._maybe_fake_quantize(self.kv_bank, 31)
+        up, down = self._maybe_fake_quantize(self.up_bank, 15), self._maybe_fake_quantize(self.down_bank, 15)
+        o = (qo[layers:] * self.attn_scale.unsqueeze(-1)).to(dtype).unbind()
+        down = (down * self.mlp_scale.unsqueeze(-1)).to(dtype).unbind()
+        q, kv, up = qo[:layers].to(dtype).unbind(), kv.to(dtype).unbind(), up.to(dtype).unbind()
+        return [_Weights(q[i], kv[i], kv[layers + i], o[i], up[i], down[i]) for i in range(layers)]
 
     def _maybe_fake_quantize(self, weight: Tensor, clip_range: int) -> Tensor:
         per_matrix = weight.shape[-1] * weight.shape[-2]
@@ -268,74 +272,74 @@ class GPT(nn.Module):
         """The normed output of all blocks in order; the input embedding x0 stays available to every block."""
         config = self.config
         encoder, decoder = config.layer_order(loop)
-        x = Stream.of(x0)
-        skips: list[Stream] = []
+        x = x0
+        skips: list[Tensor] = []
         for slot, layer in enumerate(encoder):
-            x = self._block(x, x0, layer, slot, state)
-            skips.append(x)
+            x, before, x0 = self._block(Stream.of(x), x0, layer, slot, state)
+            if slot > 0:
+                skips.append(before)
+        skips.append(x)
         lanes: tuple[Stream, Stream] | None = None
         for position, layer in enumerate(decoder):
             slot = len(encoder) + position
             if config.parallel_lanes == 2 and 0 <= config.parallel_start <= layer and lanes is None:
-                lanes = (x, x)
+                lanes = (Stream.of(x), Stream.of(x))
+            stream = Stream.of(x) if lanes is None else lanes[0]
             if skips and position < config.num_skips:
-                skip = skips.pop()
-                if lanes is None:
-                    x = self._join_skip(x, skip, position)
-                else:
-                    lanes = (self._join_skip(lanes[0], skip, position), lanes[1])
+                stream = self._join_skip(stream, skips.pop(), position)
             if lanes is None:
-                x = self._block(x, x0, layer, slot, state)
+                x, _, x0 = self._block(stream, x0, layer, slot, state)
             else:
-                lanes = self._lane_block(lanes, x0, layer, slot, state)
+                lanes = self._lane_block((stream, lanes[1]), x0, layer, slot, state)
         if lanes is not None:
-            half = self.lane_mix.new_full((), 0.5)  # filled on the device: a copy could not be captured
-            x = lanes[0].scaled(half).plus(lanes[1].scaled(half))
+            return lanes[0].scaled(0.5).plus(lanes[1].scaled(0.5)).norm(1.0)[1]
         if loop and config.loop_form == "rerun":
             for _ in range(config.num_loops):
                 for layer in range(config.loop_start, config.loop_end + 1):
-                    x = self._block(x, x0, layer, layer, state)
-        return x.norm(1.0)[1]
+                    x, _, x0 = self._block(Stream.of(x), x0, layer, layer, state)
+        return norm_residual(x)[0]
 
-    def _join_skip(self, x: Stream, skip: Stream, position: int) -> Stream:
+    def _join_skip(self, x: Stream, skip: Tensor, position: int) -> Stream:
         weight = self.skip_weights[position]
         if self.config.skip_form == "additive":
-            return x.plus(skip.scaled(weight))
+            return x.plus(Stream.of(skip, weight))
         gate = torch.sigmoid(self.skip_gates[position])
-        return x.scaled(gate).plus(skip.scaled((1 - gate) * weight))
+        return x.scaled(gate).plus(Stream.of(skip, (1 - gate) * weight))
 
     def _norm_scale(self, layer: int) -> float:
         return 1.0 / math.sqrt(layer + 1) if self.config.ln_scale else 1.0
 
-    def _read(self, x: Stream, x0: Tensor, layer: int) -> tuple[Stream, Tensor]:
-        """(h, n): the stream mixed with the input embedding, and its norm."""
+    def _read(self, x: Stream, x0: Tensor, layer: int) -> tuple[Tensor, Tensor, Stream]:
+        """(h, n, again): the stream mixed with the input embedding, its norm, and what it was mixed from."""
         mix = self.resid_mix[layer]
-        return x.scaled(mix[0]).plus(Stream.of(x0, mix[1])).norm(self._norm_scale(layer))
+        return Stream.of(x0, mix[1]).plus(x.scaled(mix[0])).norm(self._norm_scale(layer))
 
-    def _block(self, x: Stream, x0: Tensor, layer: int, slot: int, state: _Pass) -> Stream:
-        h, normed = self._read(x, x0, layer)
-        attended = Stream.of(self._attention(normed, layer, slot, state), self.attn_scale[layer])
-        if self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer:
-            y = h.plus(attended)
-        else:
-            y, normed = h.plus(attended).norm(self._norm_scale(layer))
-        return y.plus(Stream.of(self._mlp(normed, layer, slot, state), self.mlp_scale[layer]))
+    def _block(self, x: Stream, x0: Tensor, layer: int, slot: int, state: _Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, the stream's last activation, x0); the latter two for later uses, see Stream.norm."""
+        h, normed, again = self._read(x, x0, layer)
+        y = self._attention(normed, layer, slot, state, residual=h)
+        if not (self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer):
+            normed, y = norm_residual(y, scale=self._norm_scale(layer))
+        return self._mlp(normed, layer, slot, state, residual=y), again.tensors[-1], again.tensors[0]
 
     def _lane_block(
         self, lanes: tuple[Stream, Stream], x0: Tensor, layer: int, slot: int, state: _Pass
     ) -> tuple[Stream, Stream]:
         """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530)."""
-        _, normed = self._read(lanes[0], x0, layer)
-        attended = Stream.of(self._attention(normed, layer, slot, state), self.attn_scale[layer])
-        lane1, normed = lanes[1].norm(self._norm_scale(layer))
-        fed = Stream.of(self._mlp(normed, layer, slot, state), self.mlp_scale[layer])
+        _, normed, _ = self._read(lanes[0], x0, layer)
+        attended = Stream.of(self._attention(normed, layer, slot, state))
+        lane1, normed, _ = lanes[1].norm(self._norm_scale(layer))
+        fed = Stream.of(self._mlp(normed, layer, slot, state))
         keep, post = self.lane_resid[layer], self.lane_mix[layer]
         return (
             lanes[0].scaled(keep[0]).plus(attended.scaled(post[0, 0])).plus(fed.scaled(post[1, 0])),
-            lane1.scaled(keep[1]).plus(attended.scaled(post[0, 1])).plus(fed.scaled(post[1, 1])),
+            Stream.of(lane1).scaled(keep[1]).plus(attended.scaled(post[0, 1])).plus(fed.scaled(post[1, 1])),
         )
 
-    def _attention(self, normed: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
+    def _attention(
+        self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None
+    ) -> Tensor:
+        """attn_scale * attention(normed), plus `residual`."""
         config, weights = self.config, state.weights[layer]
         rows, length, dim = normed.shape
         if state.collect is not None:
@@ -366,23 +370,30 @@ class GPT(nn.Module):
         y = y.reshape(rows, length, dim)
         if state.collect is not None:
             state.collect((f"blocks.{layer}.attn.o",), y)
-        output = nn.functional.linear(y, weights.o)
-        return output if state.adapters is None else state.adapters.add("o", slot, normed, output)
+        output = _linear_residual(y, weights.o, residual)
+        if state.adapters is None:
+            return output
+        return state.adapters.add("o", slot, normed, output, self.attn_scale[layer])
 
-    def _mlp(self, normed: Tensor, layer: int, slot: int, state: _Pass) -> Tensor:
+    def _mlp(self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None) -> Tensor:
+        """mlp_scale * MLP(normed), plus `residual`."""
         config, weights = self.config, state.weights[layer]
         gain = self.hidden_gain[layer] if config.hidden_gain else None
+        options = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": residual}
         if state.collect is None:
-            output = fused_mlp(normed, weights.up, weights.down, negative_slope=config.negative_slope, hidden_gain=gain)
+            output = fused_mlp(normed, weights.up, weights.down, **options)
         else:
-            output, hidden = fused_mlp(
-                normed,
-                weights.up,
-                weights.down,
-                negative_slope=config.negative_slope,
-                hidden_gain=gain,
-                return_hidden=True,
-            )
+            output, hidden = fused_mlp(normed, weights.up, weights.down, return_hidden=True, **options)
             state.collect((f"blocks.{layer}.mlp.up",), normed)
             state.collect((f"blocks.{layer}.mlp.down",), hidden)
-        return output if state.adapters is None else state.adapters.add("mlp", slot, normed, output)
+        if state.adapters is None:
+            return output
+        return state.adapters.add("mlp", slot, normed, output, self.mlp_scale[layer])
+
+
+def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """x W^T (+ residual, added to the product's accumulator)."""
+    if residual is None:
+        return nn.functional.linear(x, weight)
+    flat = torch.addmm(residual.view(-1, weight.size(0)), x.view(-1, weight.size(1)), weight.t())
+    return flat.view(residual.shape)

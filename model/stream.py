@@ -1,9 +1,8 @@
 """The residual stream as a weighted sum that is computed only when a norm reads it.
 
-Between two matrix products every step of the network (mixing with the input embedding, adding a scaled branch, joining
-a gated skip, crossing lanes) is linear in its activations with one coefficient per channel. `Stream` keeps the list of
-activations and the products of their coefficients; :meth:`Stream.norm` hands both to one kernel, which reads each
-activation once.
+Between two matrix products every step of the network (mixing with the input embedding, joining a gated skip, crossing
+lanes) is linear in its activations with one coefficient per channel. `Stream` keeps the list of activations and the
+products of their coefficients; :meth:`Stream.norm` hands both to one kernel, which reads each activation once.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class Stream:
     def of(cls, tensor: Tensor, coefficient: Tensor | None = None) -> Stream:
         return cls((tensor,), (coefficient,))
 
-    def scaled(self, factor: Tensor) -> Stream:
-        """`factor` [D] or scalar times the stream."""
-        dim = self.tensors[0].size(-1)
-        scaled = (factor.expand(dim) if c is None else factor * c for c in self.coefficients)
-        return Stream(self.tensors, tuple(scaled))
+    def scaled(self, factor: Tensor | float) -> Stream:
+        """`factor` ([D], [] or a number) times the stream."""
+        return Stream(
+            self.tensors, tuple(_one(c, t) * factor for c, t in zip(self.coefficients, self.tensors, strict=True))
+        )
 
     def plus(self, other: Stream) -> Stream:
         """The sum of two streams; an activation that both hold is kept once."""
@@ -46,14 +45,19 @@ class Stream:
                 coefficients[position] = _one(coefficients[position], tensor) + _one(coefficient, tensor)
         return Stream(tuple(tensors), tuple(coefficients))
 
-    def norm(self, scale: float) -> tuple[Stream, Tensor]:
-        """(the stream as one activation, scale * RMSNorm of it)."""
+    def norm(self, scale: float) -> tuple[Tensor, Tensor, Stream]:
+        """(u, n, again): the stream as one activation, scale * RMSNorm of it, and the stream itself.
+
+        Activations that are used once more are best taken from `again` (in the order of `tensors`): gradients of those
+        uses are then added by the kernel that computes this sum's.
+        """
         stream = self
         while len(stream.tensors) > MAX_STREAMS:
             head = combine(stream.tensors[:MAX_STREAMS], stream._stack(slice(0, MAX_STREAMS)))
             stream = Stream((head, *stream.tensors[MAX_STREAMS:]), (None, *stream.coefficients[MAX_STREAMS:]))
-        total, normed = combine_norm(stream.tensors, stream._stack(slice(None)), scale=scale)
-        return Stream.of(total), normed
+        total, normed, again = combine_norm(stream.tensors, stream._stack(slice(None)), scale=scale)
+        kept = Stream(again, stream.coefficients) if stream is self else self
+        return total, normed, kept
 
     def _stack(self, part: slice) -> Tensor:
         return torch.stack([_one(c, t) for c, t in zip(self.coefficients[part], self.tensors[part], strict=True)])

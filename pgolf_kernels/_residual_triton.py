@@ -16,30 +16,40 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _stream(s0, s1, s2, s3, s4, s5, s6, s7, k: tl.constexpr):
-    """The k-th of eight pointers, chosen when the kernel is compiled."""
+def _pick(p0, p1, p2, p3, p4, p5, p6, p7, k: tl.constexpr):
+    """The k-th of eight values, chosen when the kernel is compiled."""
     if k == 0:  # noqa: SIM116, a kernel has no dictionaries
-        return s0
+        return p0
     elif k == 1:
-        return s1
+        return p1
     elif k == 2:
-        return s2
+        return p2
     elif k == 3:
-        return s3
+        return p3
     elif k == 4:
-        return s4
+        return p4
     elif k == 5:
-        return s5
+        return p5
     elif k == 6:
-        return s6
+        return p6
     else:
-        return s7
+        return p7
+
+
+@triton.jit
+def _weight(coefficients, k: tl.constexpr, columns, inside, WEIGHTED: tl.constexpr, DIM: tl.constexpr):
+    """Row k of the coefficients, or ones."""
+    if WEIGHTED:
+        return tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
+    else:
+        return tl.full(columns.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def _forward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, coefficients, total_ptr, normed_ptr, rows, eps, scale,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -49,10 +59,11 @@ def _forward_kernel(
         offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for k in tl.static_range(STREAMS):
-            weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
-            pointer = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
+            weight = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)
+            pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
             total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
+        if WEIGHTED:
+            tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
         if NORM:
             factor = scale * tl.rsqrt(tl.sum(total * total, axis=1) / DIM + eps)
             tl.store(normed_ptr + offsets, (total * factor[:, None]).to(normed_ptr.dtype.element_ty), mask=mask)
@@ -60,10 +71,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    s0, s1, s2, s3, s4, s5, s6, s7, g0, g1, g2, g3, g4, g5, g6, g7,
+    s0, s1, s2, s3, s4, s5, s6, s7, g0, g1, g2, g3, g4, g5, g6, g7, t0, t1, t2, t3, t4, t5, t6, t7,
     coefficients, d_total_ptr, d_normed_ptr, partial_ptr, rows, eps, scale,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    TOTAL: tl.constexpr, NORM: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    TOTAL: tl.constexpr, NORM: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -86,39 +97,44 @@ def _backward_kernel(
         if NORM:
             total = tl.zeros((ROWS, BLOCK), tl.float32)
             for k in tl.static_range(STREAMS):
-                weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
-                pointer = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
+                weight = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)
+                pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
                 total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
             d_normed = tl.load(d_normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             r = tl.rsqrt(tl.sum(total * total, axis=1) / DIM + eps)
             inner = tl.sum(d_normed * total, axis=1) / DIM
             grad += scale * r[:, None] * (d_normed - total * (r * r * inner)[:, None])
         for k in tl.static_range(STREAMS):
-            weight = tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
-            # Read again rather than kept: the tile is in L1, and registers decide how many rows are in flight.
-            source = _stream(s0, s1, s2, s3, s4, s5, s6, s7, k)
-            product = grad * tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
-            target = _stream(g0, g1, g2, g3, g4, g5, g6, g7, k)
-            tl.store(target + offsets, (weight[None, :] * grad).to(target.dtype.element_ty), mask=mask)
-            if k == 0:
-                a0 += product
-            elif k == 1:
-                a1 += product
-            elif k == 2:
-                a2 += product
-            elif k == 3:
-                a3 += product
-            elif k == 4:
-                a4 += product
-            elif k == 5:
-                a5 += product
-            elif k == 6:
-                a6 += product
-            else:
-                a7 += product
-    partial = partial_ptr + tl.program_id(0) * STREAMS * DIM + columns
-    for k in tl.static_range(STREAMS):
-        tl.store(partial + k * DIM, tl.sum(_stream(a0, a1, a2, a3, a4, a5, a6, a7, k), axis=0), mask=inside)
+            d_stream = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)[None, :] * grad
+            if (THROUGH >> k) & 1:
+                later = _pick(t0, t1, t2, t3, t4, t5, t6, t7, k)
+                d_stream += tl.load(later + offsets, mask=mask, other=0.0).to(tl.float32)
+            target = _pick(g0, g1, g2, g3, g4, g5, g6, g7, k)
+            tl.store(target + offsets, d_stream.to(target.dtype.element_ty), mask=mask)
+            if WEIGHTED:
+                # Read again rather than kept: the tile is in L1, and registers decide how many rows are in flight.
+                source = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
+                product = grad * tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+                if k == 0:
+                    a0 += product
+                elif k == 1:
+                    a1 += product
+                elif k == 2:
+                    a2 += product
+                elif k == 3:
+                    a3 += product
+                elif k == 4:
+                    a4 += product
+                elif k == 5:
+                    a5 += product
+                elif k == 6:
+                    a6 += product
+                else:
+                    a7 += product
+    if WEIGHTED:
+        partial = partial_ptr + tl.program_id(0) * STREAMS * DIM + columns
+        for k in tl.static_range(STREAMS):
+            tl.store(partial + k * DIM, tl.sum(_pick(a0, a1, a2, a3, a4, a5, a6, a7, k), axis=0), mask=inside)
 
 
 def _pad(tensors: list[Tensor]) -> list[Tensor]:
@@ -130,29 +146,36 @@ def _programs(rows: int, tile: int, tensor: Tensor, per_multiprocessor: int) -> 
 
 
 def forward(
-    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool, config: ResidualConfig
+    streams: list[Tensor],
+    coefficients: Tensor | None,
+    scale: float,
+    eps: float,
+    with_norm: bool,
+    config: ResidualConfig,
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
-    total = torch.empty_like(first)
+    weighted = coefficients is not None
+    total = torch.empty_like(first) if weighted else first.new_empty(0)
     normed = torch.empty_like(first) if with_norm else first.new_empty(0)
     if rows == 0:
         return total, normed
     grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
     _forward_kernel[grid](
-        *_pad(streams), coefficients, total, normed, rows, eps, scale,
-        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows, NORM=with_norm,
-        num_warps=config.forward_warps,
+        *_pad(streams), coefficients if weighted else first, total, normed, rows, eps, scale,
+        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows, WEIGHTED=weighted,
+        NORM=with_norm, num_warps=config.forward_warps,
     )  # fmt: skip
     return total, normed
 
 
 def backward(
     streams: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     d_total: Tensor | None,
     d_normed: Tensor | None,
+    through: list[Tensor | None],
     scale: float,
     eps: float,
     config: ResidualConfig,
@@ -160,15 +183,18 @@ def backward(
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
+    weighted = coefficients is not None
     d_streams = [torch.empty_like(s) for s in streams]
     if rows == 0:
-        return d_streams, torch.zeros_like(coefficients)
+        return d_streams, torch.zeros_like(coefficients) if weighted else first.new_empty(0)
     programs = _programs(rows, config.backward_rows, first, config.backward_programs)
-    partial = torch.empty(programs, len(streams), dim, dtype=torch.float32, device=first.device)
+    partial = first.new_empty((programs, len(streams), dim) if weighted else 1, dtype=torch.float32)
     _backward_kernel[(programs,)](
-        *_pad(streams), *_pad(d_streams), coefficients,
-        first if d_total is None else d_total, first if d_normed is None else d_normed, partial, rows, eps, scale,
-        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
-        TOTAL=d_total is not None, NORM=d_normed is not None, num_warps=config.backward_warps,
+        *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
+        coefficients if weighted else first, first if d_total is None else d_total,
+        first if d_normed is None else d_normed, partial, rows, eps, scale,
+        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows, WEIGHTED=weighted,
+        TOTAL=d_total is not None, NORM=d_normed is not None,
+        THROUGH=sum(1 << k for k, t in enumerate(through) if t is not None), num_warps=config.backward_warps,
     )  # fmt: skip
-    return d_streams, partial.sum(0).to(coefficients.dtype)
+    return d_streams, partial.sum(0).to(coefficients.dtype) if weighted else first.new_empty(0)

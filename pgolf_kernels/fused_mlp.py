@@ -2,7 +2,7 @@
 
     u = x W_up^T                        [N, F]
     h = leaky_relu(u, slope)^2          [N, F]     (times hidden_gain, folded into W_down)
-    y = (h * gain) W_down^T             [N, D_out]
+    y = (h * gain) W_down^T             [N, D_out]     (+ residual, added to the product's accumulator)
 
 x [..., D], W_up [F, D], W_down [D_out, F]. With g = dy:
 
@@ -55,7 +55,7 @@ def _keeps_sign(x: torch.Tensor) -> bool:
 
 
 def _forward(
-    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
     if _fused(x) and x.numel():
@@ -64,11 +64,12 @@ def _forward(
         pre = x @ w_up.t()
         hidden = F.leaky_relu(pre, slope).square()
         pre = pre[:, :0] if _keeps_sign(x) else pre
-    return hidden @ w_down.t(), hidden, pre
+    y = hidden @ w_down.t() if residual is None else torch.addmm(residual, hidden, w_down.t())
+    return y, hidden, pre
 
 
 def _forward_fake(
-    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, hidden_dim = x.shape[0], w_up.shape[0]
     pre = x.new_empty((rows, 0 if _keeps_sign(x) else hidden_dim))
@@ -138,20 +139,24 @@ _backward_op = register_op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, w_up, w_down, ctx.slope = inputs
+    x, w_up, w_down, _, ctx.slope = inputs
     _, hidden, pre = output
     ctx.save_for_backward(x, w_up, w_down, hidden, pre)
     ctx.mark_non_differentiable(hidden, pre)
+    ctx.set_materialize_grads(False)  # zeros in hidden's shape would be 4 N D bytes written for nothing
 
 
-def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None
     wanted = list(ctx.needs_input_grad[:3])
     grads = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.slope, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+    d_weights = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return *d_weights, grad if ctx.needs_input_grad[3] else None, None
 
 
 _forward_op = register_op(
-    "fused_mlp(Tensor x, Tensor w_up, Tensor w_down, float slope) -> (Tensor, Tensor, Tensor)",
+    "fused_mlp(Tensor x, Tensor w_up, Tensor w_down, Tensor? residual, float slope) -> (Tensor, Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
     fake=_forward_fake,
@@ -170,26 +175,33 @@ def fused_mlp(
     *,
     negative_slope: float = 0.5,
     hidden_gain: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     return_hidden: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """W_down ((leaky_relu(W_up x, negative_slope))^2 * hidden_gain).
+    """W_down ((leaky_relu(W_up x, negative_slope))^2 * hidden_gain) (+ residual).
 
     x [..., D] in bfloat16 or float16 (float32 and float64 too, without the fused kernels on a GPU); w_up [F, D] and
     w_down [D_out, F] in x's dtype or a wider one (cast inside; their gradients come in their own dtype, from fp32
-    accumulators); hidden_gain [F] or None. D, F and D_out are free; a GPU's copy engine wants rows of 16 bytes, other
-    sizes are copied to padded tensors. Returns y [..., D_out], with `return_hidden` also the input of W_down [..., F],
-    which carries no gradient (it serves Hessian collection).
+    accumulators); hidden_gain [F] or None; residual [..., D_out] in x's dtype or None. D, F and D_out are
+    free; a GPU's copy engine wants rows of 16 bytes, other sizes are copied to padded tensors. Returns y [..., D_out],
+    with `return_hidden` also the input of W_down [..., F], which carries no gradient (it serves Hessian collection).
 
     Frozen weights cost no weight gradient. Saved for the backward beside the inputs: F elements of x's dtype a row
     (float16 and unfused dtypes: 2 F). Raises ValueError for shapes, devices and slopes, TypeError for
     dtypes.
     """
     _check(x, w_up, w_down, negative_slope, hidden_gain)
+    if residual is not None and (residual.shape != (*x.shape[:-1], w_down.shape[0]) or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)} of {residual.dtype}, "
+            f"wanted {(*x.shape[:-1], w_down.shape[0])} of {x.dtype}"
+        )
     if hidden_gain is not None:
         # (h * gain) W^T = h (W * gain)^T: a pass over the small matrix instead of one over the activations. Both
         # gradients follow from d(W * gain), which PyTorch derives.
         w_down = w_down * hidden_gain.to(w_down.dtype)
-    y, hidden, _ = _forward_op(x.reshape(-1, x.shape[-1]), w_up, w_down, float(negative_slope))
+    flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    y, hidden, _ = _forward_op(x.reshape(-1, x.shape[-1]), w_up, w_down, flat_residual, float(negative_slope))
     y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_hidden:
         return y

@@ -2,13 +2,16 @@
 
     u = sum_k c_k * s_k          n = scale * u / sqrt(mean(u^2) + eps)
 
-s_k [..., D] are the streams of a residual network: block outputs, branch outputs, skips, the input embedding; c_k [D]
-the products of learned scales, mixes and gates that weigh them. Every sum between two matrix products of the network is
-of this form, so that one kernel reads each stream once and writes the sum and its norm, and one backward kernel reads
-them once more, writes every stream's gradient and reduces every coefficient's over the tokens:
+s_k [..., D] are the streams of a residual network: block outputs, skips, the input embedding; c_k [D] the products of
+learned mixes and gates that weigh them. Every sum between two matrix products of the network is of this form, so that
+one kernel reads each stream once and writes the sum and its norm, and one backward kernel reads them once more, writes
+every stream's gradient and reduces every coefficient's over the tokens:
 
     g = du + scale * r * (dn - u * r^2 * mean(dn * u)),  r = 1 / sqrt(mean(u^2) + eps)
-    ds_k = c_k * g          dc_k = sum over tokens of g * s_k
+    ds_k = c_k * g + t_k          dc_k = sum over tokens of g * s_k
+
+t_k is the gradient that a stream has from its later uses. The functions return their streams again; who reads those
+instead of the originals has t_k added inside this kernel, not by a pass of its own.
 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
 streams stay as they are saved for backward: nothing else is kept, u and r are computed again. Given up: a kernel per
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +37,7 @@ MAX_STREAMS = 8
 
 
 def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
-    """The formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
+    """(u, n) by the formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
     wide = torch.promote_types(streams[0].dtype, torch.float32)
     total = sum(c.to(wide) * s.to(wide) for c, s in zip(coefficients, streams, strict=True))
     normed = total * (scale * (total.square().mean(-1, keepdim=True) + eps).rsqrt())
@@ -44,8 +48,8 @@ def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps
 class ResidualConfig:
     """Launch knobs: tokens a tile, warps, and programs a multiprocessor of the persistent grid.
 
-    On an H200 at 98,304 x 512 in bf16 the forward of 3 and 5 streams moves 93 and 97 % of copy bandwidth with these, the
-    backward 82 and 79 %. More tokens a backward tile cost registers (eight accumulators): 8 tokens halve its speed.
+    On an H200 at 98,304 x 512 in bf16 the forward of 3 and 5 streams moves 93 and 97 % of copy bandwidth with these,
+    the backward 82 and 79 %. More tokens a backward tile cost registers (eight accumulators): 8 tokens halve its speed.
     """
 
     forward_rows: int = 4
@@ -59,60 +63,71 @@ class ResidualConfig:
 CONFIG = ResidualConfig()
 
 
+# ---- ops -------------------------------------------------------------------------------------------------------------
+# `coefficients` None stands for a single stream with coefficient one, whose sum is itself and is not written again.
+
+
 def _forward(
-    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool
+    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_norm: bool
 ) -> tuple[Tensor, Tensor]:
-    if _triton_op.runs_triton(streams[0]):
+    first = streams[0]
+    if _triton_op.runs_triton(first):
         return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_norm, CONFIG)
-    total, normed = reference(streams, coefficients, scale, eps)
-    return total, normed if with_norm else total.new_empty(0)
+    total, normed = reference(streams, _ones(first) if coefficients is None else coefficients, scale, eps)
+    return first.new_empty(0) if coefficients is None else total, normed if with_norm else first.new_empty(0)
+
+
+def _forward_fake(
+    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_norm: bool
+) -> tuple[Tensor, Tensor]:
+    shape = streams[0].shape
+    return streams[0].new_empty((0,) if coefficients is None else shape), streams[0].new_empty(
+        shape if with_norm else 0
+    )
 
 
 def _backward(
     streams: list[Tensor],
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     d_total: Tensor | None,
     d_normed: Tensor | None,
+    through: list[Tensor | None],
     scale: float,
     eps: float,
 ) -> tuple[list[Tensor], Tensor]:
-    if _triton_op.runs_triton(streams[0]):
-        return _triton_op.kernels("residual").backward(streams, coefficients, d_total, d_normed, scale, eps, CONFIG)
-    wide = torch.promote_types(streams[0].dtype, torch.float32)
+    first = streams[0]
+    if _triton_op.runs_triton(first):
+        backward = _triton_op.kernels("residual").backward
+        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, CONFIG)
+    wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
-    weights = coefficients.to(wide)
+    weights = (_ones(first) if coefficients is None else coefficients).to(wide)
     g = torch.zeros_like(inputs[0]) if d_total is None else d_total.to(wide)
     if d_normed is not None:
         total = sum(c * s for c, s in zip(weights, inputs, strict=True))
         r = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
         d = d_normed.to(wide)
         g = g + scale * r * (d - total * (r.square() * (d * total).mean(-1, keepdim=True)))
-    d_streams = [(c * g).to(s.dtype) for c, s in zip(weights, streams, strict=True)]
-    d_coefficients = torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs])
-    return d_streams, d_coefficients.to(coefficients.dtype)
+    d_streams = [c * g if t is None else c * g + t.to(wide) for c, t in zip(weights, through, strict=True)]
+    if coefficients is None:
+        d_coefficients = first.new_empty(0)
+    else:
+        d_coefficients = torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
+    return [d.to(first.dtype) for d in d_streams], d_coefficients
 
 
-def _forward_fake(
-    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_norm: bool
-) -> tuple[Tensor, Tensor]:
-    first = streams[0]
-    return first.new_empty(first.shape), first.new_empty(first.shape if with_norm else (0,))
+def _backward_fake(streams: list[Tensor], coefficients: Tensor | None, *_: Any) -> tuple[list[Tensor], Tensor]:
+    d_coefficients = streams[0].new_empty(0) if coefficients is None else torch.empty_like(coefficients)
+    return [s.new_empty(s.shape) for s in streams], d_coefficients
 
 
-def _backward_fake(
-    streams: list[Tensor],
-    coefficients: Tensor,
-    d_total: Tensor | None,
-    d_normed: Tensor | None,
-    scale: float,
-    eps: float,
-) -> tuple[list[Tensor], Tensor]:
-    return [s.new_empty(s.shape) for s in streams], torch.empty_like(coefficients)
+def _ones(stream: Tensor) -> Tensor:
+    return stream.new_ones((1, stream.shape[-1]), dtype=torch.promote_types(stream.dtype, torch.float32))
 
 
 _backward_op = register_op(
-    "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed, float scale,"
-    " float eps) -> (Tensor[], Tensor)",
+    "combine_norm_backward(Tensor[] streams, Tensor? coefficients, Tensor? d_total, Tensor? d_normed,"
+    " Tensor?[] through, float scale, float eps) -> (Tensor[], Tensor)",
     cpu=_backward,
     cuda=_backward,
     fake=_backward_fake,
@@ -120,31 +135,43 @@ _backward_op = register_op(
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    streams, coefficients, ctx.scale, ctx.eps, ctx.with_norm = inputs
-    ctx.save_for_backward(coefficients, *streams)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, d_total: Tensor | None, d_normed: Tensor | None):
+def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, through: list[Tensor | None]) -> Any:
+    """(stream gradients, coefficient gradient or None) from what `_remember` kept."""
     coefficients, *streams = ctx.saved_tensors
-    if not ctx.with_norm:
-        d_normed = None
-    if d_total is None and d_normed is None:
-        return [None] * len(streams), None, None, None, None
     d_streams, d_coefficients = _backward_op(
         streams,
         coefficients,
         None if d_total is None else d_total.contiguous(),
         None if d_normed is None else d_normed.contiguous(),
+        [None if t is None else t.contiguous() for t in through],
         ctx.scale,
         ctx.eps,
     )
-    return d_streams, d_coefficients, None, None, None
+    return d_streams, None if coefficients is None else d_coefficients
+
+
+def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, eps: float) -> None:
+    ctx.save_for_backward(coefficients, *streams)
+    ctx.set_materialize_grads(False)
+    ctx.scale, ctx.eps = scale, eps
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    streams, coefficients, scale, eps, ctx.with_norm = inputs
+    _remember(ctx, streams, coefficients, scale, eps)
+
+
+def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Any, ...]:
+    coefficients, *streams = ctx.saved_tensors
+    d_total = d_total if coefficients is not None else None
+    d_normed = d_normed if ctx.with_norm else None
+    if d_total is None and d_normed is None:
+        return [None] * len(streams), None, None, None, None
+    return *_gradients(ctx, d_total, d_normed, [None] * len(streams)), None, None, None
 
 
 _op = register_op(
-    "combine_norm(Tensor[] streams, Tensor coefficients, float scale, float eps, bool with_norm) -> (Tensor, Tensor)",
+    "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_norm) -> (Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
     fake=_forward_fake,
@@ -153,21 +180,61 @@ _op = register_op(
 )
 
 
-def combine_norm(streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(u, n): the weighted sum of `streams` and `scale` times its RMSNorm.
+class _CombineNormThrough(torch.autograd.Function):
+    """The op with its streams returned as they came: an op's schema cannot say that, an autograd function can."""
 
-    streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Raises ValueError for a
-    wrong number or shape and TypeError for mixed dtypes. See the module's docstring for the formula.
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: Tensor | None, scale: float, eps: float, *streams: Tensor
+    ) -> tuple[Tensor, ...]:
+        _remember(ctx, streams, coefficients, scale, eps)
+        total, normed = _op(list(streams), coefficients, scale, eps, True)
+        return total, normed, *streams
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *through: Tensor | None) -> tuple[Any, ...]:
+        d_total = d_total if ctx.saved_tensors[0] is not None else None
+        d_streams, d_coefficients = _gradients(ctx, d_total, d_normed, list(through))
+        return d_coefficients, None, None, *d_streams
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+
+def combine_norm(
+    streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(u, n, streams): the weighted sum of `streams`, `scale` times its RMSNorm, and the streams again.
+
+    streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
+    in later uses: their gradients are then added within this function's backward kernel. Raises ValueError for a wrong
+    number or shape and TypeError for mixed dtypes. See the module's docstring for the formula.
     """
     _check(streams, coefficients)
-    eps = torch.finfo(torch.float64).eps if streams[0].dtype == torch.float64 else EPS
-    return _op([s.contiguous() for s in streams], coefficients.contiguous(), float(scale), eps, True)
+    inputs = [s.contiguous() for s in streams]
+    total, normed, *again = _CombineNormThrough.apply(
+        coefficients.contiguous(), float(scale), _eps(streams[0]), *inputs
+    )
+    return total, normed, tuple(again)
 
 
 def combine(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """u alone, where no norm follows. Arguments as in :func:`combine_norm`."""
     _check(streams, coefficients)
     return _op([s.contiguous() for s in streams], coefficients.contiguous(), 1.0, EPS, False)[0]
+
+
+def norm_residual(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(n, x): `scale` times the RMSNorm of x [..., D], and x again for the residual connection around what reads n.
+
+    The gradient that comes back through the returned x is added within the norm's backward kernel.
+    """
+    _, normed, again = _CombineNormThrough.apply(None, float(scale), _eps(x), x.contiguous())
+    return normed, again
+
+
+def _eps(x: Tensor) -> float:
+    return torch.finfo(torch.float64).eps if x.dtype == torch.float64 else EPS
 
 
 def _check(streams: Sequence[Tensor], coefficients: Tensor) -> None:

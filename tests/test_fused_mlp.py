@@ -75,7 +75,7 @@ def test_frozen_weights_get_no_gradient_and_cost_none():
     x.requires_grad_()
     fused_mlp(x, w_up, w_down).backward(grad)
     assert w_up.grad is None and w_down.grad is None and x.grad is not None
-    _, hidden, pre = _forward_op(x, w_up, w_down, 0.5)
+    _, hidden, pre = _forward_op(x, w_up, w_down, None, 0.5)
     d_x, d_up, d_down = _backward_op(grad, x, w_up, w_down, hidden, pre, 0.5, [True, False, False])
     torch.testing.assert_close(d_x, x.grad)
     assert d_up.numel() == d_down.numel() == 0
@@ -90,12 +90,24 @@ def test_backward_honours_any_upstream_gradient_twice():
     torch.testing.assert_close(again, 3 * first)
 
 
+def test_residual_joins_the_output_and_gets_its_gradient():
+    x, w_up, w_down = torch.randn(3, 5, 8), torch.randn(16, 8), torch.randn(6, 16)
+    residual = torch.randn(3, 5, 6, requires_grad=True)
+    y = fused_mlp(x, w_up, w_down, residual=residual)
+    torch.testing.assert_close(y, fused_mlp(x, w_up, w_down) + residual)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    assert torch.equal(residual.grad, upstream)
+    with pytest.raises(ValueError, match="residual: got shape"):
+        fused_mlp(x, w_up, w_down, residual=residual[0])
+
+
 def test_op_contract():
     (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
     for tensor in (x, w_up, w_down):
         tensor.requires_grad_()
-    torch.library.opcheck(_forward_op, (x, w_up, w_down, 0.5))
-    torch.library.opcheck(_forward_op, (x[:0], w_up, w_down, 0.5))
+    torch.library.opcheck(_forward_op, (x, w_up, w_down, None, 0.5))
+    torch.library.opcheck(_forward_op, (x[:0], w_up, w_down, None, 0.5))
 
 
 def test_compiled_equals_eager_also_under_autocast():

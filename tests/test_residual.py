@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pgolf_kernels import combine, combine_norm
+from pgolf_kernels import combine, combine_norm, norm_residual
 from pgolf_kernels import residual as op_module
 from pgolf_kernels._triton_op import has_triton, interpreting
 from pgolf_kernels.residual import EPS, reference
@@ -42,7 +42,7 @@ def _errors(streams, shape, dtype, device="cpu"):
         ]
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
-    ours = measure(combine_norm(inputs, coefficients, scale=0.7), [*inputs, coefficients])
+    ours = measure(combine_norm(inputs, coefficients, scale=0.7)[:2], [*inputs, coefficients])
     plain_inputs = [s.detach().clone().requires_grad_() for s in inputs]
     plain_coefficients = coefficients.detach().clone().requires_grad_()
     total = sum(c.to(dtype) * s for c, s in zip(plain_coefficients, plain_inputs, strict=True))
@@ -57,6 +57,34 @@ def _assert_no_worse_than_pytorch(streams, shape, dtype, device="cpu"):
         assert mine <= 2 * plain + 1e-7, f"result {position}: error {mine:.2e}, PyTorch's {plain:.2e}"
 
 
+def _assert_later_uses_add_their_gradients(shape, dtype, device="cpu"):
+    """Gradients of what reads the returned streams, against plain PyTorch in fp64."""
+    inputs, coefficients, du, dn = _case(3, shape, dtype, device)
+    exact = [t.detach().double().requires_grad_() for t in (*inputs, coefficients)]
+
+    def run(streams, coefficients, du, dn, through):
+        if through:
+            total, normed, streams = combine_norm(streams, coefficients, scale=0.7)
+            again, last = norm_residual(streams[2], scale=0.3)
+        else:
+            total, normed = reference(streams, coefficients, 0.7, EPS)
+            again = torch.nn.functional.rms_norm(streams[2], shape[-1:], eps=EPS) * 0.3
+            last = streams[2]
+        torch.autograd.backward([total, normed, streams[0], again, last], [du, dn, dn, du, dn])
+
+    run(inputs, coefficients, du, dn, True)
+    run(exact[:3], exact[3], du.double(), dn.double(), False)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for position, (mine, wanted) in enumerate(zip((*inputs, coefficients), exact, strict=True)):
+        error = (mine.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error < tolerance, f"gradient {position}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_later_uses_add_their_gradients(dtype):
+    _assert_later_uses_add_their_gradients((9, 48), dtype)
+
+
 @pytest.mark.parametrize(("streams", "shape"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_and_gradients_are_no_worse_than_pytorch(streams, shape, dtype):
@@ -68,23 +96,26 @@ def test_gradients_by_finite_differences():
     coefficients = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
     def call(coefficients, *streams):
-        return combine_norm(streams, coefficients, scale=0.3)
+        total, normed, again = combine_norm(streams, coefficients, scale=0.3)
+        return total, normed, *(position * stream for position, stream in enumerate(again))
 
     assert torch.autograd.gradcheck(call, (coefficients, *inputs))
     assert torch.autograd.gradcheck(lambda c, *s: combine(s, c), (coefficients, *inputs))
+    assert torch.autograd.gradcheck(lambda x: norm_residual(x, scale=0.3), inputs[:1])
 
 
 def test_op_contract():
     inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
     torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True))
     torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, False))
+    torch.library.opcheck(op_module._op, (inputs[:1], None, 1.0, EPS, True))
 
 
 def test_compiled_equals_eager_also_under_autocast():
     inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
 
     def call():
-        return combine_norm(inputs, coefficients, scale=0.5)
+        return combine_norm(inputs, coefficients, scale=0.5)[:2]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for autocast in (False, True):
@@ -97,13 +128,13 @@ def test_strided_and_empty_inputs():
     wide = torch.randn(5, 32)
     coefficients = torch.randn(1, 16)
     torch.testing.assert_close(combine([wide[:, ::2]], coefficients), wide[:, ::2] * coefficients[0])
-    total, normed = combine_norm([torch.empty(0, 16)], coefficients)
+    total, normed, _ = combine_norm([torch.empty(0, 16)], coefficients)
     assert total.shape == normed.shape == (0, 16)
 
 
 def test_double_backward_raises():
     inputs, coefficients, _, _ = _case(2, (3, 8), torch.float32)
-    total, normed = combine_norm(inputs, coefficients)
+    total, normed, _ = combine_norm(inputs, coefficients)
     (gradient,) = torch.autograd.grad((total.sum() + normed.square().sum()), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()
@@ -136,6 +167,7 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(streams, shape, dtype):
     _assert_no_worse_than_pytorch(streams, shape, dtype, "cuda")
+    _assert_later_uses_add_their_gradients(shape, dtype, "cuda")
 
 
 if __name__ == "__main__":
@@ -143,3 +175,4 @@ if __name__ == "__main__":
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(*case, precision)
+                _assert_later_uses_add_their_gradients(case[1], precision)
