@@ -235,11 +235,11 @@ def test_another_data_set_in_the_place_of_the_runs_own_is_not_used(run, tmp_path
 def test_what_the_verifier_found(run, tmp_path):
     copied = copy_run(run, tmp_path / "copy")
     checks = [Check("causality", PASS, "0 of 9 scores changed"), Check("normalisation", FAIL, "sums to 1.02 <at most>")]
-    (copied / "verify.json").write_text(Report(checks).to_json())
+    (copied / "verify_plain.json").write_text(Report(checks).to_json())
     page = report(copied)
-    assert "Verified independently (verify): not legal." in page.text
+    assert "Verified independently (plain): not legal." in page.text
     assert all(text in page.text for check in checks for text in (check.name, check.status, check.figure))
-    (copied / "verify.json").write_text('{"checks": [1]}')
+    (copied / "verify_plain.json").write_text('{"checks": [1]}')
     with pytest.raises(ConfigError, match="not what `pgolf verify` writes"):
         report(copied)
 

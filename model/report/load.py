@@ -68,7 +68,7 @@ class Run:
     artifact: ArtifactFacts | None
     dataset: Dataset | None
     ledgers: dict[str, Ledger]  # by evaluation mode, as in `bpb`
-    verified: dict[str, dict[str, Any]]  # what `pgolf verify` found (model/verify.py), by the file's name
+    verified: dict[str, dict[str, Any]]  # what `pgolf verify` found (model/verify.py), by mode
     missing: list[str] = field(default_factory=list)  # sentences for the page
 
     @property
@@ -152,7 +152,10 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         artifact=_artifact_facts(artifact) if artifact.is_file() else None,
         dataset=dataset,
         ledgers=ledgers,
-        verified={file.stem: _read_verified(file) for file in sorted(run_dir.path.glob("verify*.json"))},
+        verified={
+            file.stem.removeprefix("verify_"): _read_verified(file)
+            for file in sorted(run_dir.path.glob("verify*.json"))
+        },
         missing=missing,
     )
 
