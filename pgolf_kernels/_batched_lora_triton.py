@@ -16,37 +16,37 @@ so that no length reaches the host.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf_kernels._triton_op import block_at_least, can_describe, descriptor, grid_size
-
-if TYPE_CHECKING:
-    from pgolf_kernels.batched_lora import Layout
+from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
+from pgolf_kernels._triton_tile import described, new_described, strip
+from pgolf_kernels.batched_lora import Layout, low_size, padded
 
 MAX_SHARED = 3  # pairs of shared operands in one product
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Launch knobs: rows and columns of a tile, depth a step, pipeline stages, warps."""
+    """Launch knobs: rows and columns of a tile, depth a step, strips a tile is written in, pipeline stages, warps."""
 
     rows: int = 128
     columns: int = 256
     depth: int = 64
-    stages: int = 3
+    strips: int = 4
+    stages: int = 4
     warps: int = 8
 
 
 PROJECT = LoraConfig()
-SHRINK = LoraConfig(columns=128, stages=4)
-OUTER = LoraConfig()
+SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
+OUTER = LoraConfig(stages=3)
+CAST_TILE = 8192  # elements a program casts
 
 
 @triton.jit(do_not_specialize=["rows", "documents"])
@@ -80,10 +80,10 @@ def _map_kernel(cu_ptr, index_ptr, map_ptr, count_ptr, rows, documents,
 
 @triton.jit(do_not_specialize=["length", "documents"])
 def _project_kernel(
-    a0_desc, w0_desc, a1_desc, w1_desc, a2_desc, w2_desc, s_desc, l_desc, y_desc,
+    a0_desc, w0_desc, a1_desc, w1_desc, a2_desc, w2_desc, s_desc, l_desc, y_desc, residual_desc,
     y_ptr, residual_ptr, map_ptr, count_ptr, index_ptr, length, documents, columns, y_stride, s_column, scale,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PACKED: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr, STRIPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y = sum_i a_i w_i^T + s l_b^T (+ residual); TRANSPOSED: w_i and l_b instead of their transposes."""
@@ -130,22 +130,21 @@ def _project_kernel(
                 acc = tl.dot(a, tl.reshape(w_desc.load([plane, n, k]), (BN, BK)).T, acc)
         if D0 == 0:  # the factor belongs to a product by document alone; rows of no document get 0
             acc *= tl.where(adapter < 0, 0.0, scale)
-        if PACKED or RESIDUAL:
+        if PACKED:
             row = m + tl.arange(0, BM)
             column_n = n + tl.arange(0, BN)
-            offsets = (document * length + row).to(tl.int64)[:, None] * y_stride + column_n[None, :]
+            offsets = row.to(tl.int64)[:, None] * y_stride + column_n[None, :]
             mask = (row < end)[:, None] & (column_n < columns)[None, :]
             if RESIDUAL:
                 acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            if PACKED:
-                tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
-        if not PACKED:
-            if BN == 256:
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-                y_desc.store([document, m, n], tl.reshape(left.to(y_desc.dtype), (1, BM, BN // 2)))
-                y_desc.store([document, m, n + BN // 2], tl.reshape(right.to(y_desc.dtype), (1, BM, BN // 2)))
-            else:
-                y_desc.store([document, m, n], tl.reshape(acc.to(y_desc.dtype), (1, BM, BN)))
+            tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        else:
+            for i in tl.static_range(STRIPS):
+                part = strip(acc, i, STRIPS, BM, BN)
+                place = [document, m, n + i * (BN // STRIPS)]
+                if RESIDUAL:
+                    part += tl.reshape(residual_desc.load(place), (BM, BN // STRIPS)).to(tl.float32)
+                y_desc.store(place, tl.reshape(part.to(y_desc.dtype), (1, BM, BN // STRIPS)))
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def _outer_kernel(
     tiles_j = tl.cdiv(out_columns, BJ)
     i = tl.program_id(0) // tiles_j * BI
     j = tl.program_id(0) % tiles_j * BJ
-    adapter = tl.program_id(1)
+    adapter = tl.num_programs(1) - 1 - tl.program_id(1)  # descending: see backward()
     first, last = adapter, tl.minimum(adapter + 1, documents)
     if INDEX:
         first, last = 0, documents
@@ -197,42 +196,82 @@ def _outer_kernel(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _cast_rows(
+    source, target, tile, planes, rows, columns, padded_rows, padded_columns, plane_stride,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Some rows of [planes, rows, columns] into planes of padded rows, zeros in the padding."""
+    line = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
+    plane, row = (line // padded_rows).to(tl.int64), line % padded_rows
+    for first in range(0, padded_columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        exists = (line < planes * padded_rows)[:, None] & (column < padded_columns)[None, :]
+        inside = exists & (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(source + ((plane * rows + row) * columns)[:, None] + column[None, :], mask=inside, other=0.0)
+        offsets = (plane * plane_stride + row * padded_columns)[:, None] + column[None, :]
+        tl.store(target + offsets, value.to(target.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _cast_kernel(
+    a_ptr, b_ptr, low_a_ptr, low_b_ptr, tiles_a, adapters, rank, depth, padded_rank, padded_depth, plane_stride,
+    out, rank_b, padded_rank_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One projection's A and B in the activations' dtype."""
+    tile = tl.program_id(0)
+    if tile < tiles_a:
+        _cast_rows(
+            a_ptr, low_a_ptr, tile, adapters, rank, depth, padded_rank, padded_depth, plane_stride, BLOCK_A, TILE
+        )
+    else:
+        _cast_rows(
+            b_ptr,
+            low_b_ptr,
+            tile - tiles_a,
+            adapters,
+            out,
+            rank_b,
+            out,
+            padded_rank_b,
+            out * padded_rank_b,
+            BLOCK_B,
+            TILE,
+        )
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the kernels take this input: 16-bit on a GPU, any dtype through the interpreter."""
-    return x.numel() > 0 and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
+def _views(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A stacked [adapters, sum of padded ranks, in] and each projection's B [adapters, out, padded rank] in `low`."""
+    adapters = lora_as[0].shape[0]
+    ranks = [padded(a.shape[1], low.dtype) for a in lora_as]
+    shapes = [(adapters, sum(ranks), padded(lora_as[0].shape[2], low.dtype))]
+    shapes += [(adapters, b.shape[1], rank) for b, rank in zip(lora_bs, ranks, strict=True)]
+    stacked, *own = (
+        part.view(shape) for part, shape in zip(low.split([math.prod(n) for n in shapes]), shapes, strict=True)
+    )
+    return stacked, own
 
 
-def _step(dtype: torch.dtype) -> int:
-    """Elements in 16 bytes: rows of what the copy engine reads are a multiple of it."""
-    return 16 // dtype.itemsize
-
-
-def padded_rank(rank: int, dtype: torch.dtype) -> int:
-    """Columns that a rank takes among the saved ones."""
-    return rank + -rank % _step(dtype)
-
-
-def _described(tensor: Tensor) -> Tensor:
-    if can_describe(tensor):
-        return tensor
-    return F.pad(tensor, (0, -tensor.shape[-1] % _step(tensor.dtype))).contiguous()
-
-
-def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """A's [adapters, r_p, in] as one [adapters, sum of padded ranks, in], rows of zeros between them."""
-    ranks = [padded_rank(t.shape[1], dtype) for t in tensors]
-    if len(tensors) == 1 and ranks[0] == tensors[0].shape[1]:
-        return _described(tensors[0].to(dtype))
-    depth = tensors[0].shape[2] + -tensors[0].shape[2] % _step(dtype)
-    stacked = tensors[0].new_empty((tensors[0].shape[0], sum(ranks), depth), dtype=dtype)
-    if depth != tensors[0].shape[2] or any(r != t.shape[1] for r, t in zip(ranks, tensors, strict=True)):
-        stacked.zero_()
-    for part, tensor in zip(stacked.split(ranks, dim=1), tensors, strict=True):
-        part[:, : tensor.shape[1], : tensor.shape[2]].copy_(tensor)
-    return stacked
+def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Fills `low`, one launch a projection: ranks and columns are padded to 16 bytes with zeros. Returns its views."""
+    stacked, own = _views(lora_as, lora_bs, low)
+    (adapters, _, depth), row = stacked.shape, 0
+    for a, b, target in zip(lora_as, lora_bs, own, strict=True):
+        rank = target.shape[2]
+        blocks = [block_at_least(columns, 16, 512) for columns in (depth, rank)]
+        tiles = [
+            triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, b.shape[1]), blocks, strict=True)
+        ]
+        _cast_kernel[(sum(tiles),)](
+            a.contiguous(), b.contiguous(), stacked[:, row:], target, tiles[0], adapters,
+            a.shape[1], a.shape[2], rank, depth, stacked.stride(0), b.shape[1], b.shape[2], rank,
+            BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8,
+        )  # fmt: skip
+        row += rank
+    return stacked, own
 
 
 @dataclass(frozen=True)
@@ -288,13 +327,17 @@ def _project(
     pairs = [(descriptor(tiles.planes(a), (1, bm, bk)), descriptor(w.unsqueeze(0), w_block)) for a, w in shared]
     pairs += [(s_desc, own_desc)] * (MAX_SHARED - len(pairs))
     depths = [a.shape[1] for a, _ in shared] + [0] * (MAX_SHARED - len(shared))
-    y_desc = s_desc if tiles.packed else descriptor(tiles.planes(out), (1, bm, min(bn, 128)))
+    y_desc, residual_desc = (
+        s_desc if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // config.strips))
+        for t in (out, residual)
+    )
     grid = min(grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
     _project_kernel[(grid,)](
-        *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, out, residual,
+        *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, residual_desc, out, residual,
         tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0), s_column, scale,
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
-        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, BM=bm, BN=bn, BK=bk,
+        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=config.strips,
+        BM=bm, BN=bn, BK=bk,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -312,65 +355,70 @@ def _outer(u: Tensor, u_column: int, v: Tensor, v_column: int, out: Tensor, tile
     )  # fmt: skip
 
 
-def _new_described(like: Tensor, rows: int, columns: int) -> Tensor:
-    return like.new_empty((rows, columns + -columns % _step(like.dtype)))[:, :columns]
-
-
 def forward(
     x: Tensor, weights: list[Tensor | None], lora_as: list[Tensor], lora_bs: list[Tensor],
     residuals: list[Tensor | None], layout: Layout, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """[y of each projection..., s]; s holds scale * x A^T, each rank padded to 16 bytes."""
+    """[y of each projection..., s, the adapters in x's dtype]; s holds scale * x A^T, each rank padded to 16 bytes."""
     dtype, rows = x.dtype, x.shape[0]
-    ranks = [padded_rank(a.shape[1], dtype) for a in lora_as]
     with torch.cuda.device_of(x):
         tiles = _tiles(x, layout)
-        x = _described(x)
-        s = x.new_empty((rows, sum(ranks)))
-        _project([], x, 0, x.shape[1], _stacked(lora_as, dtype), s, tiles, scale=scale, config=SHRINK)
+        low = x.new_empty(low_size(lora_as, lora_bs, dtype))
+        stacked, own = _cast(lora_as, lora_bs, low)
+        x = described(x)
+        s = x.new_empty((rows, stacked.shape[1]))
+        _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
         ys, column = [], 0
-        for weight, b, residual, rank in zip(weights, lora_bs, residuals, ranks, strict=True):
-            y = _new_described(x, rows, b.shape[1])
-            shared = [] if weight is None else [(x, _described(weight.to(dtype)))]
+        for weight, b, residual in zip(weights, own, residuals, strict=True):
+            y = new_described(x, rows, b.shape[1])
+            shared = [] if weight is None else [(x, described(weight.to(dtype)))]
             if residual is not None and residual.stride() != y.stride():
                 residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
-            _project(shared, s, column, b.shape[2], _described(b.to(dtype)), y, tiles, residual=residual)
+            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
             ys.append(y.contiguous())
-            column += rank
-    return [*ys, s]
+            column += b.shape[2]
+    return [*ys, s, low]
 
 
 def backward(
     grads: list[Tensor], x: Tensor, weights: list[Tensor | None], lora_as: list[Tensor], lora_bs: list[Tensor],
-    s: Tensor, layout: Layout, scale: float, wants_x: bool,
+    s: Tensor, low: Tensor, layout: Layout, scale: float, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """(dx or an empty tensor, dA of each projection, dB of each)."""
+    """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again.
+
+    The order serves the L2 cache: e is computed with documents ascending, dB reads the same gradient descending, then
+    dx ascending again, so that each finds what the one before it read last.
+    """
     dtype, (rows, depth) = x.dtype, x.shape
-    ranks = [padded_rank(a.shape[1], dtype) for a in lora_as]
     with torch.cuda.device_of(x):
         tiles = _tiles(x, layout)
-        x = _described(x)
-        grads = [_described(grad) for grad in grads]
+        if low.numel():
+            stacked, own = _views(lora_as, lora_bs, low)
+        else:
+            stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, dtype)))
+        x = described(x)
+        grads = [described(grad) for grad in grads]
         e = torch.empty_like(s)
-        d_as, d_bs, column = [], [], 0
-        for grad, a, b, rank in zip(grads, lora_as, lora_bs, ranks, strict=True):
-            own = _described(b.to(dtype))
+        d_as, d_bs = (
+            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (lora_as, lora_bs)
+        )
+        columns = [0]
+        for grad, b, d_b in zip(grads, own, d_bs, strict=True):
+            column, rank = columns[-1], b.shape[2]
             _project(
-                [], grad, 0, b.shape[1], own, e[:, column : column + rank], tiles, scale=scale, transposed=True,
+                [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
                 config=SHRINK,
             )  # fmt: skip
-            d_as.append(torch.empty_like(a, memory_format=torch.contiguous_format))
-            d_bs.append(torch.empty_like(b, memory_format=torch.contiguous_format))
-            _outer(e, column, x, 0, d_as[-1], tiles)
-            _outer(grad, 0, s, column, d_bs[-1], tiles)
-            column += rank
+            _outer(grad, 0, s, column, d_b, tiles)
+            columns.append(column + rank)
         d_x = x.new_empty(0)
         if wants_x:
-            stacked = _stacked(lora_as, dtype)
-            shared = [(g, _described(w.to(dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
-            d_x = _new_described(x, rows, depth)
+            shared = [(g, described(w.to(dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
+            d_x = new_described(x, rows, depth)
             _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
             for grad, weight in shared[MAX_SHARED:]:
                 d_x += (grad @ weight)[:, :depth]
             d_x = d_x.contiguous()
+        for column, d_a in zip(columns, d_as, strict=False):
+            _outer(e, column, x, 0, d_a, tiles)
     return d_x, d_as, d_bs

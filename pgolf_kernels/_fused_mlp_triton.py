@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf_kernels._triton_op import can_describe, descriptor, grid_size
+from pgolf_kernels._triton_op import descriptor, grid_size
+from pgolf_kernels._triton_tile import described, new_described, strip
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,6 @@ class MlpConfig:
 
 UP = MlpConfig()
 GRAD_PRE = MlpConfig(stages=3)
-
-
-@triton.jit
-def _strip(acc, i: tl.constexpr, STRIPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The i-th of STRIPS equal ranges of a tile's columns."""
-    if STRIPS == 1:
-        return acc
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        if i < STRIPS // 2:
-            return _strip(left, i, STRIPS // 2, BM, BN // 2)
-        else:
-            return _strip(right, i - STRIPS // 2, STRIPS // 2, BM, BN // 2)
 
 
 @triton.jit
@@ -85,7 +72,7 @@ def _up_kernel(
             acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
         for i in tl.static_range(STRIPS):
             column = n + i * (BN // STRIPS)
-            u = _strip(acc, i, STRIPS, BM, BN)
+            u = strip(acc, i, STRIPS, BM, BN)
             leaky = tl.where(u > 0, u, slope * u)
             if SIGN:
                 hidden_desc.store([m, column], _with_sign(leaky * leaky, u <= 0, hidden_desc.dtype))
@@ -116,25 +103,11 @@ def _grad_pre_kernel(
             else:
                 u = kept.to(tl.float32)
                 factor = tl.where(u > 0, 2.0, 2.0 * slope * slope) * u
-            product = _strip(acc, i, STRIPS, BM, BN) * factor
+            product = strip(acc, i, STRIPS, BM, BN) * factor
             out_desc.store([m, column], product.to(out_desc.dtype))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
-
-
-def _described(tensor: Tensor) -> Tensor:
-    """A copy with rows of a multiple of 16 bytes where the copy engine cannot address the tensor itself."""
-    if can_describe(tensor):
-        return tensor
-    step = 16 // tensor.element_size()
-    return F.pad(tensor, (0, -tensor.shape[1] % step)).contiguous()
-
-
-def _new_described(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty [rows, columns] whose rows the copy engine can write; past the columns lies padding."""
-    step = 16 // like.element_size()
-    return like.new_empty((rows, columns + -columns % step))[:, :columns]
 
 
 def _grid(tensor: Tensor, rows: int, columns: int, config: MlpConfig) -> tuple[int]:
@@ -152,9 +125,9 @@ def _constants(depth: int, sign: bool, config: MlpConfig) -> dict[str, int]:
 def up(x: Tensor, w_up: Tensor, slope: float, keeps_sign: bool) -> tuple[Tensor, Tensor]:
     """(hidden, u) of x [N, D] and w_up [F, D] in one dtype; with the sign in hidden's last bit u is empty."""
     (rows, depth), hidden_dim = x.shape, w_up.shape[0]
-    x, w_up = _described(x), _described(w_up)
-    hidden = _new_described(x, rows, hidden_dim)
-    pre = x.new_empty((rows, 0)) if keeps_sign else _new_described(x, rows, hidden_dim)
+    x, w_up = described(x), described(w_up)
+    hidden = new_described(x, rows, hidden_dim)
+    pre = x.new_empty((rows, 0)) if keeps_sign else new_described(x, rows, hidden_dim)
     strip = (UP.rows, UP.columns // UP.strips)
     with torch.cuda.device_of(x):
         _up_kernel[_grid(x, rows, hidden_dim, UP)](
@@ -168,8 +141,8 @@ def up(x: Tensor, w_up: Tensor, slope: float, keeps_sign: bool) -> tuple[Tensor,
 def grad_pre(grad: Tensor, w_down: Tensor, kept: Tensor, slope: float, keeps_sign: bool) -> Tensor:
     """The gradient of u [N, F] from grad [N, D_out], w_down [D_out, F] and the signed hidden values, or u."""
     (rows, depth), hidden_dim = grad.shape, w_down.shape[1]
-    grad, w_down, kept = _described(grad), _described(w_down), _described(kept)
-    out = _new_described(grad, rows, hidden_dim)
+    grad, w_down, kept = described(grad), described(w_down), described(kept)
+    out = new_described(grad, rows, hidden_dim)
     config = GRAD_PRE
     strip = (config.rows, config.columns // config.strips)
     with torch.cuda.device_of(grad):

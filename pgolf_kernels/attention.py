@@ -285,10 +285,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     q, k, v, cu_q, cu_k, max_q, max_k, causal, scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
     ctx.rest = (max_q, max_k, causal, scale)
+    ctx.set_materialize_grads(False)  # no zeros in the shape of lse
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: torch.Tensor | None, _grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
     grads = _backward_op(grad, q, k, v, out, lse, cu_q, cu_k, *ctx.rest)
     return (*grads, None, None, None, None, None, None)

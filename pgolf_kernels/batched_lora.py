@@ -9,10 +9,10 @@ g_p = dy_p, s_p = scale * x A_p[b]^T and e_p = scale * g_p B_p[b]:
     dresidual_p = g_p
 
 x [B, T, in] with a document a row, or packed [N, in] with `cu_seqlens`. The adapters' two products are the extra depth
-of one matrix product, [x | s] [W | scale * B]^T, so that neither direction makes a second pass over its output; s
-(rank columns a row) is all that is saved beside the inputs. Adapters in fp32 beside bf16 activations are cast inside
-and get fp32 gradients straight from the accumulators. Source: the test-time training of pull requests 1530 and 1727,
-which does this with a linear and two bmm.
+of one matrix product, [x | s] [W | B]^T, so that neither direction makes a second pass over its output; saved beside
+the inputs are s (rank columns a row) and the adapters as the products read them. Adapters in fp32 beside bf16
+activations are cast inside and get fp32 gradients straight from the accumulators. Source: the test-time training of
+pull requests 1530 and 1727, which does this with a linear and two bmm.
 """
 
 from __future__ import annotations
@@ -98,9 +98,21 @@ def _outer(u: torch.Tensor, v: torch.Tensor, count: int, dtype: torch.dtype, lay
 _WEIGHT, _RESIDUAL = 1, 2
 
 
-def _padded_rank(lora_a: torch.Tensor, x: torch.Tensor) -> int:
-    """Columns of a projection among the saved ones: its rank, rounded up to 16 bytes for the copy engine."""
-    return lora_a.shape[1] + -lora_a.shape[1] % (16 // x.element_size())
+def padded(columns: int, dtype: torch.dtype) -> int:
+    """Columns rounded up to 16 bytes, as the copy engine wants its rows."""
+    return columns + -columns % (16 // dtype.itemsize)
+
+
+def low_size(lora_as: Sequence[torch.Tensor], lora_bs: Sequence[torch.Tensor], dtype: torch.dtype) -> int:
+    """Elements of all adapters in the activations' dtype, ranks and columns padded."""
+    depth = padded(lora_as[0].shape[2], dtype)
+    ranks = [padded(a.shape[1], dtype) for a in lora_as]
+    return sum(b.shape[0] * rank * (depth + b.shape[1]) for b, rank in zip(lora_bs, ranks, strict=True))
+
+
+def _fused(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take this input: 16-bit on a GPU, any dtype through the interpreter."""
+    return runs_triton(x) and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
 
 
 def _spread(present: Sequence[torch.Tensor], parts: Sequence[int], bit: int) -> list[torch.Tensor | None]:
@@ -122,7 +134,7 @@ def _forward(
 ) -> list[torch.Tensor]:
     layout = Layout(rows, cu_seqlens, index)
     per_weight, per_residual = _spread(weights, parts, _WEIGHT), _spread(residuals, parts, _RESIDUAL)
-    if runs_triton(x) and kernels("batched_lora").takes(x):
+    if _fused(x) and x.numel():
         return kernels("batched_lora").forward(x, per_weight, lora_as, lora_bs, per_residual, layout, scale)
     ys, shrunk = [], []
     for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
@@ -134,13 +146,14 @@ def _forward(
         if residual is not None:
             y += residual
         ys.append(y)
-        shrunk.append(F.pad(s, (0, _padded_rank(a, x) - s.shape[1])))
-    return [*ys, torch.cat(shrunk, dim=1)]
+        shrunk.append(F.pad(s, (0, padded(s.shape[1], x.dtype) - s.shape[1])))
+    return [*ys, torch.cat(shrunk, dim=1), x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
 
 
 def _forward_fake(x, weights, lora_as, lora_bs, residuals, parts, cu_seqlens, index, rows, scale):
     ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
-    return [*ys, x.new_empty((x.shape[0], sum(_padded_rank(a, x) for a in lora_as)))]
+    shrunk = x.new_empty((x.shape[0], sum(padded(a.shape[1], x.dtype) for a in lora_as)))
+    return [*ys, shrunk, x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
 
 
 def _backward_kernel(
@@ -150,6 +163,7 @@ def _backward_kernel(
     lora_as: list[torch.Tensor],
     lora_bs: list[torch.Tensor],
     shrunk: torch.Tensor,
+    low: torch.Tensor,
     parts: list[int],
     cu_seqlens: torch.Tensor | None,
     index: torch.Tensor | None,
@@ -166,14 +180,14 @@ def _backward_kernel(
             [g for g, part in zip(grads, parts, strict=True) if part & _WEIGHT], weights, wants_weights, strict=True
         )
     ]
-    if runs_triton(x) and kernels("batched_lora").takes(x):
+    if _fused(x) and x.numel():
         d_x, d_as, d_bs = kernels("batched_lora").backward(
-            grads, x, per_weight, lora_as, lora_bs, shrunk, layout, scale, wants_x
+            grads, x, per_weight, lora_as, lora_bs, shrunk, low, layout, scale, wants_x
         )
         return [d_x, *d_weights, *d_as, *d_bs]
     d_x = torch.zeros_like(x) if wants_x else x.new_empty(0)
     d_as, d_bs = [], []
-    columns = shrunk.split([_padded_rank(a, x) for a in lora_as], dim=1)
+    columns = shrunk.split([padded(a.shape[1], x.dtype) for a in lora_as], dim=1)
     for grad, weight, a, b, s in zip(grads, per_weight, lora_as, lora_bs, columns, strict=True):
         e = _times(grad, b.to(x.dtype), layout)
         e = e if scale == 1.0 else e * scale
@@ -196,7 +210,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _backward_fake(
-    grads, x, weights, lora_as, lora_bs, shrunk, parts, cu_seqlens, index, rows, scale, wants_x, wants_weights
+    grads, x, weights, lora_as, lora_bs, shrunk, low, parts, cu_seqlens, index, rows, scale, wants_x, wants_weights
 ):
     d_x = x.new_empty(x.shape if wants_x else (0,))
     d_weights = [w.new_empty(w.shape if want else (0,)) for w, want in zip(weights, wants_weights, strict=True)]
@@ -205,8 +219,8 @@ def _backward_fake(
 
 _backward_op = register_op(
     "batched_lora_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
-    "Tensor shrunk, int[] parts, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, bool wants_x, "
-    "bool[] wants_weights) -> Tensor[]",
+    "Tensor shrunk, Tensor low, int[] parts, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, "
+    "bool wants_x, bool[] wants_weights) -> Tensor[]",
     cpu=_backward_kernel,
     cuda=_backward_kernel,
     fake=_backward_fake,
@@ -220,9 +234,11 @@ _backward_op = register_op(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     x, weights, lora_as, lora_bs, residuals, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale = inputs
     ctx.counts = (len(weights), len(lora_as), len(residuals))
+    ctx.set_materialize_grads(False)  # nobody differentiates the saved outputs: no zeros in their shapes
+    ctx.mark_non_differentiable(*output[-2:])
     ctx.optional = (cu_seqlens is not None, index is not None)
     ctx.save_for_backward(
-        x, *weights, *lora_as, *lora_bs, output[-1], *(t for t in (cu_seqlens, index) if t is not None)
+        x, *weights, *lora_as, *lora_bs, *output[-2:], *(t for t in (cu_seqlens, index) if t is not None)
     )
 
 
@@ -231,17 +247,17 @@ def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     weights, rest = rest[:weight_count], rest[weight_count:]
     lora_as, lora_bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    shrunk, rest = rest[0], rest[1:]
+    shrunk, low, *rest = rest
     cu_seqlens = rest.pop(0) if ctx.optional[0] else None
     index = rest.pop(0) if ctx.optional[1] else None
     grads = [
         torch.zeros((x.shape[0], b.shape[1]), dtype=x.dtype, device=x.device) if g is None else g.contiguous()
-        for g, b in zip(grads[:-1], lora_bs, strict=True)
+        for g, b in zip(grads[:-2], lora_bs, strict=True)
     ]
     needs = ctx.needs_input_grad
     wants_weights = list(needs[1])
     results = _backward_op(
-        grads, x, weights, lora_as, lora_bs, shrunk, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale, needs[0],
+        grads, x, weights, lora_as, lora_bs, shrunk, low, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale, needs[0],
         wants_weights,
     )  # fmt: skip
     d_x, results = results[0], results[1:]

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
 from pgolf_kernels.batched_lora import _WEIGHT as WEIGHT
-from pgolf_kernels.batched_lora import MAX_RANK
+from pgolf_kernels.batched_lora import MAX_RANK, padded
 from pgolf_kernels.batched_lora import _backward_kernel as lora_backward
 from pgolf_kernels.batched_lora import _forward as lora_forward
-from pgolf_kernels.batched_lora import _padded_rank as padded_rank
 from pgolf_kernels.softcap_ce import (
     check_float,
     check_indices,
@@ -156,7 +155,7 @@ class Head:
         if self.order is None:
             return torch.mm(hidden, self.weight.T, out=out), None
         lists = [self.weight], [self.lora_a], [self.lora_b]
-        logits, inner = lora_forward(hidden, *lists, [], [WEIGHT], self.bounds_in(rows), None, 0, 1.0)
+        logits, inner, _ = lora_forward(hidden, *lists, [], [WEIGHT], self.bounds_in(rows), None, 0, 1.0)
         return logits if out is None else out.copy_(logits), inner
 
 
@@ -181,7 +180,8 @@ class Gradients:
         if inner is not None:
             lists = [head.weight], [head.lora_a], [head.lora_b]
             bounds, wants = (head.bounds_in(rows), None, 0, 1.0), (self.hidden is not None, [False])
-            results = lora_backward([dlogits], scaled, *lists, inner * factor, [WEIGHT], *bounds, *wants)
+            uncast = inner.new_empty(0)
+            results = lora_backward([dlogits], scaled, *lists, inner * factor, uncast, [WEIGHT], *bounds, *wants)
             dhidden, _, d_a, d_b = results
             for total, part in ((self.lora_a, d_a), (self.lora_b, d_b)):
                 if total is not None:
@@ -337,7 +337,7 @@ def _forward_fake(
 
 
 def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, *rest: Any) -> tuple[Tensor, ...]:
-    inner = hidden.new_empty(0) if a is None else hidden.new_empty(len(hidden), padded_rank(a, hidden))
+    inner = hidden.new_empty(0) if a is None else hidden.new_empty(len(hidden), padded(a.shape[1], hidden.dtype))
     return *_forward_fake(hidden, weight, targets, a, *rest), hidden.new_empty(len(hidden), len(weight)), inner
 
 

@@ -1,0 +1,37 @@
+"""Device code and host helpers that Triton kernels with tiles in the accumulator layout share."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf_kernels._triton_op import can_describe
+
+
+@triton.jit
+def strip(acc, i: tl.constexpr, STRIPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The i-th of STRIPS equal ranges of a tile's columns."""
+    if STRIPS == 1:
+        return acc
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        if i < STRIPS // 2:
+            return strip(left, i, STRIPS // 2, BM, BN // 2)
+        else:
+            return strip(right, i - STRIPS // 2, STRIPS // 2, BM, BN // 2)
+
+
+def described(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy with rows padded to a multiple of 16 bytes where the copy engine cannot address it."""
+    if can_describe(tensor):
+        return tensor
+    step = 16 // tensor.element_size()
+    return F.pad(tensor, (0, -tensor.shape[-1] % step)).contiguous()
+
+
+def new_described(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty [rows, columns] whose rows the copy engine can write; past the columns lies padding."""
+    step = 16 // like.element_size()
+    return like.new_empty((rows, columns + -columns % step))[:, :columns]

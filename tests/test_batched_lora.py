@@ -1,0 +1,284 @@
+"""Batched LoRA: dense and packed batches against fp64, its contract, its Triton kernels interpreted and compiled."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pgolf_kernels import batched_lora, batched_lora_multi
+from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels.batched_lora import Layout, _forward_op, reference
+from tests import triton_aot
+
+
+@dataclass(frozen=True)
+class Case:
+    documents: int
+    length: int  # rows a document (packed: at most)
+    features: int
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    packed: bool = False
+    indexed: bool = False
+    scale: float = 0.7
+
+
+CASES = [
+    Case(3, 70, 24, (40,), (8,)),
+    Case(2, 150, 33, (40, 19, 70), (5, 16, 3)),
+    Case(3, 70, 24, (40,), (8,), indexed=True),
+    Case(4, 70, 24, (40,), (1,), packed=True),
+    Case(2, 150, 33, (40, 19, 70), (5, 16, 3), packed=True, indexed=True),
+]
+
+
+def _make(case, dtype, device="cpu"):
+    """(x, weights, A, B, residuals), upstream gradients, other arguments. Projection 1 has a residual and no weight."""
+    generator = torch.Generator().manual_seed(case.length + case.features)
+
+    def draw(scale, *size):
+        return (torch.randn(size, generator=generator) * scale).to(device)
+
+    adapters = case.documents + 1 if case.indexed else case.documents
+    options = {"scale": case.scale}
+    if case.packed:
+        lengths = torch.randint(0, case.length, (case.documents,), generator=generator)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        options["cu_seqlens"] = torch.cat([bounds, bounds[-1:]]).int().to(device)  # one repeated end
+        lead = (int(bounds[-1]) + 5,)  # and five rows of no document
+    else:
+        lead = (case.documents, case.length)
+    if case.indexed:
+        count = case.documents + case.packed
+        options["adapter_index"] = torch.randint(0, adapters, (count,), generator=generator).to(device)
+    features = case.features
+    weights = [None if i == 1 else draw(features**-0.5, out, features) for i, out in enumerate(case.outs)]
+    a = [draw(features**-0.5, adapters, rank, features) for rank in case.ranks]
+    b = [draw(rank**-0.5, adapters, out, rank) for out, rank in zip(case.outs, case.ranks, strict=True)]
+    residuals = [draw(1.0, *lead, out).to(dtype) if i == 1 else None for i, out in enumerate(case.outs)]
+    grads = [draw(1.0, *lead, out).to(dtype) for out in case.outs]
+    return [draw(1.0, *lead, features).to(dtype), *weights, *a, *b, *residuals], grads, options
+
+
+def _run(inputs, grads, options, convert=lambda t: t):
+    leaves = [None if t is None else convert(t.detach().clone()).requires_grad_() for t in inputs]
+    count = len(grads)
+    x, weights, a, b, residuals = leaves[0], *(leaves[1 + i * count : 1 + (i + 1) * count] for i in range(4))
+    outputs = batched_lora_multi(x, weights, a, b, residuals=residuals, **options)
+    torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)])
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def _plain(inputs, grads, options, dtype):
+    """The same by documents in PyTorch: a linear, two products with the document's adapter, additions."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    count = len(grads)
+    x, weights, a, b, residuals = leaves[0], *(leaves[1 + i * count : 1 + (i + 1) * count] for i in range(4))
+    rows = x.flatten(0, -2)
+    if "cu_seqlens" in options:
+        bounds = options["cu_seqlens"].tolist()
+    else:
+        bounds = list(range(0, rows.shape[0] + 1, x.shape[1]))
+    index = options.get("adapter_index", torch.arange(len(bounds) - 1)).clamp(max=len(a[0]) - 1).tolist()
+    outputs = []
+    for weight, a_p, b_p, residual in zip(weights, a, b, residuals, strict=True):
+        parts = [
+            (rows[start:end] @ a_p[i].to(dtype).t()) @ b_p[i].to(dtype).t() * options["scale"]
+            for start, end, i in zip(bounds, bounds[1:], index, strict=False)
+        ]
+        y = torch.cat([*parts, rows.new_zeros(rows.shape[0] - bounds[-1], b_p.shape[1])])
+        y = y if weight is None else y + rows @ weight.to(dtype).t()
+        y = y.view(*x.shape[:-1], -1)
+        outputs.append(y if residual is None else y + residual)
+    torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)])
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def _assert_no_worse_than_pytorch(case, dtype, device="cpu"):
+    inputs, grads, options = _make(case, dtype, device)
+    wide = [None if t is None else t.double() for t in inputs]
+    exact = _plain(wide, grads, options, torch.float64)
+    plain = _plain(inputs, grads, options, dtype)
+    ours = _run(inputs, grads, options)
+    for position, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        assert error <= 2 * allowed + 1e-6, f"result {position} of {case}: {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_and_gradients_are_no_worse_than_pytorch(case, dtype):
+    _assert_no_worse_than_pytorch(case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp64_equals_the_formula(case):
+    inputs, grads, options = _make(case, torch.float64)
+    wide = [None if t is None else t.double() for t in inputs]
+    for mine, truth in zip(_run(wide, grads, options), _plain(wide, grads, options, torch.float64), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_one_projection_equals_the_public_expression():
+    x, a, b = torch.randn(3, 5, 8), torch.randn(3, 2, 8), torch.randn(3, 6, 2)
+    weight, residual = torch.randn(6, 8), torch.randn(3, 5, 6)
+    torch.testing.assert_close(
+        batched_lora(x, weight, a, b, scale=0.5, residual=residual), reference(x, weight, a, b, 0.5, residual)
+    )
+
+
+def test_projections_without_adapters_are_plain_linears():
+    x, weight = torch.randn(2, 3, 8), torch.randn(6, 8)
+    a, b = torch.randn(2, 2, 8), torch.randn(2, 6, 2)
+    first, second = batched_lora_multi(x, [weight, weight], [None, a], [None, b])
+    torch.testing.assert_close(first, x @ weight.t())
+    torch.testing.assert_close(second, batched_lora(x, weight, a, b))
+
+
+def test_frozen_inputs_and_weights_get_no_gradient():
+    x, weight = torch.randn(2, 3, 8), torch.randn(6, 8)
+    a, b = torch.randn(2, 2, 8, requires_grad=True), torch.randn(2, 6, 2, requires_grad=True)
+    batched_lora(x, weight, a, b).sum().backward()
+    assert x.grad is None and weight.grad is None and a.grad is not None and b.grad is not None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_op_contract(case):
+    inputs, grads, options = _make(case, torch.float32)
+    count = len(grads)
+    leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    weights, a, b, residuals = (leaves[1 + i * count : 1 + (i + 1) * count] for i in range(4))
+    parts = [(w is not None) + 2 * (r is not None) for w, r in zip(weights, residuals, strict=True)]
+    flat = [t.detach().flatten(0, -2).requires_grad_() for t in residuals if t is not None]
+    arguments = (
+        leaves[0].detach().flatten(0, -2).requires_grad_(), [w for w in weights if w is not None], a, b, flat, parts,
+        options.get("cu_seqlens"), options.get("adapter_index"), 0 if case.packed else case.length, case.scale,
+    )  # fmt: skip
+    torch.library.opcheck(_forward_op, arguments)
+
+
+def test_compiled_equals_eager_also_under_autocast():
+    x, weight, a, b = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(2, 2, 8), torch.randn(2, 6, 2)
+    compiled = torch.compile(batched_lora, fullgraph=True, backend="aot_eager")
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            eager, traced = batched_lora(x, weight, a, b), compiled(x, weight, a, b)
+        assert eager.dtype == torch.float32 and torch.equal(eager, traced)
+
+
+def test_double_backward_raises():
+    x, a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2)
+    (gradient,) = torch.autograd.grad(batched_lora(x, None, a, b).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
+_GOOD = {
+    "x": torch.randn(2, 3, 8), "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 4, 8),
+    "lora_b": torch.randn(2, 6, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(3, 8)}, ValueError, r"x: got shape \(3, 8\), wanted \[B, T, in\]"),
+        ({"x": torch.ones(2, 3, 8, dtype=torch.int64)}, TypeError, "x: got torch.int64"),
+        ({"weight": torch.randn(5, 8)}, ValueError, r"weight of projection 0: got shape \(5, 8\)"),
+        ({"lora_a": torch.randn(3, 4, 8), "lora_b": torch.randn(3, 6, 4)}, ValueError, "got 3 adapters for 2"),
+        ({"lora_a": torch.randn(2, 129, 8)}, ValueError, "got rank 129, wanted 1 to 128"),
+        ({"lora_b": torch.randn(2, 6, 3)}, ValueError, r"lora_b of projection 0: got shape \(2, 6, 3\)"),
+        ({"lora_b": None}, ValueError, "projection 0: got only one of lora_a and lora_b"),
+        ({"residual": torch.randn(2, 3, 5)}, ValueError, "residual of projection 0: got shape"),
+        ({"lora_a": torch.randn(2, 4, 8).half()}, TypeError, "lora_a of projection 0: got torch.float16"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, r"x: got shape \(2, 3, 8\) with cu_seqlens"),
+        ({"x": torch.randn(3, 8), "cu_seqlens": torch.tensor([0, 3])}, TypeError, "cu_seqlens: got torch.int64"),
+        ({"adapter_index": torch.tensor([0])}, ValueError, r"adapter_index: got shape \(1,\), wanted \(2,\)"),
+        ({"adapter_index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "adapter_index: got torch.int32"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        batched_lora(**(_GOOD | change))
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_through_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_batched_lora"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch, packed, dtype):
+    module = kernels("batched_lora")
+    seen = triton_aot.record(monkeypatch, module)
+
+    def empty(*size, dtype=dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, outs = empty(64 * 2048, 512), (512, 256, 256)
+    weights = [empty(out, 512) for out in outs]
+    a, b = (
+        [empty(64, 96, 512, dtype=torch.float32) for _ in outs],
+        [empty(64, o, 96, dtype=torch.float32) for o in outs],
+    )
+    index = empty(64, dtype=torch.int64)
+    layout = Layout(0, empty(65, dtype=torch.int32), index) if packed else Layout(2048, None, index)
+    residuals = [empty(64 * 2048, 512), None, None]
+    *_, s, low = module.forward(x, weights, a, b, residuals, layout, 1.0)
+    forward_launches = packed + 3 + 1 + 3  # the map of tiles, casts, shrink, projections
+    triton_aot.assert_no_spills(seen, launches=forward_launches)
+    grads = [empty(64 * 2048, out) for out in outs]
+    module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
+    triton_aot.assert_no_spills(seen, launches=forward_launches + packed + 3 * 3 + 1)  # e, dB, dA of each; dx
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, Case(3, 200, 512, (512, 256), (96, 96)), Case(2, 48, 512, (1000,), (128,))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_kernels_on_a_gpu(case, dtype):
+    _assert_no_worse_than_pytorch(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_returns_before_the_gpu_is_done(packed):
+    case = Case(8, 256, 512, (512,), (96,), packed=packed)
+    inputs, grads, options = _make(case, torch.bfloat16, "cuda")
+    _run(inputs, grads, options)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9))  # about a second
+    done = torch.cuda.Event()
+    _run(inputs, grads, options)
+    done.record()
+    assert not done.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_captures_into_a_graph():
+    inputs, grads, options = _make(Case(8, 256, 512, (512,), (96,)), torch.bfloat16, "cuda")
+    expected = _run(inputs, grads, options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _run(inputs, grads, options)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+if __name__ == "__main__":
+    with interpreting():
+        for small in CASES:
+            for precision in (torch.float32, torch.float16):
+                _assert_no_worse_than_pytorch(small, precision)
