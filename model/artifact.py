@@ -30,7 +30,15 @@ from model.config import Config
 from model.errors import ArtifactError, ConfigError
 from model.files import atomic_write
 from model.gpt import GPT
-from model.planes import byte_planes, from_byte_planes, from_scale_planes, scale_planes
+from model.planes import (
+    FILTERS,
+    best_filter,
+    byte_planes,
+    from_byte_planes,
+    pack_scales,
+    scale_plane_shapes,
+    unpack_scales,
+)
 from model.quantized import PlainTensor, QuantizedMatrix, QuantizedModel
 
 MAGIC = b"PGOLF\x1a\r\n"
@@ -43,6 +51,7 @@ _HEADER_LIMIT = 1 << 24
 _ELEMENT_LIMIT = 1 << 31
 _EXPANSION_LIMIT = 1 << 18  # elements a stored byte can stand for; codecs reach less
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_CODE_KINDS = tuple(f"int{bits}" for bits in range(2, 9))
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -56,13 +65,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the header: `kind` is "int2" to "int8" for codes with scales, or a floating-point type."""
+    """A tensor of the header: `kind` is "int2" to "int8" for codes with scales, or a floating-point type.
+
+    `filter` is that of the scales (model/planes.py), None without.
+    """
 
     name: str
     parameter: str
     index: int | None
     kind: str
     shape: tuple[int, ...]
+    filter: str | None
 
     @property
     def bits(self) -> int:
@@ -72,7 +85,6 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    version: int
     config: Config
     entries: tuple[Entry, ...]
     sections: tuple[Section, ...]
@@ -130,20 +142,20 @@ def encode_artifact(
     tokenizer_sha256: str | None = None,
 ) -> tuple[bytes, Header]:
     """The bytes of `write_artifact`, and the header that describes them."""
-    codec = get_codec(config.quant.codec)
-    bodies = [codec.encode(planes) if planes else b"" for planes in _planes(quantized)]
+    _entries(quantized)  # checks the tensors before any work is spent on them
+    bodies = []
+    for name, planes in zip(SECTIONS, _planes(quantized), strict=True):
+        candidates = [config.quant.codec]
+        if name != "codes" and config.quant.codec == "context":
+            candidates.append("brotli")  # a few kilobytes of mixed numbers: now the one, now the other is smaller
+        coded = [(get_codec(codec).encode(planes) if planes else b"", codec) for codec in candidates]
+        bodies.append(min(coded, key=lambda pair: len(pair[0])))
     sections = tuple(
-        Section(name, codec.name, len(body), digest_of(body)) for name, body in zip(SECTIONS, bodies, strict=True)
+        Section(name, codec, len(body), digest_of(body)) for name, (body, codec) in zip(SECTIONS, bodies, strict=True)
     )
-    document = {
-        "config": config.to_dict(),
-        "tensors": [[e.name, e.parameter, e.index, e.kind, list(e.shape)] for e in _entries(quantized)],
-        "sections": [[s.name, s.codec, s.size, s.digest] for s in sections],
-        "tokenizer_sha256": tokenizer_sha256,
-        "provenance": dict(provenance or {}),
-    }
+    document = header_document(quantized, config, sections, tokenizer_sha256, dict(provenance or {}))
     prefix = _pack_header(document)
-    data = b"".join([prefix, *bodies])
+    data = b"".join([prefix, *(body for body, _ in bodies)])
     return data, _parse_header(data)
 
 
@@ -177,16 +189,17 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def decode_artifact(data: bytes) -> Artifact:
     """`read_artifact` of bytes."""
     header = _parse_header(data)
-    position = header.size
-    planes: dict[str, list[np.ndarray]] = {}
-    view = memoryview(data)
-    shapes = _plane_shapes(header.entries)
+    bodies, position, view = [], header.size, memoryview(data)
     for section in header.sections:
-        body = view[position : position + section.size]
+        bodies.append(view[position : position + section.size])
         position += section.size
         with _naming(section.name):
-            if digest_of(body) != section.digest:
+            if digest_of(bodies[-1]) != section.digest:
                 raise ArtifactError("its bytes do not have the digest that the header names; the file is damaged")
+    shapes = _plane_shapes(header.entries)
+    planes: dict[str, list[np.ndarray]] = {}
+    for section, body in zip(header.sections, bodies, strict=True):
+        with _naming(section.name):
             planes[section.name] = get_codec(section.codec).decode(body, shapes[section.name]) if body else []
     quantized = _from_planes(header.entries, planes)
     with _naming("header"):
@@ -244,55 +257,72 @@ def _check_against(config: Config, state_dict: dict[str, Tensor]) -> None:
 def _planes(quantized: QuantizedModel) -> tuple[list[np.ndarray], ...]:
     """The int8 matrices of each section.
 
-    codes: the matrices. scales: the filter of every matrix, then the high bytes of all scales, then the low ones.
-    tensors: the bytes of every tensor, lowest first.
+    codes: the matrices. scales: see model/planes.py. tensors: for each type in use the bytes of all its numbers,
+    highest first.
     """
-    filtered = [scale_planes(matrix.scales) for matrix in quantized.matrices]
-    kinds = np.array([kind for kind, _, _ in filtered], np.int8).reshape(-1, 1)
+    tensors: list[np.ndarray] = []
+    for dtype in _DTYPE_NAMES:
+        values = [tensor.value.reshape(-1) for tensor in quantized.tensors if tensor.value.dtype == dtype]
+        tensors += byte_planes(torch.cat(values)) if values else []
     return (
         [matrix.codes.cpu().numpy() for matrix in quantized.matrices],
-        [kinds, *(high for _, high, _ in filtered), *(low for _, _, low in filtered)] if filtered else [],
-        [plane for tensor in quantized.tensors for plane in byte_planes(tensor.value)],
+        pack_scales([m.scales for m in quantized.matrices], [best_filter(m.scales) for m in quantized.matrices]),
+        tensors,
     )
 
 
 def _plane_shapes(entries: Sequence[Entry]) -> dict[str, list[tuple[int, int]]]:
     """What `_planes` gives for these entries."""
-    coded = [entry.shape for entry in entries if entry.bits]
-    columns = [(rows, 1) for rows, _ in coded]
+    coded = [entry for entry in entries if entry.bits]
+    tensors: list[tuple[int, int]] = []
+    for name, dtype in _DTYPES.items():
+        sizes = [math.prod(entry.shape) for entry in entries if entry.kind == name]
+        tensors += [(sum(sizes), 1)] * (dtype.itemsize if sizes else 0)
     return {
-        "codes": list(coded),
-        "scales": [(len(coded), 1), *columns, *columns] if coded else [],
-        "tensors": [(math.prod(e.shape), 1) for e in entries if not e.bits for _ in range(_DTYPES[e.kind].itemsize)],
+        "codes": [(entry.shape[0], entry.shape[1]) for entry in coded],
+        "scales": scale_plane_shapes([entry.shape[0] for entry in coded], [entry.filter for entry in coded]),
+        "tensors": tensors,
     }
 
 
 def _from_planes(entries: Sequence[Entry], planes: dict[str, list[np.ndarray]]) -> QuantizedModel:
     matrices, plain = [], []
     coded = [entry for entry in entries if entry.bits]
-    scales = planes["scales"]
-    for i, e in enumerate(coded):
-        with _naming("codes"):
-            codes = torch.from_numpy(planes["codes"][i])
-            limit = 2 ** (e.bits - 1)
-            if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
-                raise ArtifactError(f"tensor {e.name!r}: a code does not fit its {e.bits} bits")
-        with _naming("scales"):
-            try:
-                scale = from_scale_planes(int(scales[0][i, 0]), scales[1 + i], scales[1 + len(coded) + i])
-            except ValueError as error:
-                raise ArtifactError(f"tensor {e.name!r}: {error}") from error
+    scales = unpack_scales(planes["scales"], [e.shape[0] for e in coded], [e.filter for e in coded])
+    for e, codes, scale in zip(coded, map(torch.from_numpy, planes["codes"]), scales, strict=True):
+        limit = 2 ** (e.bits - 1)
+        if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
+            raise ArtifactError(f"section 'codes': tensor {e.name!r}: a code does not fit its {e.bits} bits")
         matrices.append(QuantizedMatrix(e.name, e.parameter, e.index, e.bits, codes, scale))
-    position = 0
+    position, flat = 0, {}
+    for name, dtype in _DTYPES.items():
+        if any(entry.kind == name for entry in entries):
+            flat[name] = from_byte_planes(planes["tensors"][position : position + dtype.itemsize], dtype)
+            position += dtype.itemsize
     for e in (entry for entry in entries if not entry.bits):
-        dtype = _DTYPES[e.kind]
-        value = from_byte_planes(planes["tensors"][position : position + dtype.itemsize], dtype, e.shape)
-        position += dtype.itemsize
-        plain.append(PlainTensor(e.name, e.parameter, e.index, value))
+        value, flat[e.kind] = flat[e.kind].tensor_split([math.prod(e.shape)])
+        plain.append(PlainTensor(e.name, e.parameter, e.index, value.reshape(e.shape).clone()))
     return QuantizedModel(tuple(matrices), tuple(plain))
 
 
 # --- header ---
+
+
+def header_document(
+    quantized: QuantizedModel,
+    config: Config,
+    sections: Sequence[Section],
+    tokenizer_sha256: str | None,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """The header as JSON; `read_document` is its inverse."""
+    return {
+        "config": config.to_dict(),
+        "tensors": [[e.name, e.parameter, e.index, e.kind, list(e.shape), e.filter] for e in _entries(quantized)],
+        "sections": [[s.name, s.codec, s.size, s.digest] for s in sections],
+        "tokenizer_sha256": tokenizer_sha256,
+        "provenance": provenance,
+    }
 
 
 def _entries(quantized: QuantizedModel) -> list[Entry]:
@@ -305,11 +335,11 @@ def _entries(quantized: QuantizedModel) -> list[Entry]:
                 f"tensor {m.name!r}: got codes {m.codes.dtype} {m.shape} and scales {m.scales.dtype} {rows}, "
                 "wanted int8 [R, C] and float16 [R]"
             )
-        entries.append(Entry(m.name, m.parameter, m.index, f"int{m.bits}", m.shape))
+        entries.append(Entry(m.name, m.parameter, m.index, f"int{m.bits}", m.shape, best_filter(m.scales)))
     for t in quantized.tensors:
         if t.value.dtype not in _DTYPE_NAMES:
             raise ArtifactError(f"tensor {t.name!r}: got {t.value.dtype}, wanted one of {', '.join(_DTYPES)}")
-        entries.append(Entry(t.name, t.parameter, t.index, _DTYPE_NAMES[t.value.dtype], t.shape))
+        entries.append(Entry(t.name, t.parameter, t.index, _DTYPE_NAMES[t.value.dtype], t.shape, None))
     return entries
 
 
@@ -349,7 +379,7 @@ def _parse_header(data: bytes, file_size: int | None = None) -> Header:
         if digest != data[_PREAMBLE.size : _PREAMBLE.size + _DIGEST_BYTES]:
             raise ArtifactError("its bytes do not have the digest of the preamble; the file is damaged")
         document = _unpack_json(packed, plain)
-        header = Header(VERSION, *_read_document(document), size)
+        header = Header(*read_document(document), size)
     _check_sections(header, file_size)
     return header
 
@@ -368,7 +398,10 @@ def _unpack_json(packed: bytes, plain: int) -> dict[str, Any]:
     return document
 
 
-def _read_document(document: dict[str, Any]) -> tuple[Any, ...]:
+def read_document(
+    document: dict[str, Any],
+) -> tuple[Config, tuple[Entry, ...], tuple[Section, ...], str | None, dict[str, Any]]:
+    """(config, entries, sections, tokenizer_sha256, provenance), every field checked. Raises ArtifactError."""
     wanted = {"config", "tensors", "sections", "tokenizer_sha256", "provenance"}
     if set(document) != wanted:
         raise ArtifactError(f"got the fields {', '.join(sorted(document))}, wanted {', '.join(sorted(wanted))}")
@@ -388,15 +421,16 @@ def _read_document(document: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _read_entry(values: Any) -> Entry:
-    _require(isinstance(values, list) and len(values) == 5, "tensor", values)
-    name, parameter, index, kind, shape = values
+    _require(isinstance(values, list) and len(values) == 6, "tensor", values)
+    name, parameter, index, kind, shape, scale_filter = values
     _require(isinstance(name, str) and isinstance(parameter, str), "tensor name", values)
     _require(index is None or _is_count(index), "tensor index", values)
-    _require(kind in _DTYPES or kind in [f"int{bits}" for bits in range(2, 9)], "tensor kind", values)
+    _require(isinstance(kind, str) and kind in (*_DTYPES, *_CODE_KINDS), "tensor kind", values)
     _require(isinstance(shape, list) and len(shape) <= 4 and all(map(_is_count, shape)), "tensor shape", values)
     _require(kind in _DTYPES or len(shape) == 2, "tensor shape", values)
     _require(math.prod(shape) <= _ELEMENT_LIMIT, "tensor size", values)
-    return Entry(name, parameter, index, kind, tuple(shape))
+    _require(scale_filter is None if kind in _DTYPES else scale_filter in FILTERS, "filter of scales", values)
+    return Entry(name, parameter, index, kind, tuple(shape), scale_filter)
 
 
 def _read_section(values: Any) -> Section:

@@ -1,9 +1,12 @@
 """Byte shuffle and the entropy coder for quantised weights."""
 
+import zlib
+
 import numpy as np
 import pytest
 
-from pgolf_kernels.packing import byte_shuffle, byte_shuffle_reference, byte_unshuffle
+from model.static_decoder import decode_static
+from pgolf_kernels.packing import byte_shuffle, byte_shuffle_reference, byte_unshuffle, decode_codes, encode_codes
 from tests.golden import load_npz
 
 GOLDEN = load_npz("byte_shuffle.npz")
@@ -67,3 +70,131 @@ def test_byte_shuffle_refuses() -> None:
         byte_shuffle(np.zeros((8, 8), np.uint8)[:, ::2])
     with pytest.raises(ValueError, match="stride: got 200"):
         byte_unshuffle(b"BSHF\xc8data")
+
+
+# --- entropy coding ---
+
+MODES = ("static", "context")
+
+
+def _cases() -> dict[str, list[np.ndarray]]:
+    draw = np.random.default_rng(7)
+
+    def gaussian(rows: int, cols: int, deviation: float = 2.4) -> np.ndarray:
+        columns = deviation * np.exp(draw.normal(0, 0.2, cols))
+        return (draw.normal(0, 1, (rows, cols)) * columns).round().clip(-128, 127).astype(np.int8)
+
+    correlated = np.outer(draw.normal(0, 1, 900), draw.normal(0, 6, 40)) + draw.normal(0, 2, (900, 40))
+    return {
+        "nothing": [],
+        "empty": [np.zeros((0, 5), np.int8), np.zeros((5, 0), np.int8), np.zeros((0, 0), np.int8)],
+        "one": [np.array([[-128]], np.int8)],
+        "extremes": [np.full((30, 40), -128, np.int8), np.full((30, 40), 127, np.int8)],
+        "constant": [np.zeros((2000, 7), np.int8)],
+        "uniform": [draw.integers(-128, 128, (130, 17)).astype(np.int8)],
+        "wide": [gaussian(3, 5000)],
+        "row": [gaussian(1, 777), gaussian(1, 777)],
+        "column": [gaussian(5000, 1, 40)],
+        "layers": [gaussian(64, 96) for _ in range(4)] + [gaussian(96, 64)] + [gaussian(64, 96)],
+        "correlated": [correlated.round().clip(-128, 127).astype(np.int8)],
+        "pattern": [np.tile(np.arange(-60, 60, dtype=np.int8), (700, 1))],
+        "not contiguous": [gaussian(64, 64).T, gaussian(64, 64)[::2, ::3]],
+    }
+
+
+CASES = _cases()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_codes_round_trip(name: str, mode: str) -> None:
+    matrices = CASES[name]
+    data = encode_codes(matrices, mode=mode)
+    assert data == encode_codes(matrices, mode=mode, threads=3), "the bytes depend on the threads"
+    decoded = decode_codes(data, shapes=[m.shape for m in matrices], threads=2)
+    assert len(decoded) == len(matrices)
+    for got, wanted in zip(decoded, matrices, strict=True):
+        assert got.dtype == np.int8 and np.array_equal(got, wanted)
+
+
+def _bits_per_code(matrix: np.ndarray) -> float:
+    """Order-0 entropy."""
+    counts = np.unique(matrix, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def test_sizes_come_near_the_entropy_and_below() -> None:
+    draw = np.random.default_rng(3)
+    plain = (draw.normal(0, 2.4, (2048, 512))).round().astype(np.int8)
+    entropy = _bits_per_code(plain) * plain.size / 8
+    assert len(encode_codes([plain], mode="static")) < 1.002 * entropy
+    assert len(encode_codes([plain], mode="context")) < 1.001 * entropy
+    spread = (draw.normal(0, 2.4, (2048, 512)) * np.exp(draw.normal(0, 0.3, 512))).round().astype(np.int8)
+    entropy = _bits_per_code(spread) * spread.size / 8
+    static, context = (len(encode_codes([spread], mode=mode)) for mode in MODES)
+    assert static < 0.975 * entropy
+    assert context < static
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_damaged_codes_are_refused(mode: str) -> None:
+    matrices = CASES["layers"]
+    data = encode_codes(matrices, mode=mode)
+    for size in range(0, len(data), 101):
+        with pytest.raises(ValueError, match="coded matrices"):
+            decode_codes(data[:size])
+    for place in range(0, len(data), 97):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(ValueError, match="coded matrices"):
+            decode_codes(damaged)
+    with pytest.raises(ValueError, match="other shapes"):
+        decode_codes(data, shapes=[(1, 1)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_damage_behind_a_checksum_that_fits_never_harms(mode: str) -> None:
+    """The decoders themselves: whatever the bytes, an answer of the right shapes or ValueError."""
+    draw = np.random.default_rng(11)
+    refused = 0
+    for name in ("layers", "correlated", "column", "uniform"):
+        data = encode_codes(CASES[name], mode=mode)
+        for _ in range(60):
+            body = bytearray(data[9:])
+            for place in draw.integers(0, min(len(body), 400), 3):
+                body[place] = draw.integers(0, 256)
+            try:
+                decode_codes(
+                    data[:5] + zlib.crc32(body).to_bytes(4, "little") + body, shapes=[m.shape for m in CASES[name]]
+                )
+            except ValueError:
+                refused += 1
+    assert refused > 100
+
+
+def test_sizes_are_checked_before_anything_is_allocated() -> None:
+    body = bytes([1, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F, 1])
+    data = b"PGC1S" + zlib.crc32(body).to_bytes(4, "little") + body
+    with pytest.raises(ValueError, match="cannot hold"):
+        decode_codes(data)
+    body = bytes([1, 1, 1, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F])
+    with pytest.raises(ValueError, match="more than"):
+        decode_codes(b"PGC1S" + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+def test_what_encode_codes_refuses() -> None:
+    with pytest.raises(TypeError, match=r"matrices\[1\]: got int16, wanted int8"):
+        encode_codes([np.zeros((2, 2), np.int8), np.zeros((2, 2), np.int16)])
+    with pytest.raises(ValueError, match=r"matrices\[0\]: got shape \(3,\)"):
+        encode_codes([np.zeros(3, np.int8)])
+    with pytest.raises(ValueError, match="mode: got 'best'"):
+        encode_codes([], mode="best")
+    with pytest.raises(ValueError, match="threads: got 0"):
+        encode_codes([], threads=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_numpy_decoder_of_the_static_format(name: str) -> None:
+    for got, wanted in zip(decode_static(encode_codes(CASES[name])), CASES[name], strict=True):
+        assert got.dtype == np.int8 and np.array_equal(got, wanted)

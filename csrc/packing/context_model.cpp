@@ -11,6 +11,7 @@ namespace {
 
 // Observations that a column's prior is worth: the group's variance, and the same column of the matrix before.
 constexpr int64_t kOwnPrior = 64, kReferencePrior = 32;
+constexpr int kRecentShift = 3;   // a single column is a sequence: its last 8 entries or so tell the next one's size
 constexpr int64_t kRowPrior = 6;  // entries' worth of trust in the expected energy of a row's rest
 // Observations that the first guess of a bit's probability is worth.
 constexpr int kLevelPrior = 60, kColumnPrior = 20;
@@ -96,6 +97,7 @@ ContextModel<Coder>::ContextModel(const ContextHeader& header, int64_t columns, 
       centre_(header.centre),
       base_(header.variance << 5),
       variance_(static_cast<int64_t>(std::max<uint64_t>(power_of_two(2 * header.variance) >> 16, 1))),
+      recent_(variance_),
       tree_(bell_sums(power_of_two(2 * header.variance + 1), 0)),
       energy_(columns),
       reference_(columns, variance_),
@@ -145,7 +147,8 @@ void ContextModel<Coder>::start_row(int64_t row) {
   const int64_t own = (int64_t{1} << 32) / (row + kOwnPrior), blend = (int64_t{1} << 32) / (row + kReferencePrior);
   for (int64_t j = 0; j < columns_; ++j) {
     const int64_t energy = energy_[j] << 8;
-    own_level_[j] = level_of(log2_q8(((energy + kOwnPrior * variance_) * own) >> 32));
+    const int64_t own_variance = columns_ == 1 ? recent_ : ((energy + kOwnPrior * variance_) * own) >> 32;
+    own_level_[j] = level_of(log2_q8(own_variance));
     expected_[j] = ((energy + kReferencePrior * reference_[j]) * blend) >> 32;
     blend_level_[j] = level_of(log2_q8(expected_[j]));
   }
@@ -223,6 +226,7 @@ void ContextModel<Coder>::matrix(T* data, int64_t rows) {
       if (predictor_) predictor_->reveal(static_cast<int8_t>(data[j] - centre_));
       const int64_t square = int64_t{residual} * residual;
       energy_[j] += square;
+      recent_ += ((square << 8) - recent_) >> kRecentShift;
       used += square;
       rest -= expected_[j];
     }

@@ -62,8 +62,8 @@ class ContextModel {
   const int8_t centre_;
   const int base_;          // 256 * log2 of the group's variance in 1/256
   const int64_t variance_;  // in 1/256
+  int64_t recent_;          // moving average of squares, in 1/256
   ValueTree tree_;
-  int root_ = 0;
   std::array<std::vector<Nodes>, kInputs> counters_;
   std::vector<Weights> weights_;
   std::array<uint16_t, 1024> rates_;

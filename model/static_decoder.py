@@ -1,0 +1,88 @@
+"""Decodes `encode_codes(..., mode="static")` with NumPy alone, so that it can travel with a size-limited submission.
+
+The same bits as pgolf_kernels.packing.decode_codes; docs/packing.md has the format. Lanes are advanced together, so
+that a step costs a few array operations for up to 1024 codes.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def decode_static(data):
+    """The matrices, int8 [R, C]. Raises ValueError for damaged data."""
+    body = data[9:]
+    if bytes(data[:5]) != b"PGC1S" or zlib.crc32(body) != int.from_bytes(data[5:9], "little"):
+        raise ValueError("coded matrices: damaged, or not in the static format")
+    place = 0
+
+    def varint():
+        nonlocal place
+        value = shift = 0
+        while True:
+            value |= (body[place] & 127) << shift
+            shift += 7
+            place += 1
+            if body[place - 1] < 128:
+                return value
+
+    def frequencies(symbols):
+        """Frequencies [symbols] and the symbol of each of the 2^14 slots, from weights of eight bits."""
+        nonlocal place
+        code = np.frombuffer(body, np.uint8, symbols, place).astype(np.int64)
+        place += symbols
+        weight = np.where(code > 0, (16 + (code & 15)) << (code >> 4), 0)
+        frequency = np.where(code > 0, np.maximum(1, (weight << 14) // weight.sum()), 0)
+        frequency[weight.argmax()] += (1 << 14) - frequency.sum()
+        return frequency
+
+    def tables(symbols, count):
+        f = np.stack([frequencies(symbols) for _ in range(count)])
+        slots = np.stack([np.repeat(np.arange(symbols), row) for row in f])
+        return f.astype(np.uint32), (np.cumsum(f, axis=1) - f).astype(np.uint32), slots
+
+    groups = []
+    for _ in range(varint()):
+        rows, cols, repeats = varint(), varint(), varint()
+        if groups and groups[-1][:2] == (rows, cols):
+            repeats += groups.pop()[2]
+        groups.append((rows, cols, repeats))
+    lanes = 1 << body[place]
+    place += 1
+    models = []
+    for _ in groups:
+        low, symbols, count = np.int8(np.uint8(body[place]).view(np.int8)), body[place + 1] + 1, body[place + 2] + 1
+        place += 3
+        models.append((low, tables(symbols, count), tables(count, 1) if count > 1 else None))
+    state = np.frombuffer(body, "<u4", lanes, place).copy()
+    words = np.frombuffer(body, "<u2", -1, place + 4 * lanes)
+    used = 0
+
+    def run(model, table):
+        """Symbols of a run whose entry i is coded by table[i]."""
+        nonlocal used
+        frequency, start, slots = model
+        out = np.empty(len(table), np.int64)
+        for i in range(0, len(table), lanes):
+            t = table[i : i + lanes]
+            x = state[: len(t)]
+            slot = x & 16383
+            symbol = out[i : i + lanes] = slots[t, slot]
+            x = frequency[t, symbol] * (x >> 14) + slot - start[t, symbol]
+            short = np.flatnonzero(x < 65536)
+            x[short] = x[short] << 16 | words[used : used + len(short)]
+            used += len(short)
+            state[: len(t)] = x
+        return out
+
+    result = []
+    for (rows, cols, repeats), (low, codes, clusters) in zip(groups, models, strict=True):
+        columns = np.zeros(cols * repeats, np.int64)
+        if clusters:
+            columns = run(clusters, columns)
+        for index in range(repeats):
+            cluster = columns[index * cols : (index + 1) * cols]
+            result.append((run(codes, np.tile(cluster, rows)) + low).astype(np.int8).reshape(rows, cols))
+    if used != len(words) or (state != 65536).any():
+        raise ValueError("coded matrices: damaged")
+    return result

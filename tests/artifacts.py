@@ -1,0 +1,75 @@
+"""A small quantised model and its artifact, and headers signed anew after a change, for tests of the container."""
+
+import functools
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from model.artifact import encode_artifact
+from model.config import Config
+from model.data.loaders import Batch
+from model.quantize import quantize_model
+from model.quantized import QuantizedModel
+from tests.systems import golden_model
+
+PREAMBLE = struct.Struct("<8sHHII")
+DIGEST = 16
+
+
+def small_model_config(codec: str = "context") -> Config:
+    return Config(model=golden_model("pr1530")[0].config).replace(codec=codec)
+
+
+@functools.cache
+def small_quantized() -> QuantizedModel:
+    """The golden network of pull request 1530, quantised by its own recipe on its own inputs."""
+    model, golden = golden_model("pr1530")
+    inputs = golden["input_ids"].long()
+    return quantize_model(model, small_model_config(), [Batch(inputs, inputs, None, inputs.shape[1])])
+
+
+@functools.cache
+def small_artifact(codec: str = "context") -> bytes:
+    data, _ = encode_artifact(small_quantized(), small_model_config(codec), {"seed": 1}, tokenizer_sha256="ab" * 32)
+    return data
+
+
+def resigned(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The artifact with `change` applied to its header's JSON, and a digest that fits."""
+    magic, version, flags, stored, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
+    start = PREAMBLE.size + DIGEST
+    document = json.loads(zlib.decompress(data[start : start + stored]))
+    change(document)
+    plain = json.dumps(document).encode()
+    packed = zlib.compress(plain)
+    preamble = PREAMBLE.pack(magic, version, flags, len(packed), len(plain))
+    digest = hashlib.blake2b(preamble + packed, digest_size=DIGEST).digest()
+    return preamble + digest + packed + data[start + stored :]
+
+
+def with_section(data: bytes, name: str, body: bytes) -> bytes:
+    """The artifact with another body for a section, signed."""
+    stored = PREAMBLE.unpack(data[: PREAMBLE.size])[3]
+    start = PREAMBLE.size + DIGEST
+    document = json.loads(zlib.decompress(data[start : start + stored]))
+    position, pieces = start + stored, []
+    for section in document["sections"]:
+        end = position + section[2]
+        pieces.append(body if section[0] == name else data[position:end])
+        position = end
+
+    def change(header: dict[str, Any]) -> None:
+        for section in header["sections"]:
+            if section[0] == name:
+                section[2:] = [len(body), hashlib.blake2b(body, digest_size=DIGEST).hexdigest()]
+
+    return resigned(data[: start + stored], change) + b"".join(pieces)
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
