@@ -217,6 +217,7 @@ def test_triton_kernels_through_the_interpreter():
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch, packed, dtype):

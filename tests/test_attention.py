@@ -1,0 +1,199 @@
+"""Varlen attention: every backend against the formula in fp64, its gradients, its contract, no recompiles."""
+
+import pytest
+import torch
+
+from pgolf_kernels import attention_backend_info, set_attention_backend, varlen_attention
+from pgolf_kernels.attention import _flash_attention_3, _forward_op, attention_backend, reference
+
+SAME = [0, 3, 4, 4, 9, 21, 21, 21]  # an empty document, two of one length apart, padded ends
+LONGER_KEYS = [0, 5, 7, 8, 19, 31, 31, 31]  # and a document without queries but with keys
+SHORTER_KEYS = [0, 1, 2, 2, 4, 12, 12, 12]  # and queries that see no key
+
+
+def _case(k_bounds, dtype, device="cpu", heads=4, kv_heads=2, dim=8, scale=1):
+    q_bounds = [scale * b for b in SAME]
+    k_bounds = [scale * b for b in k_bounds]
+    generator = torch.Generator().manual_seed(len(k_bounds))
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype).to(device)
+
+    q = draw(q_bounds[-1], heads, dim)
+    k, v = (draw(k_bounds[-1], kv_heads, dim) for _ in range(2))
+    cu_q, cu_k = (torch.tensor(b, dtype=torch.int32, device=device) for b in (q_bounds, k_bounds))
+    return (q, k, v), (cu_q, cu_k), draw(*q.shape)
+
+
+def _assert_close_to_the_formula(k_bounds, causal, dtype, device="cpu", **shape):
+    tensors, (cu_q, cu_k), grad = _case(k_bounds, dtype, device, **shape)
+    scale = tensors[0].shape[-1] ** -0.5
+
+    def run(function, convert):
+        leaves = [convert(t.detach().clone()).requires_grad_() for t in tensors]
+        out = function(*leaves)
+        out.backward(grad.to(out.dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    def formula(q, k, v):
+        return reference(q, k, v, cu_q, cu_k, causal, scale)
+
+    exact = run(formula, lambda t: t.double())
+    plain = run(formula, lambda t: t)
+    longest = int(max(cu_q.diff().max(), cu_k.diff().max()))
+    ours = run(lambda q, k, v: varlen_attention(q, k, v, cu_q, longest, cu_k, longest, causal=causal), lambda t: t)
+    for name, mine, theirs, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert mine.dtype == dtype
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        assert error <= 2 * allowed + 1e-6, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_and_gradients_are_no_worse_than_pytorch(k_bounds, causal, dtype):
+    _assert_close_to_the_formula(k_bounds, causal, dtype)
+
+
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_by_finite_differences(k_bounds, causal):
+    tensors, (cu_q, cu_k), _ = _case(k_bounds, torch.float64, dim=3)
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: varlen_attention(q, k, v, cu_q, 32, cu_k, 32, causal=causal, scale=0.7), leaves
+    )
+
+
+def test_documents_do_not_see_each_other():
+    (q, k, v), (cu, _), _ = _case(SAME, torch.float32)
+    before = varlen_attention(q, k, v, cu, 32)
+    k[9:], v[9:] = 100.0, 100.0
+    after = varlen_attention(q, k, v, cu, 32)
+    assert torch.equal(before[:9], after[:9]) and not torch.equal(before[9:], after[9:])
+
+
+def test_queries_without_keys_get_zero():
+    (q, k, v), (cu_q, cu_k), _ = _case(SHORTER_KEYS, torch.float32)
+    out = varlen_attention(q, k, v, cu_q, 32, cu_k, 32)
+    assert torch.equal(out[:2], torch.zeros_like(out[:2]))  # 3 queries, 1 key: only the last sees it
+    assert out.isfinite().all()
+
+
+def test_strided_inputs():
+    (q, k, v), (cu, _), _ = _case(SAME, torch.float32)
+    joined = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
+    parts = joined.split([32, 16, 16], dim=1)
+    views = [part.unflatten(1, (-1, 8)) for part in parts]
+    assert not views[0].is_contiguous()
+    torch.testing.assert_close(varlen_attention(*views, cu, 32), varlen_attention(q, k, v, cu, 32))
+
+
+def test_op_contract():
+    for bounds in (SAME, SHORTER_KEYS):
+        tensors, (cu_q, cu_k), _ = _case(bounds, torch.float32)
+        torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in tensors), cu_q, cu_k, 32, 32, True, 0.3))
+
+
+def test_compiles_once_whatever_the_number_of_documents():
+    tensors, _, _ = _case(SAME, torch.float32)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v, cu: varlen_attention(q, k, v, cu, 32), fullgraph=True, backend=frames)
+    for bounds in ([0, 21], [0, 5, 21], [0, 1, 5, 7, 21, 21, 21], [0, 3, 4, 4, 9, 21, 21, 21, 21, 21]):
+        cu = torch.tensor(bounds, dtype=torch.int32)
+        torch._dynamo.mark_dynamic(cu, 0)
+        torch.testing.assert_close(compiled(*tensors, cu), varlen_attention(*tensors, cu, 32))
+    assert frames.frame_count == 1
+
+
+def test_double_backward_raises():
+    (q, k, v), (cu, _), _ = _case(SAME, torch.float32)
+    (gradient,) = torch.autograd.grad(varlen_attention(q.requires_grad_(), k, v, cu, 32).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
+def test_the_choice_of_backend_is_visible_and_checked():
+    info = attention_backend_info()
+    assert info["backend"] == attention_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert "--find-links" in info["wheel"] and "not verified" in info["wheel"]
+    with pytest.raises(ValueError, match="name: got 'math', wanted one of auto, fa3, torch"):
+        set_attention_backend("math")
+    if _flash_attention_3() is None:
+        with pytest.raises(RuntimeError, match="flash_attn_interface"):
+            set_attention_backend("fa3")
+
+
+def test_an_unknown_forced_backend_is_named(monkeypatch):
+    monkeypatch.setattr("pgolf_kernels.attention._forced", "fast")
+    with pytest.raises(ValueError, match="PGOLF_ATTENTION: got 'fast'"):
+        attention_backend(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.randn(6, 8)}, ValueError, r"q: got shape \(6, 8\)"),
+        ({"q": torch.randn(6, 3, 8)}, ValueError, r"k: got shape \(6, 2, 8\).*3 query heads"),
+        ({"v": torch.randn(6, 2, 4)}, ValueError, r"v: got shape \(6, 2, 4\), wanted k's"),
+        ({"k": torch.randn(6, 2, 8).double()}, TypeError, "k: got torch.float64, wanted q's torch.float32"),
+        ({"cu_seqlens_q": torch.tensor([0, 6])}, TypeError, "cu_seqlens_q: got torch.int64"),
+        ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"cu_seqlens_q: got shape \(2, 2\)"),
+        ({"k": torch.empty(6, 2, 8, device="meta")}, ValueError, "k: got device meta"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    arguments = {
+        "q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8),
+        "cu_seqlens_q": torch.tensor([0, 6], dtype=torch.int32), "max_seqlen_q": 6,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        varlen_attention(**(arguments | change))
+
+
+@pytest.fixture(params=["torch", "fa3"])
+def gpu_backend(request):
+    if request.param == "fa3" and _flash_attention_3() is None:
+        pytest.skip("flash_attn_interface is not installed")
+    set_attention_backend(request.param)
+    yield request.param
+    set_attention_backend("auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_backends_agree_with_the_formula(gpu_backend, k_bounds, causal, dtype):
+    _assert_close_to_the_formula(k_bounds, causal, dtype, "cuda", heads=8, kv_heads=4, dim=64, scale=50)
+
+
+@pytest.mark.gpu
+def test_gpu_refuses_single_precision():
+    (q, k, v), (cu, _), _ = _case(SAME, torch.float32, "cuda", dim=64)
+    with pytest.raises(TypeError, match=r"q: got torch\.float32 on cuda"):
+        varlen_attention(q, k, v, cu, 32)
+
+
+@pytest.mark.gpu
+def test_gpu_returns_at_once_and_captures(gpu_backend):
+    tensors, (cu, _), grad = _case(SAME, torch.bfloat16, "cuda", heads=8, kv_heads=4, dim=64, scale=50)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def call():
+        return torch.autograd.grad(varlen_attention(*leaves, cu, 1024), leaves, grad)
+
+    expected = call()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9))  # about a second
+    done = torch.cuda.Event()
+    call()
+    done.record()
+    assert not done.query()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # dq is summed by atomics
