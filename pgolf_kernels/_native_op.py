@@ -16,7 +16,7 @@ import torch
 
 from pgolf_kernels import _native
 
-LIBRARY = torch.library.Library("pgolf", "DEF")
+LIBRARY: torch.library.Library = torch.library.Library("pgolf", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(

@@ -55,7 +55,7 @@ def _step(
     if not params:
         return
     factors = _factors(steps, beta1, beta2, params[0].dtype)
-    moments = exp_avgs or [None] * len(params)
+    moments: Sequence[torch.Tensor | None] = exp_avgs or [None] * len(params)
     for p, g, v, m, zero in zip(params, grads, exp_avg_sqs, moments, zeroed, strict=True):
         if p.numel() == 0:
             continue
@@ -160,12 +160,12 @@ def _check(
         raise ValueError(
             f"exp_avgs: got {'none' if exp_avgs is None else 'some'} with beta1={beta1}, wanted them where beta1 > 0"
         )
-    lists = {"grads": grads, "exp_avg_sqs": exp_avg_sqs, "zeroed": zeroed}
+    lists = {"params": params, "grads": grads, "exp_avg_sqs": exp_avg_sqs}
     if exp_avgs is not None:
         lists["exp_avgs"] = exp_avgs
-    for name, entries in lists.items():
-        if len(entries) != len(params):
-            raise ValueError(f"{name}: got {len(entries)} entries, wanted {len(params)}, one a parameter")
+    for name, count in (("zeroed", len(zeroed)), *((name, len(entries)) for name, entries in lists.items())):
+        if count != len(params):
+            raise ValueError(f"{name}: got {count} entries, wanted {len(params)}, one a parameter")
     documents = steps.shape[0] if steps.dim() == 1 else -1
     if documents < 0 or steps.dtype.is_floating_point:
         raise ValueError(f"steps: got shape {tuple(steps.shape)} of {steps.dtype}, wanted integers [documents]")
@@ -176,7 +176,7 @@ def _check(
             raise ValueError(f"params[{i}]: got shape {tuple(p.shape)}, wanted [slots, {documents}, ...]")
         if p.dtype != torch.float32 and not (p.dtype == torch.float64 and p.device.type == "cpu"):
             raise TypeError(f"params[{i}]: got {p.dtype} on {p.device}, wanted torch.float32")
-        for name, entries in (("params", params), *((n, e) for n, e in lists.items() if n != "zeroed")):
+        for name, entries in lists.items():
             t = entries[i]
             if t.shape != p.shape or t.dtype != p.dtype or t.device != p.device:
                 raise ValueError(

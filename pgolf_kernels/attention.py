@@ -17,10 +17,10 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
 from pgolf_kernels._triton_op import compute_capability
@@ -30,14 +30,14 @@ _forced = os.environ.get("PGOLF_ATTENTION", "auto")
 
 
 def reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     causal: bool,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """The formula, document by document, differentiable by PyTorch."""
     group = q.shape[1] // k.shape[1]
     outputs = []
@@ -53,7 +53,7 @@ def reference(
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
-def _documents(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[tuple[slice, slice]]:
+def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
     """(queries, keys) of every document that has queries. Reads the bounds, so it waits for a GPU."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     spans = zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False)
@@ -64,7 +64,7 @@ def _documents(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[t
 
 
 @functools.cache
-def _flash_attention_3() -> ModuleType | None:
+def _flash_attention_3() -> Any:
     """The module `flash_attn_interface`, or None (PyPI's `flash_attn_3` is an empty placeholder without it)."""
     try:
         module = importlib.import_module("flash_attn_interface")
@@ -119,9 +119,7 @@ def attention_backend_info() -> dict[str, str]:
     }
 
 
-def _cpu_groups(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
-) -> dict[tuple[int, int], list[tuple[slice, slice]]]:
+def _cpu_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> dict[tuple[int, int], list[tuple[slice, slice]]]:
     """Documents by (queries, keys), without those that see no key, and without leading queries that see none."""
     groups: dict[tuple[int, int], list[tuple[slice, slice]]] = {}
     for q_span, k_span in _documents(cu_seqlens_q, cu_seqlens_k):
@@ -132,8 +130,8 @@ def _cpu_groups(
 
 
 def _cpu_batches(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, causal: bool, dtype: torch.dtype
-) -> list[tuple[torch.Tensor, torch.Tensor, bool, torch.Tensor | None]]:
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, bool, Tensor | None]]:
     """(query rows [documents, Lq], key rows [documents, Lk], causal flag, mask): one fused call each."""
     batches = []
     for (rows, columns), spans in _cpu_groups(cu_seqlens_q, cu_seqlens_k).items():
@@ -149,7 +147,7 @@ def _cpu_batches(
     return batches
 
 
-def _heads_first(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _heads_first(x: Tensor, rows: Tensor) -> Tensor:
     """[documents, heads, length, head_dim] of packed rows; a view where the rows are one run."""
     first, count = int(rows[0, 0]), rows.numel()
     in_order = int(rows[-1, -1]) - first + 1 == count and bool((rows[1:, 0] - rows[:-1, 0] == rows.shape[1]).all())
@@ -158,14 +156,14 @@ def _heads_first(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _cpu_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.zeros(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     for q_rows, k_rows, is_causal, mask in _cpu_batches(cu_q, cu_k, causal, q.dtype):
@@ -184,9 +182,9 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for q_rows, k_rows, is_causal, mask in _cpu_batches(cu_q, cu_k, causal, q.dtype):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -199,12 +197,17 @@ def _cpu_backward(
     return dq, dk, dv
 
 
-def _torch_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def _torch_flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     result = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale)
     return result[0], result[1]
 
 
-def _torch_flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
+def _torch_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     # The random state is read only where dropout is on.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
@@ -212,7 +215,9 @@ def _torch_flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, cau
     )
 
 
-def _fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def _fa3_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     module = _flash_attention_3()
     out, lse, *_ = module._flash_attn_forward(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
@@ -221,7 +226,10 @@ def _fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
     return out, lse
 
 
-def _fa3_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
+def _fa3_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     module = _flash_attention_3()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     module._flash_attn_backward(
@@ -238,11 +246,15 @@ _BACKWARD: dict[str, Callable[..., Any]] = {"fa3": _fa3_backward, "torch": _torc
 # ---- op --------------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def _forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _cpu_forward(q, k, v, cu_q, cu_k, causal, scale)
 
 
-def _forward_cuda(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0 or k.numel() == 0:
         return _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)[0].zero_(), q.new_zeros(
             (q.shape[1], q.shape[0]), dtype=torch.float32
@@ -250,23 +262,31 @@ def _forward_cuda(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
     return _FORWARD[attention_backend(q.device)](q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
 
 
-def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
-def _backward_cpu(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
+def _backward_cpu(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _cpu_backward(grad, q, k, v, out, lse, cu_q, cu_k, causal, scale)
 
 
-def _backward_cuda(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
+def _backward_cuda(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     backend = _BACKWARD[attention_backend(q.device)]
     return backend(grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale)
 
 
-def _backward_fake(grad, q, k, v, *args):
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -281,7 +301,7 @@ _backward_op = register_op(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_q, cu_k, max_q, max_k, causal, scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
     ctx.rest = (max_q, max_k, causal, scale)
@@ -289,7 +309,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: torch.Tensor | None, _grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 9
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
@@ -312,17 +332,17 @@ _forward_op = register_op(
 
 
 def varlen_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
     max_seqlen_q: int,
-    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     *,
     causal: bool = True,
     scale: float | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention within the documents of a packed batch.
 
     q [Tq, H, D], k and v [Tk, Hkv, D] with H a multiple of Hkv; bfloat16 or float16 on a GPU, also float32 and
@@ -341,7 +361,7 @@ def varlen_attention(
     return _forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)[0]
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     if q.dim() != 3:
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted [tokens, heads, head_dim]")
     if k.dim() != 3 or k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
 from pgolf_kernels._triton_op import kernels, runs_triton
@@ -31,13 +32,13 @@ MAX_RANK = 128
 
 
 def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
     scale: float = 1.0,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+    residual: Tensor | None = None,
+) -> Tensor:
     """The formula in PyTorch for x [B, T, in], differentiable: the linear and two bmm of the public systems."""
     y = torch.bmm(torch.bmm(x, lora_a.to(x.dtype).mT), lora_b.to(x.dtype).mT) * scale
     if weight is not None:
@@ -53,18 +54,19 @@ class Layout:
     """Whose rows they are: `rows` a document, or the bounds `cu_seqlens`; `index` None: document i has adapter i."""
 
     rows: int
-    cu_seqlens: torch.Tensor | None
-    index: torch.Tensor | None
+    cu_seqlens: Tensor | None
+    index: Tensor | None
 
     def spans(self) -> list[tuple[slice, int]]:
         """(rows, adapter) of every packed document that has rows. Reads the bounds, so it waits for a GPU."""
+        assert self.cu_seqlens is not None
         bounds = self.cu_seqlens.tolist()
         adapters = range(len(bounds) - 1) if self.index is None else self.index.tolist()
         spans = zip(bounds, bounds[1:], adapters, strict=False)
         return [(slice(a, b), adapter) for a, b, adapter in spans if b > a]
 
 
-def _times(x: torch.Tensor, matrices: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _times(x: Tensor, matrices: Tensor, layout: Layout) -> Tensor:
     """x_b M_b of every document: x [N, k], M [adapters, k, n] -> [N, n]."""
     if layout.cu_seqlens is None:
         picked = matrices if layout.index is None else matrices[layout.index]
@@ -75,7 +77,7 @@ def _times(x: torch.Tensor, matrices: torch.Tensor, layout: Layout) -> torch.Ten
     return out
 
 
-def _outer(u: torch.Tensor, v: torch.Tensor, count: int, dtype: torch.dtype, layout: Layout) -> torch.Tensor:
+def _outer(u: Tensor, v: Tensor, count: int, dtype: torch.dtype, layout: Layout) -> Tensor:
     """sum over each adapter's documents of u_b^T v_b: u [N, m], v [N, n] -> [count, m, n]."""
     wide = torch.promote_types(u.dtype, dtype)
     u, v = u.to(wide), v.to(wide)
@@ -103,35 +105,35 @@ def padded(columns: int, dtype: torch.dtype) -> int:
     return columns + -columns % (16 // dtype.itemsize)
 
 
-def low_size(lora_as: Sequence[torch.Tensor], lora_bs: Sequence[torch.Tensor], dtype: torch.dtype) -> int:
+def low_size(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.dtype) -> int:
     """Elements of all adapters in the activations' dtype, ranks and columns padded."""
     depth = padded(lora_as[0].shape[2], dtype)
     ranks = [padded(a.shape[1], dtype) for a in lora_as]
     return sum(b.shape[0] * rank * (depth + b.shape[1]) for b, rank in zip(lora_bs, ranks, strict=True))
 
 
-def _fused(x: torch.Tensor) -> bool:
+def _fused(x: Tensor) -> bool:
     """Whether the Triton kernels take this input: 16-bit on a GPU, any dtype through the interpreter."""
     return runs_triton(x) and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
 
 
-def _spread(present: Sequence[torch.Tensor], parts: Sequence[int], bit: int) -> list[torch.Tensor | None]:
+def _spread(present: Sequence[Tensor], parts: Sequence[int], bit: int) -> list[Tensor | None]:
     iterator = iter(present)
     return [next(iterator) if part & bit else None for part in parts]
 
 
 def _forward(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    lora_as: list[torch.Tensor],
-    lora_bs: list[torch.Tensor],
-    residuals: list[torch.Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    residuals: list[Tensor],
     parts: list[int],
-    cu_seqlens: torch.Tensor | None,
-    index: torch.Tensor | None,
+    cu_seqlens: Tensor | None,
+    index: Tensor | None,
     rows: int,
     scale: float,
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     layout = Layout(rows, cu_seqlens, index)
     per_weight, per_residual = _spread(weights, parts, _WEIGHT), _spread(residuals, parts, _RESIDUAL)
     if _fused(x) and x.numel():
@@ -150,28 +152,34 @@ def _forward(
     return [*ys, torch.cat(shrunk, dim=1), x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
 
 
-def _forward_fake(x, weights, lora_as, lora_bs, residuals, parts, cu_seqlens, index, rows, scale):
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    *_: Any,
+) -> list[Tensor]:
     ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
     shrunk = x.new_empty((x.shape[0], sum(padded(a.shape[1], x.dtype) for a in lora_as)))
     return [*ys, shrunk, x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
 
 
 def _backward_kernel(
-    grads: list[torch.Tensor],
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    lora_as: list[torch.Tensor],
-    lora_bs: list[torch.Tensor],
-    shrunk: torch.Tensor,
-    low: torch.Tensor,
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    shrunk: Tensor,
+    low: Tensor,
     parts: list[int],
-    cu_seqlens: torch.Tensor | None,
-    index: torch.Tensor | None,
+    cu_seqlens: Tensor | None,
+    index: Tensor | None,
     rows: int,
     scale: float,
     wants_x: bool,
     wants_weights: list[bool],
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     layout = Layout(rows, cu_seqlens, index)
     per_weight = _spread(weights, parts, _WEIGHT)
     d_weights = [
@@ -200,7 +208,7 @@ def _backward_kernel(
     return [d_x, *d_weights, *d_as, *d_bs]
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
     if a.dtype == dtype:
         return a @ b
@@ -210,8 +218,21 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _backward_fake(
-    grads, x, weights, lora_as, lora_bs, shrunk, low, parts, cu_seqlens, index, rows, scale, wants_x, wants_weights
-):
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    shrunk: Tensor,
+    low: Tensor,
+    parts: list[int],
+    cu_seqlens: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    scale: float,
+    wants_x: bool,
+    wants_weights: list[bool],
+) -> list[Tensor]:
     d_x = x.new_empty(x.shape if wants_x else (0,))
     d_weights = [w.new_empty(w.shape if want else (0,)) for w, want in zip(weights, wants_weights, strict=True)]
     return [d_x, *d_weights, *(t.new_empty(t.shape) for t in (*lora_as, *lora_bs))]
@@ -231,7 +252,7 @@ _backward_op = register_op(
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, lora_as, lora_bs, residuals, ctx.parts, cu_seqlens, index, ctx.rows, ctx.scale = inputs
     ctx.counts = (len(weights), len(lora_as), len(residuals))
     ctx.set_materialize_grads(False)  # nobody differentiates the saved outputs: no zeros in their shapes
@@ -242,7 +263,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
     )
 
 
-def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     weight_count, count, _ = ctx.counts
     x, *rest = ctx.saved_tensors
     weights, rest = rest[:weight_count], rest[weight_count:]
@@ -285,16 +306,16 @@ _forward_op = register_op(
 
 
 def batched_lora(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
     *,
     scale: float = 1.0,
-    residual: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    adapter_index: torch.Tensor | None = None,
-) -> torch.Tensor:
+    residual: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+) -> Tensor:
     """x W^T + scale * (x A_b^T) B_b^T (+ residual), with an adapter for each document.
 
     x [B, T, in], or packed [N, in] with `cu_seqlens` (int32 [documents + 1], may be padded with repeated ends; rows
@@ -313,16 +334,16 @@ def batched_lora(
 
 
 def batched_lora_multi(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor | None],
-    lora_as: Sequence[torch.Tensor | None],
-    lora_bs: Sequence[torch.Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
     *,
     scale: float = 1.0,
-    residuals: Sequence[torch.Tensor | None] | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    adapter_index: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+    residuals: Sequence[Tensor | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+) -> list[Tensor]:
     """:func:`batched_lora` for several projections of one input, in one node of the graph: they share passes over x.
 
     Lists of equal length; where both adapters are None the projection is a plain linear. Ranks may differ.
@@ -333,11 +354,11 @@ def batched_lora_multi(
             f"weights, lora_as, lora_bs, residuals: got lengths {len(weights)}, {len(lora_as)}, {len(lora_bs)}, "
             f"{len(residuals)}, wanted the same"
         )
-    outputs: list[torch.Tensor | None] = [None] * len(weights)
-    adapted = []
+    outputs: dict[int, Tensor] = {}
+    adapted: list[_Projection] = []
     for i, (weight, a, b, residual) in enumerate(zip(weights, lora_as, lora_bs, residuals, strict=True)):
         if a is not None and b is not None:
-            adapted.append(i)
+            adapted.append(_Projection(i, weight, a, b, residual))
         elif a is None and b is None and weight is not None:
             y = F.linear(x, weight.to(x.dtype))
             outputs[i] = y if residual is None else y + residual
@@ -345,30 +366,77 @@ def batched_lora_multi(
             raise ValueError(f"projection {i}: got only one of lora_a and lora_b, or neither and no weight")
     if adapted:
         documents = _check_input(x, cu_seqlens, adapter_index)
-        for i in adapted:
-            _check_projection(x, weights[i], lora_as[i], lora_bs[i], residuals[i], adapter_index, documents, i)
+        for projection in adapted:
+            projection.check(x, adapter_index, documents)
         flat = x.reshape(-1, x.shape[-1])
-        parts = [
-            (_WEIGHT if weights[i] is not None else 0) | (_RESIDUAL if residuals[i] is not None else 0) for i in adapted
-        ]
         results = _forward_op(
             flat,
-            [weights[i] for i in adapted if weights[i] is not None],
-            [lora_as[i] for i in adapted],
-            [lora_bs[i] for i in adapted],
-            [residuals[i].reshape(flat.shape[0], -1) for i in adapted if residuals[i] is not None],
-            parts,
+            [p.weight for p in adapted if p.weight is not None],
+            [p.a for p in adapted],
+            [p.b for p in adapted],
+            [p.residual.reshape(flat.shape[0], -1) for p in adapted if p.residual is not None],
+            [(_WEIGHT if p.weight is not None else 0) | (_RESIDUAL if p.residual is not None else 0) for p in adapted],
             cu_seqlens,
             adapter_index,
             x.shape[1] if cu_seqlens is None else 0,
             float(scale),
         )
-        for i, y in zip(adapted, results, strict=False):
-            outputs[i] = y.view(*x.shape[:-1], y.shape[-1])
-    return outputs
+        for projection, y in zip(adapted, results, strict=False):
+            outputs[projection.number] = y.view(*x.shape[:-1], y.shape[-1])
+    return [outputs[i] for i in range(len(weights))]
 
 
-def _check_input(x: torch.Tensor, cu_seqlens: torch.Tensor | None, index: torch.Tensor | None) -> int | None:
+@dataclass(frozen=True)
+class _Projection:
+    """One adapted projection of a call."""
+
+    number: int
+    weight: Tensor | None
+    a: Tensor
+    b: Tensor
+    residual: Tensor | None
+
+    def check(self, x: Tensor, index: Tensor | None, documents: int | None) -> None:
+        name_a, name_b = f"lora_a of projection {self.number}", f"lora_b of projection {self.number}"
+        a, b, features = self.a, self.b, x.shape[-1]
+        if a.dim() != 3 or a.shape[2] != features:
+            raise ValueError(f"{name_a}: got shape {tuple(a.shape)}, wanted [adapters, r, {features}]")
+        adapters, rank = a.shape[:2]
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"{name_a}: got rank {rank}, wanted 1 to {MAX_RANK}")
+        if index is None and documents is not None and adapters != documents:
+            raise ValueError(
+                f"{name_a}: got {adapters} adapters for {documents} documents, wanted as many (or adapter_index)"
+            )
+        if b.dim() != 3 or b.shape[0] != adapters or b.shape[2] != rank:
+            raise ValueError(f"{name_b}: got shape {tuple(b.shape)}, wanted [{adapters}, out, {rank}]")
+        out = b.shape[1]
+        if self.weight is not None and self.weight.shape != (out, features):
+            raise ValueError(
+                f"weight of projection {self.number}: got shape {tuple(self.weight.shape)}, wanted ({out}, {features})"
+            )
+        if self.residual is not None and self.residual.shape != (*x.shape[:-1], out):
+            raise ValueError(
+                f"residual of projection {self.number}: got shape {tuple(self.residual.shape)}, "
+                f"wanted {(*x.shape[:-1], out)}"
+            )
+        if self.residual is not None and self.residual.dtype != x.dtype:
+            raise TypeError(f"residual of projection {self.number}: got {self.residual.dtype}, wanted x's {x.dtype}")
+        for name, tensor in (
+            (name_a, self.a),
+            (name_b, self.b),
+            (f"weight of projection {self.number}", self.weight),
+            ("residual", self.residual),
+        ):
+            if tensor is None:
+                continue
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
+            if tensor.dtype not in (x.dtype, torch.float32):
+                raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")
+
+
+def _check_input(x: Tensor, cu_seqlens: Tensor | None, index: Tensor | None) -> int | None:
     """Checks what the projections share; the number of documents (None: packed, where padding may add empty ones)."""
     if not x.dtype.is_floating_point:
         raise TypeError(f"x: got {x.dtype}, wanted a floating-point dtype")
@@ -393,44 +461,3 @@ def _check_input(x: torch.Tensor, cu_seqlens: torch.Tensor | None, index: torch.
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
     return documents if cu_seqlens is None else None
-
-
-def _check_projection(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    residual: torch.Tensor | None,
-    index: torch.Tensor | None,
-    documents: int | None,
-    number: int,
-) -> None:
-    name_a, name_b = f"lora_a of projection {number}", f"lora_b of projection {number}"
-    features = x.shape[-1]
-    if a.dim() != 3 or a.shape[2] != features:
-        raise ValueError(f"{name_a}: got shape {tuple(a.shape)}, wanted [adapters, r, {features}]")
-    adapters, rank = a.shape[:2]
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"{name_a}: got rank {rank}, wanted 1 to {MAX_RANK}")
-    if index is None and documents is not None and adapters != documents:
-        raise ValueError(
-            f"{name_a}: got {adapters} adapters for {documents} documents, wanted as many (or adapter_index)"
-        )
-    if b.dim() != 3 or b.shape[0] != adapters or b.shape[2] != rank:
-        raise ValueError(f"{name_b}: got shape {tuple(b.shape)}, wanted [{adapters}, out, {rank}]")
-    out = b.shape[1]
-    if weight is not None and weight.shape != (out, features):
-        raise ValueError(f"weight of projection {number}: got shape {tuple(weight.shape)}, wanted ({out}, {features})")
-    if residual is not None and residual.shape != (*x.shape[:-1], out):
-        raise ValueError(
-            f"residual of projection {number}: got shape {tuple(residual.shape)}, wanted {(*x.shape[:-1], out)}"
-        )
-    if residual is not None and residual.dtype != x.dtype:
-        raise TypeError(f"residual of projection {number}: got {residual.dtype}, wanted x's {x.dtype}")
-    for name, tensor in ((name_a, a), (name_b, b), (f"weight of projection {number}", weight), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")
