@@ -238,6 +238,9 @@ def evaluate_command(
 cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether a score is legal, check by check."))
 
 
+cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether an artifact's score is legal."))
+
+
 @cli.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True)
 @click.option("--out", type=ANY_PATH, help="The page [default: report.html in the first run's folder].")
