@@ -11,9 +11,10 @@
 namespace pgolf {
 namespace PGOLF_ISA {
 
-// Elements that are converted, transformed and summed at a time: three float buffers stay in the first-level cache.
+// Elements that are converted, transformed and summed at a time: four float buffers stay in the first-level cache.
 constexpr int kBlock = 1024;
 constexpr int kLanes = 16;
+constexpr double kLargestFixedTop = 40.0;  // of z: up to it a plain sum of exponentials stays within float
 
 inline float fused(float a, float b, float c) {
 #ifdef __FMA__
@@ -40,31 +41,36 @@ struct ExpParts {
   float fraction;  // exp(r) - 1, |r| <= ln(2) / 2
 };
 
-// exp(x) = scale * (1 + fraction), for |x| <= 87. Cody and Waite's reduction, then a degree 7 polynomial (relative
-// error of `fraction` below 1e-7, so that expm1 keeps its accuracy near zero).
+// exp(x) = scale * (1 + fraction), for |x| <= 87. Cody and Waite's reduction, then a polynomial of degree 6 (relative
+// error of `fraction` 2e-8, so that expm1 keeps its accuracy near zero).
 inline ExpParts exp_parts(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = fused(x, 1.44269504f, kRound);
   const float n = shifted - kRound;
-  float r = fused(n, -0.693145752f, x);
-  r = fused(n, -1.42860677e-6f, r);
-  float p = 1.98412698e-4f;
-  p = fused(p, r, 1.38888889e-3f);
-  p = fused(p, r, 8.33333333e-3f);
-  p = fused(p, r, 4.16666667e-2f);
-  p = fused(p, r, 1.66666667e-1f);
-  p = fused(p, r, 0.5f);
+#ifdef __FMA__
+  const float r = fused(n, -0.693147182f, x);  // ln(2) to 2e-9: with one rounding its error stays below float's
+#else
+  const float r = x - n * 0.693145752f - n * 1.42860677e-6f;  // n * the first part is exact
+#endif
+  float p = 1.38825073e-3f;
+  p = fused(p, r, 8.36658105e-3f);
+  p = fused(p, r, 4.16672006e-2f);
+  p = fused(p, r, 1.66665435e-1f);
+  p = fused(p, r, 4.99999970e-1f);
   return {float_of((bits_of(shifted) << 23) + 0x3f800000u), fused(p * r, r, r)};
 }
 
-// x <= about 0 here: what lies below -87 is zero, NaN stays NaN.
+// For x <= about 88; NaN stays NaN. Below -87: exp(-87) = 2e-38, or zero where logits have no bound (a masked logit).
+template <bool kZero>
 inline float exp_of(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const ExpParts e = exp_parts(clamped);
+  const ExpParts e = exp_parts(x < -87.0f ? -87.0f : x);
   const float y = fused(e.scale, e.fraction, e.scale);
-  return x < -87.0f ? 0.0f : y;
+  return kZero && x < -87.0f ? 0.0f : y;
 }
-inline double exp_of(double x) { return ::exp(x); }
+template <bool kZero>
+inline double exp_of(double x) {
+  return ::exp(x);
+}
 
 template <class T>
 struct Capped {
@@ -197,18 +203,22 @@ struct Rows {
   double lse(int64_t i) const {
     const Stored* logits = row(i);
     T buffer[kBlock];
-    T top = S::load(logits[0]);
-    for (int64_t start = 0; start < ce.vocab; start += kBlock) {
-      const int n = int(ce.vocab - start < kBlock ? ce.vocab - start : kBlock);
-      top = max_of_block(load_block<S>(logits + start, n, buffer), n, top);
+    T shift = 0;
+    if (!kCap || caps.height > kLargestFixedTop) {
+      T top = S::load(logits[0]);
+      for (int64_t start = 0; start < ce.vocab; start += kBlock) {
+        const int n = int(ce.vocab - start < kBlock ? ce.vocab - start : kBlock);
+        top = max_of_block(load_block<S>(logits + start, n, buffer), n, top);
+      }
+      shift = transform<kCap>(top, caps).z;  // z grows with a
     }
-    const T shift = transform<kCap>(top, caps).z;  // z grows with a
     T powers[kBlock];
     double sum = 0.0;
     for (int64_t start = 0; start < ce.vocab; start += kBlock) {
       const int n = int(ce.vocab - start < kBlock ? ce.vocab - start : kBlock);
       const T* a = load_block<S>(logits + start, n, buffer);
-      for (int j = 0; j < n; ++j) powers[j] = exp_of(transform<kCap>(a[j], caps).z - shift);
+      for (int j = 0; j < n; ++j) powers[j] = transform<kCap>(a[j], caps).z - shift;  // two loops: one fused is slower
+      for (int j = 0; j < n; ++j) powers[j] = exp_of<!kCap>(powers[j]);
       sum += sum_of_block(powers, n);
     }
     return double(shift) + ::log(sum);
@@ -240,14 +250,17 @@ struct Rows {
     const T total = static_cast<const T*>(lse)[i];
     const T at_target = upstream * transform<kCap>(S::load(logits[target]), caps).slope;
     T buffer[kBlock];
+    T slope[kBlock];
     T gradient[kBlock];
     for (int64_t start = 0; start < ce.vocab; start += kBlock) {
       const int n = int(ce.vocab - start < kBlock ? ce.vocab - start : kBlock);
       const T* a = load_block<S>(logits + start, n, buffer);
       for (int j = 0; j < n; ++j) {
         const Capped<T> capped = transform<kCap>(a[j], caps);
-        gradient[j] = upstream * (capped.slope * exp_of(capped.z - total));
+        slope[j] = upstream * capped.slope;
+        gradient[j] = capped.z - total;
       }
+      for (int j = 0; j < n; ++j) gradient[j] = slope[j] * exp_of<!kCap>(gradient[j]);
       if (target >= start && target < start + n) gradient[target - start] -= at_target;
       for (int j = 0; j < n; ++j) dlogits[start + j] = S::store(gradient[j]);
     }
