@@ -85,45 +85,45 @@ def _compare_mode(groups: dict[str, list[Run]], mode: str) -> Iterator[Markup]:
     yield figure(
         plots.strip(bpb, "bits per byte (less is better)"),
         f"Bits per byte in mode {mode}: " + ", ".join(f"{n} {summarize(v).mean:.4f}" for n, v in bpb.items()),
-        "Each dot a run, the bar the group's mean.",
+        "Each dot a run, the bar the group's mean. The table has mean and standard deviation.",
     )
     first = next(iter(bpb))
-    columns = ["group", "runs", "bpb mean", "bpb sd", "nats mean", "nats sd", f"bpb less {first}", f"nats less {first}",
-               "Welch t", "df", "p", f"p of {RECORD_NATS} nats better"]  # fmt: skip
-    rows = [_mode_row(name, values, nats[name], bpb[first], nats[first], name == first) for name, values in bpb.items()]
+    columns = ["group", "runs", "bits per byte", "nats per token", f"bpb minus {first}", f"nats minus {first}"]
+    rows = []
+    for name, values in bpb.items():
+        row = [name, len(values), _mean(values), _mean(nats[name])]
+        others = [] if name == first else [(values, bpb[first]), (nats[name], nats[first])]
+        rows.append(row + ([_difference(*pair) for pair in others] or ["", ""]))
     yield table(columns, rows, numbers=range(1, len(columns)))
-    yield from _verdicts(nats, first)
+    yield from _tests(bpb, nats, first)
 
 
-def _mode_row(
-    name: str, bpb: list[float], nats: list[float], base_bpb: list[float], base_nats: list[float], is_base: bool
-) -> list[Any]:
-    summary = summarize(bpb)
-    row = [name, summary.count, f"{summary.mean:.5f}", _sd(summary.sd)]
-    row += [f"{summarize(nats).mean:.5f}", _sd(summarize(nats).sd)] if nats else ["", ""]
-    if is_base:
-        return [*row, "", "", "", "", "", ""]
-    row.append(f"{summary.mean - summarize(base_bpb).mean:+.5f}")
-    row.append(f"{summarize(nats).mean - summarize(base_nats).mean:+.5f}" if nats and base_nats else "")
-    test = welch(bpb, base_bpb)
-    row += [f"{test.t:.2f}", f"{test.df:.1f}", _p(test.p)] if test else ["", "", "needs 2 runs each"]
-    record = welch(nats, base_nats, -RECORD_NATS, one_sided=True) if nats and base_nats else None
-    return [*row, _p(record.p) if record else ""]
-
-
-def _verdicts(nats: dict[str, list[float]], first: str) -> Iterator[Markup]:
-    """A sentence for each group that could be a record over the first."""
-    lines = []
-    for name, values in nats.items():
-        record = welch(values, nats[first], -RECORD_NATS, one_sided=True) if name != first and values else None
-        if record is None:
+def _tests(bpb: dict[str, list[float]], nats: dict[str, list[float]], first: str) -> Iterator[Markup]:
+    """Welch's test of each group against the first, and whether it would be a record over it."""
+    rows, verdicts = [], []
+    for name in bpb:
+        test = welch(bpb[name], bpb[first]) if name != first else None
+        if test is None:
             continue
-        reached = record.p < RECORD_P
-        word = tag("span", "is" if reached else "is not shown to be", class_="good" if reached else "bad")
-        line = [name, " ", word, f" better than {first} by at least {RECORD_NATS} nats per token at p < {RECORD_P}"]
-        lines.append(join([*line, f" (one-sided Welch test, p {_p(record.p)})."]))
-    if lines:
-        yield tag("p", join(lines, " "))
+        record = welch(nats[name], nats[first], -RECORD_NATS, one_sided=True) if nats[name] and nats[first] else None
+        rows.append([name, f"{test.t:.2f}", f"{test.df:.1f}", _p(test.p), _p(record.p) if record else ""])
+        if record is not None:
+            better = record.p < RECORD_P
+            word = tag("span", "is" if better else "is not shown to be", class_="good" if better else "bad")
+            line = f" better than {first} by at least {RECORD_NATS} nats per token (p < {RECORD_P}). "
+            verdicts.append(join([name, " ", word, line]))
+    if rows:
+        columns = [
+            f"Welch's test against {first}",
+            "t",
+            "df",
+            "p of no difference",
+            f"p of under {RECORD_NATS} nats better",
+        ]
+        yield table(columns, rows, numbers=range(1, len(columns)))
+        yield tag("p", join(verdicts))
+    elif len(bpb) > 1:
+        yield tag("p", "Whether the groups differ cannot be tested: that needs two runs in each, and some variance.")
 
 
 def _run_table(groups: dict[str, list[Run]]) -> Markup:
@@ -141,8 +141,15 @@ def _run_table(groups: dict[str, list[Run]]) -> Markup:
     return table(columns, rows, numbers=range(2, len(columns)))
 
 
-def _sd(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.5f}"
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    summary = summarize(values)
+    return f"{summary.mean:.5f}" + ("" if math.isnan(summary.sd) else f" ± {summary.sd:.5f}")
+
+
+def _difference(values: list[float], base: list[float]) -> str:
+    return f"{summarize(values).mean - summarize(base).mean:+.5f}" if values and base else ""
 
 
 def _p(value: float) -> str:

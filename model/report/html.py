@@ -39,6 +39,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 tr.on td { background: #fff7e6; }
 .good { color: #1b6e3c; font-weight: 600; }
 .bad { color: #b3261e; font-weight: 600; }
