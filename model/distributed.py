@@ -117,8 +117,8 @@ class Dist:
 def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> Iterator[Dist]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without it.
 
-    `device` is "cuda" or "cpu"; None takes CUDA where there is one. Groups are torn down at the end. Raises TrainError
-    when there are more ranks on this machine than GPUs.
+    `device` is "cuda" or "cpu"; None takes CUDA where there is one. Groups are torn down at the end, unless by an
+    error. Raises TrainError when there are more ranks on this machine than GPUs.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -138,15 +138,19 @@ def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> It
         yield Dist(0, 1, local_rank, target)
         return
     timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    # After a restart torchrun's store still has the addresses of the processes before: each attempt has its own keys.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    options = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
     if target.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=target)
+        dist.init_process_group("nccl", device_id=target, **options)
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
-    try:
-        host_group = dist.new_group(backend="gloo", timeout=timeout) if target.type == "cuda" else dist.group.WORLD
-        yield Dist(rank, world, local_rank, target, host_group)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("gloo", **options)
+        host_group = dist.group.WORLD
+    # Not torn down after an error: another rank may be inside a collective, and tearing down would wait for it.
+    yield Dist(rank, world, local_rank, target, host_group)
+    dist.destroy_process_group()
 
 
 def local_micro_batches(micro_batches: int, world: int) -> int:

@@ -27,13 +27,14 @@ from model.config import Config
 from model.convert import from_reference
 from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
-from model.distributed import Dist, distributed
+from model.distributed import Dist, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
 from model.evaluate import EvalResult, evaluate
 from model.files import sha256_bytes
 from model.gpt import GPT
 from model.quantize import quantize_model
 from model.run import RunDir
+from model.schedule import budget_seconds
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
 from model.train import check_dataset, train
 
@@ -71,14 +72,19 @@ def run_pipeline(
         raise ConfigError(f"stages: got {', '.join(sorted(unknown))}, wanted some of {', '.join(STAGES)}")
     ranks = ranks or Dist.single("cuda" if torch.cuda.is_available() else "cpu")
     config = config.replace(run_id=agree_run_id(config, ranks))
-    run = RunDir(Path(config.train.run_dir) / config.train.run_id, writes=ranks.is_main)
     with ranks.together("opening the data set"):
         dataset = dataset or open_dataset(config.data.data_dir)
         check_dataset(config, dataset)
+    folder = Path(config.train.run_dir) / config.train.run_id
     training = "train" in stages and weights is None
-    if training and not resume and (run.model_path.exists() or list_checkpoints(run.checkpoints)):
-        raise ConfigError(f"run_id: {run.path} holds a trained run already, wanted another run_id or --resume")
+    if training:
+        budget_seconds(config.train)
+        local_micro_batches(config.train.micro_batches, ranks.world)
+        taken = (folder / "model.safetensors").exists() or bool(list_checkpoints(folder / "checkpoints"))
+        if taken and not resume:
+            raise ConfigError(f"run_id: {folder} holds a trained run already, wanted another run_id or --resume")
     ranks.barrier()
+    run = RunDir(folder, writes=ranks.is_main)
     run.start(config, dataset.fingerprint)
 
     model = None
@@ -193,7 +199,7 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
             header = write_artifact(
                 run.artifact_path,
                 quantized,
-                dataclasses.replace(config, model=model.config),
+                _portable(dataclasses.replace(config, model=model.config)),
                 {"run": config.train.run_id, "seed": config.train.seed, "data_sha256": dataset.fingerprint},
                 tokenizer_sha256=sha256_bytes(dataset.tokenizer.model),
             )
@@ -201,6 +207,12 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
             size = header.file_size
             run.merge_result({"artifact": {"bytes": size, "bits_per_weight": 8 * size / weights, "weights": weights}})
             run.say(f"artifact: {size:,} bytes, {8 * size / weights:.3f} bits a weight, {run.artifact_path}")
+
+
+def _portable(config: Config) -> Config:
+    """`config` without the paths and the name of this run: the same weights give an artifact of the same size."""
+    defaults = Config()
+    return config.replace(data_dir=defaults.data.data_dir, run_dir=defaults.train.run_dir, run_id="")
 
 
 def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
