@@ -34,9 +34,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
         raise ValueError(f"mode: got {mode!r}, wanted 'wb' or 'w'")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    text = {} if mode == "wb" else {"encoding": encoding or "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if mode == "wb" else {"encoding": encoding or "utf-8", "newline": ""}
     try:
-        file = open(temporary, mode.replace("w", "x"), **text)  # noqa: SIM115 (closed below, before the rename)
+        file: IO[Any] = open(temporary, mode.replace("w", "x"), **text)  # noqa: SIM115 (closed before the rename)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:

@@ -184,13 +184,13 @@ def test_a_failure_of_the_thread_is_raised_again_each_time(tmp_path):
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_shard_that_vanished_is_named(tmp_path, kind):
-    for name in ("a.bin", "b.bin"):
-        write_shard(tmp_path / name, np.array([1] * 50, dtype=np.uint16))
-    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
-    with pytest.raises(DataError, match=r"b\.bin"):
-        loader = LOADERS[kind](paths, tokens=16, seq_len=16, vocab_size=10)
-        paths[1].unlink()
-        for _ in range(12):
+    paths = [tmp_path / name for name in ("a.bin", "b.bin", "c.bin")]
+    for path in paths:
+        write_shard(path, np.array([1] * 50, dtype=np.uint16))
+    loader = LOADERS[kind](paths, tokens=16, seq_len=16, vocab_size=10)
+    paths[2].unlink()  # the first two may be open by now
+    with pytest.raises(DataError, match=r"c\.bin: cannot be read"):
+        for _ in range(16):
             loader.next_batch()
 
 

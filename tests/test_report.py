@@ -155,9 +155,8 @@ def test_the_example_text_is_the_validation_text(run, page):
     loaded = load_run(run)
     shown = re.search(r'<div class="text">(.*?)</div>', page.source, re.S)[1]
     words = Page(shown)
-    texts = loaded.dataset.tokenizer.decode_batch(
-        [loaded.dataset.valid_tokens[start : start + length] for start, length in loaded.documents]
-    )
+    source = loaded.by_token
+    texts = source.tokenizer.decode_batch([source.tokens[start : start + length] for start, length in source.documents])
     assert any(text.startswith(words.text.lstrip(" ")[:200]) for text in texts)
     bits = [float(b) for b in re.findall(r"lora_ttt: ([\d.]+) bits", shown)]
     assert bits and all(b >= 0 for b in bits)
@@ -170,7 +169,7 @@ def test_the_same_run_gives_the_same_page(run, page, tmp_path):
 def test_per_document_scores_add_up_to_the_mode(run):
     loaded = load_run(run)
     for mode in ("plain", "lora_ttt"):
-        rows = loaded.per_document(mode)
+        rows = loaded.by_token.per_document(mode)
         bpb = rows[:, 0].sum() / math.log(2) / rows[:, 1].sum()
         assert bpb == pytest.approx(loaded.bpb[mode], rel=1e-9)
 

@@ -73,7 +73,7 @@ def build_dataset(
         if tokenizer is not None:
             used = Tokenizer.load(tokenizer)
             source = f"given: {Path(tokenizer).name}"
-        else:
+        elif vocab_size is not None:
             sample = corpus.tokenizer_text(quiet=quiet)
             used = Tokenizer(train_tokenizer(sample, vocab_size, normalization=normalization))
             source = f"trained on one in {corpus.tokenizer_stride} of the training documents"
@@ -196,7 +196,7 @@ class _Encoded(NamedTuple):
     """A document's tokens behind BOS, the bytes they count for, and the digest of the text they decode to."""
 
     tokens: np.ndarray
-    bytes: int
+    size: int
     digest: bytes
 
 
@@ -223,7 +223,7 @@ def _shuffled(documents: Iterable[_Encoded], seed: int, spool: Path) -> Iterator
             for document in documents:
                 file.write(document.tokens.data)
                 lengths.append(document.tokens.size)
-                rest.append((document.bytes, document.digest))
+                rest.append((document.size, document.digest))
         tokens = np.memmap(spool, dtype=np.uint16, mode="r")
         ends = np.cumsum(lengths)
         for number in np.random.Generator(np.random.PCG64(seed)).permutation(len(lengths)):
@@ -252,7 +252,7 @@ def _write_split(folder: Path, split: str, documents: Iterable[_Encoded], shard_
             flush()
         pending.append(document.tokens)
         size += document.tokens.size
-        total_bytes += document.bytes
+        total_bytes += document.size
         text_digest.update(document.digest)
     flush()
     return {

@@ -27,27 +27,28 @@ _SCALE = (
 
 def example_text(run: Run) -> Iterator[Markup]:
     """The start of a typical document under the run's final mode; other modes stand in each token's tooltip."""
-    if run.final_mode not in run.by_token:
+    mode, source = run.final_mode, run.by_token
+    if mode is None or source is None or mode not in source.nll:
         return
-    mode = run.final_mode
-    chosen = _choose(run.per_document(mode))
+    documents = source.per_document(mode)
+    chosen = _choose(documents)
     if chosen is None:
         return
-    start, length = (int(value) for value in run.documents[chosen])
+    start, length = (int(value) for value in source.documents[chosen])
     end = start + min(length, _TOKENS)
-    tokens = run.dataset.valid_tokens[start + 1 : end]
-    bits = {name: ledger.nll[start + 1 : end] / math.log(2) for name, ledger in run.by_token.items()}
-    row = run.per_document(mode)[chosen]
+    tokens = source.tokens[start + 1 : end]
+    bits = {name: nll[start + 1 : end] / math.log(2) for name, nll in source.nll.items()}
+    loss, size, count = documents[chosen]
     yield tag(
         "p",
-        f"Document {chosen + 1} of {len(run.documents):,}, of typical difficulty: "
-        f"{row[0] / math.log(2) / row[1]:.3f} bits per byte over {int(row[2]):,} tokens. Colours are bits for a token "
-        f"under {mode}; the tooltip of a token has every mode.",
+        f"Document {chosen + 1} of {len(documents):,}, of typical difficulty: {loss / math.log(2) / size:.3f} bits per "
+        f"byte over {int(count):,} tokens. Colours are bits for a token under {mode}; the tooltip of a token has every "
+        "mode.",
     )
     yield _key()
-    yield tag("div", join(_spans(tokens, bits, mode, run.dataset.tokenizer)), class_="text")
+    yield tag("div", join(_spans(tokens, bits, mode, source.tokenizer)), class_="text")
     if len(bits) > 1:
-        yield details("The same text, better and worse", join(_compare(tokens, bits, mode, run.dataset.tokenizer)))
+        yield details("The same text, better and worse", join(_compare(tokens, bits, mode, source.tokenizer)))
 
 
 def _choose(documents: np.ndarray) -> int | None:

@@ -55,6 +55,19 @@ class ArtifactFacts:
         return {name: self.parts["codes"] * bits / total if total else 0.0 for name, bits in entropies.items()}
 
 
+class ByToken:
+    """The losses of single tokens (nats, by mode) beside the text that they belong to."""
+
+    def __init__(self, dataset: Dataset, nll: dict[str, np.ndarray]) -> None:
+        self.tokenizer, self.tokens, self.nll = dataset.tokenizer, dataset.valid_tokens, nll
+        self.documents = find_documents(self.tokens)  # start and length of each
+        self._token_bytes = dataset.byte_tables.stream_bytes(self.tokens)
+
+    def per_document(self, mode: str) -> np.ndarray:
+        """Loss sum (nats), bytes and tokens of each document in this mode."""
+        return score_per_document(self.nll[mode], self._token_bytes, self.documents)
+
+
 @dataclass(frozen=True)
 class Run:
     """One run, as far as its folder tells."""
@@ -66,7 +79,7 @@ class Run:
     steps: list[dict[str, Any]]  # metrics of training steps
     validations: list[dict[str, Any]]  # metrics of validations during training
     artifact: ArtifactFacts | None
-    dataset: Dataset | None
+    dataset: Dataset | None  # where it is still there
     ledgers: dict[str, Ledger]  # by evaluation mode, as in `bpb`
     verified: dict[str, dict[str, Any]]  # what `pgolf verify` found (model/verify.py), by mode
     missing: list[str] = field(default_factory=list)  # sentences for the page
@@ -97,28 +110,15 @@ class Run:
         return wanted if wanted in self.bpb else next(reversed(self.bpb), None)
 
     @property
-    def by_token(self) -> dict[str, Ledger]:
-        """The ledgers of evaluations that came to their end, where the data set is there to read them with."""
-        return {} if self.dataset is None else {mode: self.ledgers[mode] for mode in self.bpb if mode in self.ledgers}
-
-    @property
     def signature(self) -> tuple[tuple[str, Any], ...]:
         """Equal for runs that differ by their seed (and their place) alone."""
         return tuple((name, value) for _, name, value in self.config.items() if name not in _IDENTITY)
 
     @cached_property
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of each validation token. Needs the data set."""
-        return self.dataset.byte_tables.stream_bytes(self.dataset.valid_tokens)
-
-    @cached_property
-    def documents(self) -> np.ndarray:
-        """Start and length of each validation document. Needs the data set."""
-        return find_documents(self.dataset.valid_tokens)
-
-    def per_document(self, mode: str) -> np.ndarray:
-        """Loss sum (nats), bytes and tokens of each document in this mode. Needs the data set and the ledger."""
-        return score_per_document(self.ledgers[mode].nll, self.token_bytes, self.documents)
+    def by_token(self) -> ByToken | None:
+        """What can be said of single tokens; None without the data set or without a finished evaluation's ledger."""
+        finished = {mode: self.ledgers[mode].nll for mode in self.bpb if mode in self.ledgers}
+        return ByToken(self.dataset, finished) if self.dataset is not None and finished else None
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:

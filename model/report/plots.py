@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,7 +20,7 @@ COLOURS = ("#2b6cb0", "#c8641e", "#2f855a", "#8e4a9e", "#b83280", "#5a6b7b", "#0
 GREY = "#8a94a0"
 _POINTS = 800  # a curve is drawn with about so many points
 _WIDTH = 7.6  # inches; the page scales it
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "pgolf",  # the same figures give the same bytes
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -222,7 +222,7 @@ def bpb_by_length(documents: dict[str, np.ndarray]) -> str:
     return draw(2.7, 1, paint)
 
 
-def strip(groups: dict[str, Sequence[float]], axis_label: str) -> str:
+def strip(groups: Mapping[str, Sequence[float]], axis_label: str) -> str:
     """One row a group: each run a dot, the mean a line."""
 
     def paint(axes: Axes) -> None:

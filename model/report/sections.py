@@ -96,11 +96,10 @@ def _score(run: Run) -> Iterator[Markup]:
              _number(facts.get("bytes"), ","), _number(facts.get("seconds"), ",.1f")]
         )  # fmt: skip
     yield table(["mode", "bits per byte", "nats per token", "tokens", "bytes", "seconds"], rows, numbers=range(1, 6))
-    scored = {mode: run.per_document(mode) for mode in run.by_token}
-    if scored:
-        count = len(run.documents)
+    if run.by_token is not None:
+        count = len(run.by_token.documents)
         yield figure(
-            plots.bpb_by_length(scored),
+            plots.bpb_by_length({mode: run.by_token.per_document(mode) for mode in run.by_token.nll}),
             "Bits per byte by document length and evaluation mode",
             f"The {count:,} validation documents in groups of about equal number, from the shortest to the longest.",
         )
