@@ -41,9 +41,8 @@ def gptq_factor_reference(
     order = order.long()
     permuted = hessian[batch, order[:, :, None], order[:, None, :]]
     permuted.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    # LAPACK's upper factor in column-major order is the lower factor in row-major order: no transposition.
-    upper, status = torch.linalg.cholesky_ex(permuted, upper=True)
-    return upper.mT.contiguous(), status
+    factor, status = torch.linalg.cholesky_ex(permuted)
+    return factor.contiguous(), status
 
 
 def gptq_columns_reference(
@@ -450,6 +449,8 @@ def _factorise_all(hessians, recipes, compute) -> list[_Factor]:
     batches = _group(range(len(shared)), lambda j: (hessians[shared[j][0]].shape, settings(shared[j][0])))
     if not hessians[0].is_cuda:
         batches = [(key, [j]) for key, members in batches for j in members]
+    # The GPU works on the largest while the host prepares the others.
+    batches.sort(key=lambda batch: batch[0][0], reverse=True)
     factors: list[Any] = [None] * len(hessians)
     for (_, (dtype, *_)), jobs in batches:
         stacked = torch.stack([hessians[shared[j][0]].to(dtype) for j in jobs]) if len(jobs) > 1 else None
