@@ -145,7 +145,7 @@ class DocumentTrainer:
             return
         chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
         with self.session.random_tokens():
-            self._graphs = StepGraphs(self._pass, [self._warm_up_control(int(size)) for size in chosen], chosen)
+            self._graphs = StepGraphs(self.step, [self._warm_up_control(int(size)) for size in chosen], chosen)
 
     def read(self, part: np.ndarray, state: int) -> None:
         """Scores this rank's share of the documents `part`, each starting from the base weights' `state`.
@@ -200,9 +200,9 @@ class DocumentTrainer:
         control = torch.from_numpy(np.stack([step.start, step.length, step.offset, step.count, count]))
         if self._graphs is not None:
             return self._graphs.run(step.size, control)
-        return self._pass(step.size, control.to(self.session.device), train=bool(step.trains.any()))
+        return self.step(step.size, control.to(self.session.device), train=bool(step.trains.any()))
 
-    def _pass(self, size: int, control: Tensor, train: bool = True) -> Tensor:
+    def step(self, size: int, control: Tensor, train: bool = True) -> Tensor:
         """A forward pass over a packed row of `size` inputs, then an optimiser step if asked for.
 
         control: int64 [5, slots] of first input in the stream, inputs, chunk's offset, chunk's predictions, and the

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from model.config import EvalConfig
 from model.data.tokenizer import ByteTables
+from pgolf_kernels import ngram_hints
+
+LOWEST_ORDER, HIGHEST_ORDER = 8, 16  # of the contexts in tokens
 
 
 class Tilt:
@@ -38,11 +41,9 @@ class Tilt:
 
 def make_tilt(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device: torch.device) -> Tilt:
     """The tilt of a stream with the settings `ngram_*` of `config`; hints are made on the CPU in one pass."""
-    from pgolf_kernels import ngram_hints
-
     hints, betas = ngram_hints(
-        tokens,
-        order_stride=config.ngram_order_stride,
+        torch.from_numpy(tokens),
+        orders=tuple(range(LOWEST_ORDER, HIGHEST_ORDER + 1, config.ngram_order_stride)),
         table_bits=config.ngram_table_bits,
         base_beta=config.ngram_base_beta,
         agree_bonus=config.ngram_agree_bonus,
@@ -50,8 +51,8 @@ def make_tilt(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device
         within_beta=config.ngram_within_beta,
         word_threshold=config.ngram_word_threshold,
         word_beta=config.ngram_word_beta,
-        has_leading_space=tables.has_leading_space,
-        is_boundary=tables.is_boundary,
+        has_leading_space=torch.from_numpy(np.array(tables.has_leading_space)),
+        is_boundary=torch.from_numpy(np.array(tables.is_boundary)),
         hash=config.ngram_hash,
     )
-    return Tilt(np.asarray(hints), np.asarray(betas), device)
+    return Tilt(hints.numpy(), betas.numpy(), device)

@@ -1,0 +1,234 @@
+"""Document-wise test-time training: a whole validation set, and one chunk step of a batch of documents.
+
+The set is the stream in PGOLF_BENCH_TOKENS (a token shard), documents over 2,500 tokens left out, and one document of
+25,000 tokens made from its start; without the variable, random tokens in documents of log-normal length. On a CPU it
+is a small part of that and a small network. The peer is pull request 1727's own evaluation function, loaded from
+PGOLF_PEER_DIR, compiled and warmed up as its script does before its clock starts, on the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import common
+from bench.conftest import TABLE
+from model.config import Config, ModelConfig
+from model.convert import to_reference
+from model.data.shards import BOS_ID, read_shard
+from model.evaluate.documents import find_documents
+from model.evaluate.ledger import Ledger
+from model.evaluate.lora_ttt import DocumentTrainer
+from model.evaluate.session import Session
+from model.gpt import GPT
+from model.presets import get_preset
+
+GPU = common.DEVICE.type == "cuda"
+LONGEST, LONG_DOCUMENT = 2_500, 25_000
+CONTEXTS = (96, 2048)
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a provider measured on the whole set."""
+
+    seconds: float
+    nats: float  # per token
+    ready_seconds: float  # compiling and warming up before the clock starts
+
+
+def configuration() -> Config:
+    config = get_preset("pr1727")
+    if GPU:
+        return config
+    network = ModelConfig(vocab_size=512, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8)
+    small = network.__class__(**{**vars(network), "loop_start": 1, "loop_end": 1, "parallel_start": 3, "xsa_last_n": 4})
+    return Config(model=small, eval=config.eval).replace(ttt_lora_rank=8, ttt_batch_size=8, ttt_eval_seq_len=256)
+
+
+def stream(vocabulary: int) -> np.ndarray:
+    """The documents as one stream of uint16 tokens."""
+    rng = np.random.default_rng(0)
+    path = os.environ.get("PGOLF_BENCH_TOKENS")
+    if path:
+        tokens = read_shard(path)
+        bodies = [tokens[start + 1 : start + n] for start, n in find_documents(tokens)]
+        bodies = [body[body != BOS_ID] for body in bodies]
+    else:
+        lengths = np.exp(rng.normal(5.5, 1.2, 2_000)).astype(int) + 1
+        bodies = [rng.integers(4, vocabulary, n).astype(np.uint16) for n in lengths]
+    everything = np.concatenate(bodies)
+    kept = [body for body in bodies if len(body) < LONGEST]
+    if not GPU:
+        kept = [body for body in kept if len(body) < 200][:12]
+    long = [np.resize(everything, LONG_DOCUMENT)] if GPU else []
+    return np.concatenate([np.append(np.uint16(BOS_ID), body % vocabulary) for body in kept + long]).astype(np.uint16)
+
+
+def network(config: Config) -> GPT:
+    """Random weights with every branch alive: at zero output projections GEMMs look faster than they are."""
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    with torch.no_grad():
+        model.qo_bank[config.model.num_layers :].normal_(0, 0.02)
+        model.down_bank.normal_(0, 0.01)
+    model.requires_grad_(False).to(common.DEVICE)
+    model.compute_dtype = torch.bfloat16 if GPU else torch.float32
+    return model
+
+
+class Ours:
+    """This package: packed windows, one CUDA graph for each step size."""
+
+    def __init__(self, config: Config, model: GPT, tokens: np.ndarray) -> None:
+        self.session = Session(
+            model=model,
+            config=config.eval,
+            tokens=tokens,
+            token_bytes=np.ones(len(tokens), np.int64),
+            ledger=Ledger(len(tokens)),
+            device=common.DEVICE,
+            documents_apart=True,
+        )
+        self.documents = find_documents(tokens)
+        self.trainer = DocumentTrainer(self.session, self.documents)
+
+    def whole_set(self) -> Found:
+        every = np.arange(len(self.documents))
+        started = time.perf_counter()
+        self.trainer.prepare([every])
+        common.synchronize()
+        ready = time.perf_counter()
+        self.trainer.read(every, 0)
+        self.session.ledger.finish()
+        seconds = time.perf_counter() - ready
+        return Found(seconds, float(np.nanmean(self.session.ledger.nll)), ready - started)
+
+    def chunk_step(self, context: int) -> Callable[[], Any]:
+        slots, chunk = self.trainer.slots, self.session.config.ttt_chunk_size
+        self.trainer.bank.hand_over(np.arange(slots), np.arange(slots))
+        control = torch.tensor([0, context, context - chunk, chunk, 1]).unsqueeze(1).repeat(1, slots)
+        control[0] = torch.arange(slots) * context % (self.session.num_tokens - context - 1)
+        control = control.to(common.DEVICE)
+        if not GPU:
+            return lambda: self.trainer.step(slots * context, control)
+        return common.graph_of([lambda: self.trainer.step(slots * context, control)]).replay
+
+
+class Peer1727:
+    """Pull request 1727's evaluation, without its phases of global SGD."""
+
+    def __init__(self, config: Config, model: GPT, tokens: np.ndarray) -> None:
+        if not GPU:
+            raise common.Absent("the script needs a GPU")
+        os.environ.update(PHASED_TTT_PREFIX_DOCS="0", TTT_CHUNK_SIZE=str(config.eval.ttt_chunk_size))
+        self.script: ModuleType = common.peer_module("pr1727/train_gpt.py")
+        self.settings = self.script.Hyperparameters()
+        network = self.script.GPT(self.settings).to(common.DEVICE).bfloat16()
+        self.script.restore_fp32_params(network)
+        network.load_state_dict(to_reference(model.state_dict(), config.model, banked=True))
+        network.looping_active = True
+        self.network = network.requires_grad_(False)
+        self.script.BOS_ID = BOS_ID
+        size = config.model.vocab_size
+        self.data = SimpleNamespace(
+            val_tokens=torch.from_numpy(tokens),
+            base_bytes_lut=torch.ones(size, dtype=torch.int16, device=common.DEVICE),
+            has_leading_space_lut=torch.zeros(size, dtype=torch.bool, device=common.DEVICE),
+            is_boundary_token_lut=torch.zeros(size, dtype=torch.bool, device=common.DEVICE),
+        )
+        for block in network.blocks:
+            block.attn.rotary(self.settings.ttt_eval_seq_len, common.DEVICE, torch.bfloat16)
+        self.forward = torch.compile(lambda x, y, lora: network.forward_ttt(x, y, lora=lora), dynamic=True)
+
+    def whole_set(self) -> Found:
+        started = time.perf_counter()
+        for context in (self.settings.ttt_chunk_size, self.settings.ttt_eval_seq_len):
+            self.chunk_step(context)()
+        common.synchronize()
+        torch.cuda.empty_cache()
+        ready = time.perf_counter()
+        nats, _ = self.script.eval_val_ttt_phased(
+            self.settings,
+            self.network,
+            common.DEVICE,
+            self.data,
+            forward_ttt_train=lambda x, y, lora: self.forward(x, y, lora),
+        )
+        common.synchronize()
+        return Found(time.perf_counter() - ready, nats, ready - started)
+
+    def chunk_step(self, context: int) -> Callable[[], Any]:
+        h, slots = self.settings, self.settings.ttt_batch_size
+        lora = self.script.BatchedTTTLoRA(slots, self.network, h.ttt_lora_rank).to(common.DEVICE)
+        optimizer = torch.optim.AdamW(
+            lora.parameters(), lr=h.ttt_lora_lr, betas=(h.ttt_beta1, h.ttt_beta2), eps=1e-10,
+            weight_decay=h.ttt_weight_decay, fused=True,
+        )  # fmt: skip
+        x, y = torch.randint(0, h.vocab_size, (2, slots, context), device=common.DEVICE)
+
+        def step() -> None:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                losses = self.forward(x, y, lora)
+            optimizer.zero_grad(set_to_none=True)
+            losses[:, -h.ttt_chunk_size :].mean(dim=-1).sum().backward()
+            optimizer.step()
+
+        return step
+
+
+PROVIDERS: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "1727": Peer1727}
+
+
+@pytest.fixture(scope="module", params=PROVIDERS)
+def provider(request: pytest.FixtureRequest) -> Any:
+    if request.param != "pgolf" and not request.config.getoption("--peers"):
+        pytest.skip("a peer; --peers times it")
+    config = configuration()
+    try:
+        built = PROVIDERS[request.param](config, network(config), stream(config.model.vocab_size))
+    except common.Absent as absent:
+        request.config.stash[TABLE].rows.append(common.Row("evaluate", "all", request.param, absent=str(absent)))
+        pytest.skip(f"absent: {absent}")
+    yield request.param, built, config
+    del built
+    torch._dynamo.reset()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+def test_whole_set(provider: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    name, built, config = provider
+    found = benchmark.pedantic(built.whole_set, rounds=1)
+    tokens = len(stream(config.model.vocab_size)) - 1
+    how = f"{tokens / found.seconds:.0f} tokens/s, {found.nats:.5f} nats, ready in {found.ready_seconds:.1f} s"
+    row = common.Row("evaluate/whole_set", f"{tokens} tokens", name, seconds=found.seconds, how=how)
+    request.config.stash[TABLE].rows.append(row)
+    benchmark.extra_info.update(vars(found), tokens=tokens, tokens_per_s=tokens / found.seconds)
+
+
+@pytest.mark.parametrize("context", CONTEXTS if GPU else CONTEXTS[:1])
+def test_chunk_step(provider: Any, benchmark: Any, request: pytest.FixtureRequest, context: int) -> None:
+    name, built, config = provider
+    step = built.chunk_step(context)
+    step()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+        common.synchronize()
+
+    benchmark.pedantic(steps, rounds=3, warmup_rounds=1)
+    seconds = benchmark.stats.stats.median / STEPS
+    case = f"{config.eval.ttt_batch_size} documents, context {context}"
+    request.config.stash[TABLE].rows.append(common.Row("evaluate/chunk_step", case, name, seconds=seconds))
+    benchmark.extra_info.update(case=case, provider=name, step_seconds=seconds)

@@ -1,0 +1,66 @@
+"""Document steps on a GPU: CUDA graphs, eager steps and the CPU agree, and nothing waits for the device."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.adapters import Adapters
+from model.evaluate.ledger import Ledger
+from model.evaluate.lora_ttt import evaluate_lora_ttt
+from model.evaluate.session import Session
+from tests.evaluation import arrays, golden_session
+from tests.test_evaluate_golden import golden_a
+
+pytestmark = pytest.mark.gpu
+
+
+def session_on_gpu(*, graphs: bool, **changes: object) -> Session:
+    base = golden_session("pr1530", **changes)
+    base.model.compute_dtype = torch.bfloat16
+    return Session(
+        model=base.model.cuda(),
+        config=base.config,
+        tokens=base.tokens,
+        token_bytes=base.token_bytes,
+        ledger=Ledger(len(base.tokens)),
+        device=torch.device("cuda"),
+        documents_apart=True,
+        graphs=graphs,
+    )
+
+
+def scores(*, graphs: bool, **changes: object) -> np.ndarray:
+    session = session_on_gpu(graphs=graphs, **changes)
+    evaluate_lora_ttt(session, initial_a=golden_a)
+    session.ledger.finish()
+    return session.ledger.nll[1:]
+
+
+@pytest.mark.parametrize("slots", [4, 16])
+def test_graphs_score_as_eager_steps_do(slots: int) -> None:
+    eager, graphed = (scores(graphs=graphs, ttt_batch_size=slots) for graphs in (False, True))
+    assert np.abs(eager.mean() - graphed.mean()) < 2e-3
+    # bf16 rounds differently in another tile, and every step learns from the difference.
+    assert np.quantile(np.abs(eager - graphed), 0.9) < 0.1
+
+
+def test_the_gpu_finds_the_golden_losses() -> None:
+    want = arrays()["ttt_lora_pr1530.docs"][:, 0].sum() / 3008
+    assert scores(graphs=True).mean() == pytest.approx(want, rel=5e-3)
+
+
+def test_zero_adapters_change_next_to_nothing() -> None:
+    session = session_on_gpu(graphs=False)
+    model, ids = session.model, session.input_ids[:513]
+    cu_seqlens = torch.arange(0, 513, 64, dtype=torch.int32, device="cuda")
+    inputs = {"cu_seqlens": cu_seqlens, "max_seqlen": 64, "reduction": "none"}
+    slots = sum(map(len, model.config.layer_order(True)))
+    kinds = ("q", "k", "v", "o", "mlp", "lm_head")
+    zero = Adapters.zeros(model.config, slots, 8, 4, kinds, torch.device("cuda"), torch.float32)
+    zero.cu_seqlens = cu_seqlens
+    with torch.no_grad():
+        plain = model.loss(ids[:-1][None], ids[1:][None], **inputs)
+        adapted = model.loss(ids[:-1][None], ids[1:][None], adapters=zero, **inputs)
+        again = model.loss(ids[:-1][None], ids[1:][None], adapters=zero, **inputs)
+    assert torch.equal(adapted, again)
+    assert (plain - adapted).abs().mean() < 1e-3

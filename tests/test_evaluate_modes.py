@@ -1,0 +1,328 @@
+"""What holds for evaluations as a whole: edges, interruptions, ranks, adapters that do nothing."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from model.adapters import Adapters
+from model.data.shards import BOS_ID
+from model.data.tokenizer import ByteTables
+from model.errors import ConfigError, DataError, LegalityError
+from model.evaluate import evaluate, parse_mode
+from model.evaluate.adapter_bank import document_keys, uniform
+from model.evaluate.bpb import check_bytes, score_per_document
+from model.evaluate.documents import find_documents
+from model.evaluate.ledger import ARTIFACT_STATE, Ledger
+from model.evaluate.lora_ttt import evaluate_lora_ttt
+from model.evaluate.ngram_cache import CacheCounts
+from model.evaluate.ngram_tilt import Tilt
+from model.evaluate.observe import hash_weights
+from model.evaluate.session import Session
+from model.legality import check_documents_apart, check_ledger, check_size
+from tests import test_verify as small
+from tests.evaluation import arrays
+
+B = BOS_ID
+SETTINGS = {
+    "eval_seq_len": 32,
+    "eval_stride": 8,
+    "eval_batch_seqs": 3,
+    "ttt_eval_seq_len": 32,
+    "ttt_chunk_size": 8,
+    "ttt_batch_size": 3,
+    "ttt_lora_rank": 2,
+    "sgd_ttt_chunk_tokens": 64,
+    "phased_prefix_docs": 4,
+    "phased_num_phases": 2,
+    "global_ttt_chunk_tokens": 32,
+}
+CONFIG = small.CONFIG.replace(**SETTINGS)
+MODES = ("plain", "sliding", "sgd-ttt", "lora-ttt", "phased", "sliding-cache", "plain+ngram-tilt")
+
+
+def dataset(tokens: np.ndarray) -> SimpleNamespace:
+    return SimpleNamespace(valid_tokens=np.asarray(tokens, np.uint16), byte_tables=small.tables(), train_shards=[])
+
+
+def stream(*lengths: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return np.concatenate([np.append(B, rng.integers(4, small.VOCABULARY, n)) for n in lengths])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        stream(3),
+        [B, 5],
+        [B, B],  # an empty document
+        [5, 6, 7, 8],  # no BOS
+        [5, B, 6, B],  # something in front of the first document, nothing in the last
+        stream(0, 1, 2, 31, 32, 33, 0, 8, 7, 9, 90),  # around the edges of windows and chunks
+    ],
+    ids=["short", "one token", "empty document", "no BOS", "loose ends", "edges"],
+)
+def test_every_token_but_the_first_is_scored_once(mode: str, tokens: np.ndarray) -> None:
+    config = CONFIG.replace(ngram_table_bits=8)
+    result = evaluate(small.model(), dataset(tokens), mode, config, device="cpu")
+    assert result.tokens == len(tokens) - 1
+    assert np.isfinite(result.ledger.nll[1:]).all()
+    # Before anything is learnt, in fp32, a probability of one of 24 tokens.
+    assert 0 < result.val_loss < 3 * math.log(small.VOCABULARY)
+    assert check_ledger(result.ledger, result.bpb).status == "pass"
+    assert result.per_document[:, 2].sum() == result.tokens
+
+
+@pytest.mark.parametrize("mode", ["sgd-ttt", "phased", "lora-ttt", "sliding-cache"])
+def test_the_model_is_left_as_it_came(mode: str) -> None:
+    model = small.model()
+    before, flags = hash_weights(model), [p.requires_grad for p in model.parameters()]
+    evaluate(model, dataset(stream(40, 50, 60)), mode, CONFIG, device="cpu")
+    assert hash_weights(model) == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_streams_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="1 tokens, wanted at least 2"):
+        evaluate(small.model(), dataset([B]), "plain", CONFIG, device="cpu")
+    with pytest.raises(DataError, match="token 24, wanted ids below the model's vocabulary of 24"):
+        data = dataset([B, 24])
+        data.byte_tables = ByteTables(np.ones(30, np.int16), np.zeros(30, bool), np.zeros(30, bool))
+        evaluate(small.model(), data, "plain", CONFIG, device="cpu")
+    with pytest.raises(ConfigError, match="eval_mode: got 'plain\\+magic'"):
+        parse_mode("plain+magic")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_evaluation_goes_on(mode: str, tmp_path, monkeypatch) -> None:
+    config, data = CONFIG.replace(ngram_table_bits=8), dataset(stream(40, 9, 50, 33, 60, 20, 70))
+    whole = evaluate(small.model(), data, mode, config, device="cpu")
+    path = tmp_path / "ledger.npz"
+    pauses = 0
+
+    def stop(self: Session, *, last: bool = False) -> None:
+        nonlocal pauses
+        pauses += 1
+        if pauses == 2:
+            self.ledger.save(path)
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "pause", stop)
+        patch.setattr("model.evaluate.lora_ttt.PAUSE_STEPS", 2)
+        with pytest.raises(Interrupted):
+            evaluate(small.model(), data, mode, config, device="cpu", ledger_path=path)
+    ledger = Ledger.load(path)
+    assert 0 < ledger.missing() < ledger.num_tokens - 1
+    scored = ledger.nll.copy()
+    result = evaluate(small.model(), data, mode, config, device="cpu", ledger_path=path, resume=True)
+    assert np.array_equal(result.ledger.nll[~np.isnan(scored)], scored[~np.isnan(scored)])
+    assert np.allclose(result.ledger.nll[1:], whole.ledger.nll[1:], atol=1e-5)
+    with pytest.raises(ConfigError, match="ledger of another evaluation"):
+        evaluate(small.model(), data, mode, config.replace(eval_stride=4), device="cpu", ledger_path=path, resume=True)
+
+
+def _rank(rank: int, world: int, port: int, mode: str, tokens: np.ndarray, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    result = evaluate(small.model(), dataset(tokens), mode, CONFIG, device="cpu")
+    assert check_ledger(result.ledger, result.bpb).status == "pass"
+    np.save(f"{folder}/{mode}{rank}.npy", result.ledger.nll)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "mode", ["lora-ttt", "phased", *(pytest.param(m, marks=pytest.mark.long) for m in ("plain", "sliding", "sgd-ttt"))]
+)
+def test_two_ranks_find_what_one_finds(mode: str, tmp_path) -> None:
+    tokens = stream(40, 9, 50)  # three ranks' worth of documents and one rank more than that below
+    alone = evaluate(small.model(), dataset(tokens), mode, CONFIG, device="cpu")
+    port = 29500 + hash(mode) % 400
+    mp.spawn(_rank, args=(2, port, mode, tokens, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        together = np.load(tmp_path / f"{mode}{rank}.npy")
+        assert np.allclose(together[1:], alone.ledger.nll[1:], atol=2e-5)
+
+
+def test_more_ranks_than_documents(tmp_path) -> None:
+    tokens = stream(20)
+    mp.spawn(_rank, args=(2, 29950, "phased", tokens, str(tmp_path)), nprocs=2)
+    alone = evaluate(small.model(), dataset(tokens), "phased", CONFIG, device="cpu")
+    assert np.allclose(np.load(tmp_path / "phased1.npy")[1:], alone.ledger.nll[1:], atol=2e-5)
+
+
+def test_adapters_that_are_zero_change_no_bit() -> None:
+    model = small.model()
+    ids = torch.from_numpy(stream(40, 30).astype(np.int64))
+    cu_seqlens = torch.tensor([0, 41, len(ids) - 1], dtype=torch.int32)
+    inputs = {"cu_seqlens": cu_seqlens, "max_seqlen": 64, "reduction": "none"}
+    kinds = ("q", "k", "v", "o", "mlp", "lm_head")
+    slots = sum(map(len, model.config.layer_order(True)))
+    zero = Adapters.zeros(model.config, slots, 2, 2, kinds, torch.device("cpu"), torch.float32)
+    zero.cu_seqlens = cu_seqlens
+    with torch.no_grad():
+        plain = model.loss(ids[:-1][None], ids[1:][None], **inputs)
+        assert torch.equal(plain, model.loss(ids[:-1][None], ids[1:][None], adapters=zero, **inputs))
+
+
+def test_the_schedule_and_the_company_change_nothing() -> None:
+    tokens = stream(40, 9, 50, 33, 60)
+    found = []
+    for slots in (1, 2, 5):
+        config = CONFIG.replace(ttt_batch_size=slots)
+        found.append(evaluate(small.model(), dataset(tokens), "lora-ttt", config, device="cpu").ledger.nll[1:])
+    assert np.allclose(found[0], found[1], atol=1e-5) and np.allclose(found[0], found[2], atol=1e-5)
+
+
+def test_initial_adapters_depend_on_seed_document_and_layer_alone() -> None:
+    documents = torch.arange(50)
+    keys = document_keys(3, documents, 2, torch.arange(4).unsqueeze(1))
+    values = uniform(keys, 1000)
+    assert values.shape == (4, 50, 1000)
+    assert torch.equal(values[2, 7], uniform(document_keys(3, torch.tensor([7]), 2, torch.tensor([[2]])), 1000)[0, 0])
+    assert len(torch.unique(keys)) == 200
+    assert values.min() >= 0 and values.max() < 1
+    assert values.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert values.var().item() == pytest.approx(1 / 12, rel=0.02)
+    neighbours = torch.corrcoef(values[0, :10])
+    assert (neighbours - torch.eye(10)).abs().max() < 0.15
+
+
+def test_the_tilt_is_the_renormalised_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 24, dtype=torch.float64, generator=generator)
+    log_p = torch.log_softmax(logits, -1)
+    hints, betas = np.array([3, -1, 5, 0, 23, 7]), np.array([0.5, 3.0, 2.0, 0.0, 9.0, 1.0])
+    tilt = Tilt(hints, betas, torch.device("cpu"))
+    index = torch.arange(6)
+    log_p_hint = log_p.gather(1, torch.from_numpy(hints).clamp(min=0)[:, None])[:, 0]
+    total = torch.zeros(6, dtype=torch.float64)
+    for token in range(24):
+        targets = torch.full((6,), token)
+        score = tilt.apply(-log_p[:, token], log_p_hint, targets, index)
+        total += torch.exp(-score)
+        shifted = logits.clone()
+        shifted[torch.arange(6)[hints >= 0], hints[hints >= 0]] += torch.from_numpy(betas)[hints >= 0]
+        assert torch.allclose(score, -torch.log_softmax(shifted, -1)[:, token])
+    assert torch.allclose(total, torch.ones(6, dtype=torch.float64), atol=1e-12)
+
+
+def test_the_tilt_on_golden_logits() -> None:
+    golden = small_tilt_case()
+    log_p = torch.log_softmax(torch.from_numpy(golden["tilt.logits"]).double(), -1)
+    positions, targets = golden["tilt.positions"], torch.from_numpy(golden["tilt.targets"])
+    tilt = Tilt(golden["tilt.hints"], golden["tilt.betas"], torch.device("cpu"))
+    index = torch.from_numpy(positions)
+    hint = tilt.hints[index].clamp(min=0)
+    nll = -log_p.gather(1, targets[:, None])[:, 0]
+    score = tilt.apply(nll, log_p.gather(1, hint[:, None])[:, 0], targets, index)
+    assert np.abs(score.numpy() - golden["tilt.mixed_nll"]).max() < 1e-5
+
+
+def small_tilt_case() -> dict[str, np.ndarray]:
+    from tests.golden import load_npz
+
+    return load_npz("ngram.npz")
+
+
+def test_cache_counts_are_those_of_a_dictionary() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 3, 40), rng.integers(0, 3, 60)
+    order = 4
+    events = np.concatenate([np.arange(1, 40), np.arange(41, 80), np.arange(70, 100)])  # some twice, some never
+    counts = CacheCounts([first, second], order, events)
+    positions = rng.integers(1, 100, 200)
+    positions = positions[positions != 40]
+    known, tokens = rng.integers(0, len(events) + 1, len(positions)), rng.integers(0, 3, len(positions))
+    found = counts.frequency(positions, tokens, known)
+    joined = np.concatenate([first, second])
+    starts = np.where(np.arange(100) < 40, 0, 40)
+    for position, token, limit, frequency in zip(positions, tokens, known, found, strict=True):
+        want = math.nan
+        for length in range(order - 1, 0, -1):
+            if position - length < starts[position]:
+                continue
+            context = joined[position - length : position].tolist()
+            seen = [
+                joined[e]
+                for e in events[:limit]
+                if e - length >= starts[e] and joined[e - length : e].tolist() == context
+            ]
+            if seen:
+                want = seen.count(token) / len(seen)
+                break
+        assert frequency == want or (math.isnan(frequency) and math.isnan(want))
+
+
+def test_scores_per_document_add_up() -> None:
+    documents = arrays()["docs"]
+    nll = np.random.default_rng(0).random(len(arrays()["val_tokens"]))
+    nll[0] = np.nan
+    found = score_per_document(nll, np.ones(len(nll), np.int64), documents)
+    assert found[:, 0].sum() == pytest.approx(nll[1:].sum(), rel=1e-12)
+    assert np.array_equal(found[:, 2], documents[:, 1] - 1)
+
+
+def test_bytes_are_checked_against_the_text() -> None:
+    tokenizer = SimpleNamespace(decode_batch=lambda bodies: ["x" * len([t for t in body if t > 3]) for body in bodies])
+    tokens = stream(5, 9).astype(np.uint16)
+    tables = small.tables()
+    plain = type(tables)((np.arange(24) > 3).astype(np.int16), np.zeros(24, bool), tables.is_boundary)
+    assert check_bytes(tokens, find_documents(tokens), plain, tokenizer) == (14, 14)
+    wrong = type(tables)(plain.base_bytes * 2, plain.has_leading_space, plain.is_boundary)
+    with pytest.raises(DataError, match="document at token 0 has 5 bytes of text, the byte tables count 10"):
+        check_bytes(tokens, find_documents(tokens), wrong, tokenizer)
+
+
+def test_the_checks_around_the_scorer(tmp_path) -> None:
+    from model.data.shards import write_shard
+
+    held_out, other = stream(60, 70), stream(60, 70)[::-1]
+    shard = tmp_path / "train.bin"
+    for body, status in ((other, "pass"), (held_out[:61], "fail")):
+        write_shard(shard, np.concatenate([stream(33), body]).astype(np.uint16))
+        data = SimpleNamespace(valid_tokens=held_out.astype(np.uint16), train_shards=[shard])
+        assert check_documents_apart(data).status == status
+    assert check_size(15_999_000, 1_000).status == "pass"
+    assert check_size(15_999_001, 1_000).status == "fail"
+
+
+def test_a_replayed_ledger_shows_what_was_wrong() -> None:
+    ledger = Ledger(6)
+    ledger.score(ARTIFACT_STATE, 3, 6, np.ones(3))
+    state = ledger.update(ARTIFACT_STATE, 3, 6)
+    ledger.score(state, 1, 3, np.ones(2))
+    ledger.finish()
+    passed = check_ledger(ledger, 1.0)
+    assert passed.status == "pass" and "order of processing" in passed.figure
+    ledger.rows.start[1] = 1  # an update that uses what has no score yet
+    assert "before all of them have scores" in check_ledger(ledger, 1.0).figure
+    with pytest.raises(LegalityError):
+        ledger.update(state, 0, 3)
+
+
+def test_lora_ttt_of_a_session_without_documents_to_read() -> None:
+    ledger = Ledger(3)
+    ledger.score(ARTIFACT_STATE, 1, 3, np.ones(2))
+    tokens = np.array([B, 5, 6], dtype=np.uint16)
+    session = Session(
+        model=small.model(),
+        config=CONFIG.eval,
+        tokens=tokens,
+        token_bytes=np.ones(3, np.int64),
+        ledger=ledger,
+        device=torch.device("cpu"),
+        documents_apart=True,
+    )
+    evaluate_lora_ttt(session)
+    assert len(ledger.rows) == 1
