@@ -29,12 +29,21 @@ from model.layers import (
     bigram_index,
     document_starts,
     fake_quantize,
+    norm_epsilon,
     rms_norm,
     rope_tables,
     smear,
 )
 from model.stream import Stream
-from pgolf_kernels import fused_mlp, linear_softcap_cross_entropy, norm_residual, qk_rope, varlen_attention, xsa
+from pgolf_kernels import (
+    fused_mlp,
+    linear_softcap_cross_entropy,
+    norm_residual,
+    qk_rope,
+    qkv_rope,
+    varlen_attention,
+    xsa,
+)
 
 Collect = Callable[[tuple[str, ...], Tensor], None]
 LANE_RESIDUAL_INIT = 1.1
@@ -345,20 +354,18 @@ class GPT(nn.Module):
         if state.collect is not None:
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
         projections = (weights.q, weights.k, weights.v)
+        rope = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": norm_epsilon(normed.dtype)}
         if state.adapters is None:
-            q, k, v = (nn.functional.linear(normed, weight) for weight in projections)
+            q, k, v = qkv_rope(normed, *projections, **rope)
         else:
-            q, k, v = state.adapters.qkv(slot, normed, projections)
-        q = q.view(rows, length, config.num_heads, config.head_dim)
-        k = k.view(rows, length, config.num_kv_heads, config.head_dim)
-        v = v.view(rows, length, config.num_kv_heads, config.head_dim)
+            q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in state.adapters.qkv(slot, normed, projections))
+            q, k = qk_rope(q, k, **rope)
         if config.value_residual:
             if layer == 0:
                 state.first_value = v
             else:
                 share = torch.softmax(self.v_lambda[layer - 1].to(v.dtype), dim=0)
                 v = share[0] * v + share[1] * state.first_value
-        q, k = qk_rope(q, k, self.q_gain[layer], state.cos, state.sin)
         subtract_self = layer >= config.num_layers - config.xsa_last_n
         if subtract_self and config.xsa_form == "self_weight":
             y = attention_without_self(q, k, v, state.starts)

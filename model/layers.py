@@ -13,14 +13,17 @@ from model.config import ModelConfig
 BIGRAM_MULTIPLIERS = (36313, 27191)  # of the token and of the one before it (pull request 1499)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, with no weight.
+def norm_epsilon(dtype: torch.dtype) -> float:
+    """The epsilon of every RMSNorm: 1.19e-7 in every dtype but fp64, where it is fp64's own.
 
-    eps is 1.19e-7 in every dtype but fp64, where it is fp64's own: what `torch.nn.functional.rms_norm` takes for
-    `eps=None` since torch 2.8, stated here because older versions took that of bf16.
+    That is what `torch.nn.functional.rms_norm` takes for `eps=None` since torch 2.8; older versions took bf16's own.
     """
-    eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, with no weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=norm_epsilon(x.dtype))
 
 
 def rope_tables(length: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

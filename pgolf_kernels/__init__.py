@@ -7,7 +7,7 @@ from pgolf_kernels.fused_mlp import fused_mlp
 from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels.ngram import ngram_hints
-from pgolf_kernels.qk_rope import qk_rope
+from pgolf_kernels.qk_rope import qk_rope, qkv_rope
 from pgolf_kernels.residual import combine, combine_norm, norm_residual
 from pgolf_kernels.softcap_ce import softcap_cross_entropy, softcap_cross_entropy_with_grad
 from pgolf_kernels.xsa import xsa
@@ -27,6 +27,7 @@ __all__ = [
     "norm_residual",
     "ngram_hints",
     "qk_rope",
+    "qkv_rope",
     "score_tokens",
     "set_attention_backend",
     "softcap_cross_entropy",
