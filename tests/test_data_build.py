@@ -185,6 +185,7 @@ BAD_FILES = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: not a line of JSON"),
     "list.jsonl": (b"[1]\n", r'list\.jsonl:1: wanted an object with a string in "text"'),
     "number.jsonl": (b'{"text": 7}\n', r"number\.jsonl:1: wanted an object"),
+    "digits.jsonl": (b'{"text": ' + b"1" * 9999 + b"}", r"digits\.jsonl:1: not a line of JSON"),
     "nested.jsonl": (b"[" * 100_000, r"nested\.jsonl:1: not a line of JSON"),
     "lone.jsonl": (b'{"text": "x\\ud800"}\n', r"lone\.jsonl:1: lone surrogate U\+D800"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"cut\.jsonl\.gz: .* damaged or cut off"),

@@ -82,7 +82,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 continue
             try:
                 value = json.loads(_decode(line, where))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not a line of JSON ({error})") from error
             text = value.get("text") if isinstance(value, dict) else None
             if not isinstance(text, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -94,8 +95,9 @@ class Run:
 
     @property
     def bpb(self) -> dict[str, float]:
-        """Bits per byte by evaluation mode."""
-        return {mode: value for mode, value in self.result.get("bpb", {}).items() if isinstance(value, int | float)}
+        """Bits per byte by evaluation mode, where there is a number."""
+        scores = self.result.get("bpb", {})
+        return {m: value for m, value in scores.items() if isinstance(value, int | float) and math.isfinite(value)}
 
     @property
     def nats(self) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from model.errors import ConfigError
 from model.presets import get_preset
@@ -148,7 +149,7 @@ def _legality(run: Run) -> Iterator[Markup]:
     rows = []
     for mode, ledger in run.ledgers.items():
         targets = ledger.num_tokens - 1
-        scored = sum(map(math.isfinite, ledger.nll[1:].tolist()))
+        scored = int(np.isfinite(ledger.nll[1:]).sum())
         word = "not a legal score" if not ledger.legal else "unfinished" if scored < targets else "legal"
         verdict = tag("span", word, class_="good" if word == "legal" else "bad")
         rows.append([mode, verdict, f"{scored:,} of {targets:,}", f"{ledger.num_states - 1:,}",
