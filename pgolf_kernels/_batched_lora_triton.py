@@ -45,7 +45,7 @@ class LoraConfig:
 
 PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
-OUTER = LoraConfig(stages=3)
+OUTER = LoraConfig(columns=128, stages=3)
 CAST_TILE = 8192  # elements a program casts
 
 
@@ -168,16 +168,42 @@ def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, M
     return acc
 
 
-@triton.jit(do_not_specialize=["length", "documents"])
+@triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
 def _outer_kernel(
-    u_desc, v_desc, out_ptr, cu_ptr, index_ptr, length, documents, out_rows, out_columns, u_column, v_column,
+    u0_desc, v0_desc, out0_ptr, rows0, columns0, u_column0, u1_desc, v1_desc, out1_ptr, rows1, columns1, v_column1,
+    tiles0, cu_ptr, index_ptr, length, documents,
     PACKED: tl.constexpr, INDEX: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[adapter] = sum of u^T v over the rows of the adapter's documents, [out_rows, out_columns]."""
-    tiles_j = tl.cdiv(out_columns, BJ)
-    i = tl.program_id(0) // tiles_j * BI
-    j = tl.program_id(0) % tiles_j * BJ
-    adapter = tl.num_programs(1) - 1 - tl.program_id(1)  # descending: see backward()
+    """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
+
+    The first reads u from a column on, the second v: e and s hold the ranks of several projections.
+    """
+    tile = tl.program_id(0)
+    if tile < tiles0:
+        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
+            u0_desc,
+            v0_desc,
+            out0_ptr,
+            rows0,
+            columns0,
+            u_column0,
+            0,
+        )
+    else:
+        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
+            u1_desc,
+            v1_desc,
+            out1_ptr,
+            rows1,
+            columns1,
+            0,
+            v_column1,
+        )
+        tile -= tiles0
+    tiles_j = tl.cdiv(columns, BJ)
+    i = tile // tiles_j * BI
+    j = tile % tiles_j * BJ
+    adapter = tl.program_id(1)
     first, last = adapter, tl.minimum(adapter + 1, documents)
     if INDEX:
         first, last = 0, documents
@@ -191,8 +217,8 @@ def _outer_kernel(
                 end = start
         acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
     row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
-    offsets = (adapter.to(tl.int64) * out_rows + row)[:, None] * out_columns + column[None, :]
-    mask = (row < out_rows)[:, None] & (column < out_columns)[None, :]
+    offsets = (adapter.to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -342,14 +368,15 @@ def _project(
     )  # fmt: skip
 
 
-def _outer(u: Tensor, u_column: int, v: Tensor, v_column: int, out: Tensor, tiles: _Tiles) -> None:
-    """out [adapters, m, n] = sum over each adapter's rows of u[:, u_column:][:m]^T v[:, v_column:][:n]."""
-    bi, bk = OUTER.rows, OUTER.depth
-    bj = block_at_least(out.shape[2], 128, OUTER.columns)
-    grid = (triton.cdiv(out.shape[1], bi) * triton.cdiv(out.shape[2], bj), out.shape[0])
-    _outer_kernel[grid](
-        descriptor(tiles.planes(u), (1, bk, bi)), descriptor(tiles.planes(v), (1, bk, bj)), out,
-        tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, out.shape[1], out.shape[2], u_column, v_column,
+def _outer(e: Tensor, x: Tensor, d_a: Tensor, grad: Tensor, s: Tensor, d_b: Tensor, column: int, tiles: _Tiles) -> None:
+    """d_a = sum over each adapter's rows of e[:, column:]^T x, d_b the same of grad^T s[:, column:]."""
+    bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
+    tiles_a, tiles_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (d_a, d_b))
+    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
+    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
+    _outer_kernel[(tiles_a + tiles_b, d_a.shape[0])](
+        e_desc, x_desc, d_a, *d_a.shape[1:], column, grad_desc, s_desc, d_b, *d_b.shape[1:], column,
+        tiles_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
         PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
         num_warps=OUTER.warps, num_stages=OUTER.stages,
     )  # fmt: skip
@@ -384,11 +411,7 @@ def backward(
     grads: list[Tensor], x: Tensor, weights: list[Tensor | None], lora_as: list[Tensor], lora_bs: list[Tensor],
     s: Tensor, low: Tensor, layout: Layout, scale: float, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again.
-
-    The order serves the L2 cache: e is computed with documents ascending, dB reads the same gradient descending, then
-    dx ascending again, so that each finds what the one before it read last.
-    """
+    """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again."""
     dtype, (rows, depth) = x.dtype, x.shape
     with torch.cuda.device_of(x):
         tiles = _tiles(x, layout)
@@ -402,15 +425,15 @@ def backward(
         d_as, d_bs = (
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (lora_as, lora_bs)
         )
-        columns = [0]
-        for grad, b, d_b in zip(grads, own, d_bs, strict=True):
-            column, rank = columns[-1], b.shape[2]
+        column = 0
+        for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
+            rank = b.shape[2]
             _project(
                 [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
                 config=SHRINK,
             )  # fmt: skip
-            _outer(grad, 0, s, column, d_b, tiles)
-            columns.append(column + rank)
+            _outer(e, x, d_a, grad, s, d_b, column, tiles)
+            column += rank
         d_x = x.new_empty(0)
         if wants_x:
             shared = [(g, described(w.to(dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
@@ -419,6 +442,4 @@ def backward(
             for grad, weight in shared[MAX_SHARED:]:
                 d_x += (grad @ weight)[:, :depth]
             d_x = d_x.contiguous()
-        for column, d_a in zip(columns, d_as, strict=False):
-            _outer(e, column, x, 0, d_a, tiles)
     return d_x, d_as, d_bs

@@ -23,16 +23,16 @@ class MlpConfig:
     """Launch knobs: outputs a tile, depth a step, strips a tile, stages, warps, programs a multiprocessor."""
 
     rows: int = 128
-    columns: int = 256
+    columns: int = 128
     depth: int = 64
-    strips: int = 4
-    stages: int = 4
-    warps: int = 8
-    programs: int = 1
+    strips: int = 2
+    stages: int = 3
+    warps: int = 4
+    programs: int = 2
 
 
 UP = MlpConfig()
-GRAD_PRE = MlpConfig(stages=3)
+GRAD_PRE = MlpConfig(depth=32, stages=4)
 
 
 @triton.jit
@@ -95,16 +95,16 @@ def _grad_pre_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, DEPTH, BK):
             acc = tl.dot(grad_desc.load([m, k]), w_desc.load([k, n]), acc)
+        kept = kept_desc.load([m, n])  # at once: a load by strips would wait for each of them
         for i in tl.static_range(STRIPS):
-            column = n + i * (BN // STRIPS)
-            kept = kept_desc.load([m, column])
+            part = strip(kept, i, STRIPS, BM, BN)
             if SIGN:
-                factor = tl.where(_is_negative(kept), -2.0 * slope, 2.0) * tl.sqrt(kept.to(tl.float32))
+                factor = tl.where(_is_negative(part), -2.0 * slope, 2.0) * tl.sqrt(part.to(tl.float32))
             else:
-                u = kept.to(tl.float32)
+                u = part.to(tl.float32)
                 factor = tl.where(u > 0, 2.0, 2.0 * slope * slope) * u
             product = strip(acc, i, STRIPS, BM, BN) * factor
-            out_desc.store([m, column], product.to(out_desc.dtype))
+            out_desc.store([m, n + i * (BN // STRIPS)], product.to(out_desc.dtype))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -128,12 +128,12 @@ def up(x: Tensor, w_up: Tensor, slope: float, keeps_sign: bool) -> tuple[Tensor,
     x, w_up = described(x), described(w_up)
     hidden = new_described(x, rows, hidden_dim)
     pre = x.new_empty((rows, 0)) if keeps_sign else new_described(x, rows, hidden_dim)
-    strip = (UP.rows, UP.columns // UP.strips)
+    strip_block = (UP.rows, UP.columns // UP.strips)
     with torch.cuda.device_of(x):
         _up_kernel[_grid(x, rows, hidden_dim, UP)](
-            descriptor(x, (UP.rows, UP.depth)), descriptor(w_up, (UP.columns, UP.depth)), descriptor(hidden, strip),
-            None if keeps_sign else descriptor(pre, strip), rows, hidden_dim, slope,
-            **_constants(depth, keeps_sign, UP),
+            descriptor(x, (UP.rows, UP.depth)), descriptor(w_up, (UP.columns, UP.depth)),
+            descriptor(hidden, strip_block), None if keeps_sign else descriptor(pre, strip_block),
+            rows, hidden_dim, slope, **_constants(depth, keeps_sign, UP),
         )  # fmt: skip
     return hidden.contiguous(), pre.contiguous()
 
@@ -144,11 +144,11 @@ def grad_pre(grad: Tensor, w_down: Tensor, kept: Tensor, slope: float, keeps_sig
     grad, w_down, kept = described(grad), described(w_down), described(kept)
     out = new_described(grad, rows, hidden_dim)
     config = GRAD_PRE
-    strip = (config.rows, config.columns // config.strips)
+    strip_block = (config.rows, config.columns // config.strips)
     with torch.cuda.device_of(grad):
         _grad_pre_kernel[_grid(grad, rows, hidden_dim, config)](
             descriptor(grad, (config.rows, config.depth)), descriptor(w_down, (config.depth, config.columns)),
-            descriptor(kept, strip), descriptor(out, strip), rows, hidden_dim, slope,
+            descriptor(kept, (config.rows, config.columns)), descriptor(out, strip_block), rows, hidden_dim, slope,
             **_constants(depth, keeps_sign, config),
         )  # fmt: skip
     return out.contiguous()

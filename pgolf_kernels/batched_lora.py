@@ -422,6 +422,8 @@ class _Projection:
             )
         if self.residual is not None and self.residual.dtype != x.dtype:
             raise TypeError(f"residual of projection {self.number}: got {self.residual.dtype}, wanted x's {x.dtype}")
+        if b.dtype != a.dtype:
+            raise TypeError(f"{name_b}: got {b.dtype}, wanted lora_a's {a.dtype}")
         for name, tensor in (
             (name_a, self.a),
             (name_b, self.b),
