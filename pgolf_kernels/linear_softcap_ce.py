@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
-from pgolf_kernels.batched_lora import _WEIGHT as WEIGHT
-from pgolf_kernels.batched_lora import MAX_RANK, padded
+from pgolf_kernels._triton_op import kernels, runs_triton
+from pgolf_kernels.batched_lora import _RESIDUAL as RESIDUAL
+from pgolf_kernels.batched_lora import MAX_RANK
 from pgolf_kernels.batched_lora import _backward_kernel as lora_backward
 from pgolf_kernels.batched_lora import _forward as lora_forward
+from pgolf_kernels.batched_lora import _forward_fake as lora_forward_fake
 from pgolf_kernels.softcap_ce import (
     check_float,
     check_indices,
@@ -92,8 +94,8 @@ class HeadConfig:
 
 # CPU: logits that are still in the last-level cache when the loss reads them.
 CPU_CONFIG = HeadConfig(keep=512 << 20, kept_chunk=16 << 20, chunk=16 << 20)
-# CUDA: 98,304 x 8192 bfloat16 logits are 1.5 GiB: kept, in one piece. Chunks of 4096 rows hold a pass under 200 MB.
-CUDA_CONFIG = HeadConfig(keep=2 << 30, kept_chunk=2 << 30, chunk=64 << 20)
+# CUDA: 98,304 x 8192 bfloat16 logits are 1.5 GiB: kept, in one piece. Chunks of 3072 rows hold a pass under 200 MB.
+CUDA_CONFIG = HeadConfig(keep=2 << 30, kept_chunk=2 << 30, chunk=48 << 20)
 
 
 def config_of(tensor: Tensor) -> HeadConfig:
@@ -149,67 +151,78 @@ class Head:
     def bounds_in(self, rows: slice) -> Tensor:
         return (self.bounds - rows.start).clamp(0, rows.stop - rows.start)
 
-    def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """A chunk's logits, and with adapters x A^T, which their gradients need."""
+    def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """A chunk's logits, and what the adapters' gradients need: x A^T and the adapters in hidden's dtype."""
         hidden = self.hidden[rows]
         if self.order is None:
-            return torch.mm(hidden, self.weight.T, out=out), None
-        lists = [self.weight], [self.lora_a], [self.lora_b]
-        logits, inner, _ = lora_forward(hidden, *lists, [], [WEIGHT], self.bounds_in(rows), None, 0, 1.0)
-        return logits if out is None else out.copy_(logits), inner
+            return torch.mm(hidden, self.weight.T, out=out), []
+        base = hidden @ self.weight.T
+        adapters = [self.lora_a], [self.lora_b]
+        logits, *kept = lora_forward(hidden, [], *adapters, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
+        return logits if out is None else out.copy_(logits), kept
 
 
 class Gradients:
-    """Sums over chunks of rows, in float32 at least; None where no gradient is wanted."""
+    """The inputs' gradients, summed over chunks of rows in float32 at least; None where none is wanted."""
 
-    def __init__(self, head: Head, needs: list[bool]):
-        def zeros(need: bool, like: Tensor | None) -> Tensor | None:
-            return torch.zeros_like(like, dtype=loss_dtype(like)) if need and like is not None else None
-
-        self.head = head
+    def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int):
+        self.head, self.needs, self.dtypes = head, needs, dtypes
+        self.sum_dtype = loss_dtype(head.hidden) if chunks > 1 else dtypes[1]
         self.hidden = torch.empty_like(head.hidden) if needs[0] else None
-        self.weight = zeros(needs[1], head.weight)
-        self.lora_a, self.lora_b = zeros(needs[2], head.lora_a), zeros(needs[3], head.lora_b)
+        self.weight: Tensor | None = None
+        self.lora_a: Tensor | None = None
+        self.lora_b: Tensor | None = None
 
-    def add(self, dlogits: Tensor, scale: Tensor, rows: slice, inner: Tensor | None) -> None:
-        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]."""
-        head, factor = self.head, scale[:, None].to(dlogits.dtype)
-        scaled = head.hidden[rows] * factor
-        if self.weight is not None:
-            add_product(self.weight, dlogits.T, scaled)
-        if inner is not None:
-            lists = [head.weight], [head.lora_a], [head.lora_b]
-            bounds, wants = (head.bounds_in(rows), None, 0, 1.0), (self.hidden is not None, [False])
-            uncast = inner.new_empty(0)
-            results = lora_backward([dlogits], scaled, *lists, inner * factor, uncast, [WEIGHT], *bounds, *wants)
-            dhidden, _, d_a, d_b = results
-            for total, part in ((self.lora_a, d_a), (self.lora_b, d_b)):
-                if total is not None:
-                    total += part
-        elif self.hidden is not None:
-            del scaled  # as large as what comes next
-            dhidden = torch.mm(dlogits, head.weight, out=self.hidden[rows])
+    def add(self, dlogits: Tensor, scale: Tensor, rows: slice, kept: list[Tensor]) -> None:
+        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave."""
+        head = self.head
+        scaled = scale_rows(head.hidden[rows], scale, torch.empty_like(head.hidden[rows]))
+        if self.needs[1]:
+            self.weight = add_product(self.weight, dlogits.T, scaled, self.sum_dtype)
+        dhidden = None
+        if kept:
+            inner, low = kept
+            inner = scale_rows(inner, scale, torch.empty_like(inner))
+            adapters, place = ([head.lora_a], [head.lora_b]), (head.bounds_in(rows), None, 0, 1.0)
+            results = lora_backward([dlogits], scaled, [], *adapters, inner, low, [0], *place, self.needs[0], [])
+            dhidden, d_a, d_b = results
+            self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
+            self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
+        del scaled  # as large as what comes next
         if self.hidden is not None:
-            torch.mul(dhidden, factor, out=self.hidden[rows])
+            own = torch.mm(dlogits, head.weight, out=self.hidden[rows])
+            if dhidden is not None:
+                own += dhidden
+            scale_rows(own, scale, own)
 
-    def outputs(self, dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor, ...]:
+    def outputs(self) -> tuple[Tensor, ...]:
         """In the inputs' dtypes; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
         hidden = None if self.hidden is None else self.head.unsorted(self.hidden)
         sums = (hidden, self.weight, self.lora_a, self.lora_b)
         return tuple(
-            self.head.hidden.new_empty(0) if total is None else total.to(dtype)
-            for total, dtype in zip(sums, dtypes, strict=True)
+            total.to(dtype) if need and total is not None else self.head.hidden.new_empty(0)
+            for total, need, dtype in zip(sums, self.needs, self.dtypes, strict=True)
         )
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with float32 sums over the rows of a chunk, whatever the factors' dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """rows * scale[:, None] with one rounding, to the rows' dtype."""
+    if runs_triton(rows) and rows.dtype != torch.float64:
+        return kernels("linear_softcap_ce").scale_rows(rows, scale, out)
+    return torch.mul(rows, scale[:, None], out=out)
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b with float32 accumulators, as `dtype` without a rounding in between."""
+    if not a.is_cuda:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
+    if total is not None:
+        mixed = {} if a.dtype == dtype else {"out_dtype": dtype}
+        return torch.addmm(total, a, b, out=total, **mixed)
+    if a.dtype == dtype or not a.is_cuda:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -227,6 +240,14 @@ def _new_losses(hidden: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor]:
     return losses, torch.empty_like(losses) if hints is not None else losses.new_empty(0)
 
 
+def _fused(head: Head, softcap: float, temperature: float) -> Any:
+    """The module of Triton kernels if they take this head, else None."""
+    if head.order is not None or not runs_triton(head.hidden):
+        return None
+    module = kernels("linear_softcap_ce")
+    return module if module.takes(head.hidden, head.weight, softcap, temperature) else None
+
+
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -240,6 +261,9 @@ def _forward(
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, hints = head.sorted(targets), head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
+    if fused := _fused(head, *scalars[:2]):
+        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, None, None)
+        return losses, hint_log_probs
     lse = torch.empty_like(losses)
     for rows in head.chunks(config_of(hidden).chunk):
         logits, _ = head.logits(rows)
@@ -261,17 +285,25 @@ def _keep(
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, hints = head.sorted(targets), head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
-    lse, one = torch.empty_like(losses), losses.new_ones(1)
+    scale = torch.ones_like(losses)
+    if fused := _fused(head, *scalars[:2]):
+        powers = hidden.new_empty(len(hidden), len(weight))
+        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, powers, scale)
+        return losses, hint_log_probs, powers, scale, hidden.new_empty(0), hidden.new_empty(0)
+    lse = torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).kept_chunk))
     dlogits = None if len(chunks) == 1 else hidden.new_empty(len(hidden), len(weight))
-    inner = []
+    inner, low = [], hidden.new_empty(0)
     for rows in chunks:
-        logits, own = head.logits(rows, None if dlogits is None else dlogits[rows])
-        inner.append(own)
+        logits, kept = head.logits(rows, None if dlogits is None else dlogits[rows])
+        if kept:
+            inner.append(kept[0])
+            low = kept[1]
         out = (losses[rows], lse[rows], hint_log_probs[rows])
-        launch_with_grad(logits, targets[rows], _part(hints, rows), one.expand(len(logits)), scalars, *out, logits)
-    kept = hidden.new_empty(0) if lora_a is None else torch.cat(inner) if len(inner) > 1 else inner[0]
-    return head.unsorted(losses), head.unsorted(hint_log_probs), logits if dlogits is None else dlogits, kept
+        launch_with_grad(logits, targets[rows], _part(hints, rows), scale[rows], scalars, *out, logits)
+    dlogits = logits if dlogits is None else dlogits
+    inner_rows = inner[0] if len(inner) == 1 else torch.cat(inner) if inner else hidden.new_empty(0)
+    return head.unsorted(losses), head.unsorted(hint_log_probs), dlogits, scale, inner_rows, low
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -281,7 +313,9 @@ def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
 def _backward(
     upstream: Tensor,
     dlogits: Tensor,
+    scale: Tensor,
     inner: Tensor,
+    low: Tensor,
     hidden: Tensor,
     weight: Tensor,
     lora_a: Tensor | None,
@@ -290,11 +324,12 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    upstream = head.sorted(upstream)
-    grads = Gradients(head, needs)
-    for rows in head.chunks(config_of(hidden).kept_chunk):
-        grads.add(dlogits[rows], upstream[rows], rows, None if lora_a is None else inner[rows])
-    return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
+    factor = head.sorted(upstream) * scale
+    chunks = list(head.chunks(config_of(hidden).kept_chunk))
+    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), len(chunks))
+    for rows in chunks:
+        grads.add(dlogits[rows], factor[rows], rows, [] if lora_a is None else [inner[rows], low])
+    return grads.outputs()
 
 
 def _recompute(
@@ -310,15 +345,25 @@ def _recompute(
 ) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, upstream = head.sorted(targets), head.sorted(upstream)
-    grads = Gradients(head, needs)
-    losses, hint_log_probs = _new_losses(hidden, None)
-    one = losses.new_ones(1)
-    for rows in head.chunks(config_of(hidden).chunk):
-        logits, inner = head.logits(rows)
-        out = (losses[rows], losses[rows], hint_log_probs)  # not read: the losses are known already
-        launch_with_grad(logits, targets[rows], None, one.expand(len(logits)), scalars, *out, logits)
-        grads.add(logits, upstream[rows], rows, inner)
-    return grads.outputs(_dtypes(hidden, weight, lora_a, lora_b))
+    chunks = list(head.chunks(config_of(hidden).chunk))
+    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), len(chunks))
+    losses, none = _new_losses(hidden, None)  # not read: they are known already
+    fused = _fused(head, *scalars[:2])
+    scale = torch.ones_like(losses)
+    buffer = hidden.new_empty(chunks[0].stop, len(weight))
+    for rows in chunks:
+        logits = buffer[: rows.stop - rows.start]
+        kept: list[Tensor] = []
+        if fused:
+            chunk = (hidden[rows], head.weight, targets[rows], None, *scalars, losses[rows], none)
+            fused.losses(*chunk, logits, scale[rows])
+        else:
+            _, kept = head.logits(rows, logits)
+            out = (losses[rows], losses[rows], none)
+            launch_with_grad(logits, targets[rows], None, scale[rows], scalars, *out, logits)
+        grads.add(logits, upstream[rows] * scale[rows], rows, kept)
+    del buffer, logits
+    return grads.outputs()
 
 
 def _gradients_fake(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
@@ -336,15 +381,19 @@ def _forward_fake(
     return _new_losses(hidden, hints)
 
 
-def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, *rest: Any) -> tuple[Tensor, ...]:
-    inner = hidden.new_empty(0) if a is None else hidden.new_empty(len(hidden), padded(a.shape[1], hidden.dtype))
-    return *_forward_fake(hidden, weight, targets, a, *rest), hidden.new_empty(len(hidden), len(weight)), inner
+def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, *rest: Any) -> tuple[Tensor, ...]:
+    losses, hint_log_probs = _forward_fake(hidden, weight, targets, a, b, *rest)
+    dlogits, none = hidden.new_empty(len(hidden), len(weight)), hidden.new_empty(0)
+    inner, low = (none, torch.empty_like(none)) if a is None else lora_forward_fake(hidden, [], [a], [b])[1:]
+    return losses, hint_log_probs, dlogits, torch.empty_like(losses), inner, low
 
 
 def _backward_fake(
     upstream: Tensor,
     dlogits: Tensor,
+    scale: Tensor,
     inner: Tensor,
+    low: Tensor,
     hidden: Tensor,
     weight: Tensor,
     a: Any,
@@ -372,7 +421,7 @@ def _recompute_fake(
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 _NO_DOUBLE = "double backward is not supported"
 _backward_op = register_op(
-    f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, Tensor inner, "
+    f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, Tensor scale, Tensor inner, Tensor low, "
     f"{_INPUTS.replace('Tensor targets, ', '')}, bool[] needs) -> {_GRADIENTS}",
     cpu=_backward,
     cuda=_backward,
@@ -423,7 +472,7 @@ _forward_op = register_op(
     setup_context=_setup_context,
 )
 _keep_op = register_op(
-    f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_keep,
     cuda=_keep,
     fake=_keep_fake,

@@ -277,7 +277,7 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, needs, *scalars))
     inner = torch.randn(12, 8, device=device) if lora else torch.empty(0, device=device)
-    torch.library.opcheck(_backward_op, (p.upstream, dlogits, inner, *plain[:2], *plain[3:], needs))
+    torch.library.opcheck(_backward_op, (p.upstream, dlogits, p.upstream.abs(), inner, torch.empty(0, device=device), *plain[:2], *plain[3:], needs))
 
 
 @pytest.mark.parametrize("device", DEVICES)

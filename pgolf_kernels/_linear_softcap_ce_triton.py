@@ -1,0 +1,224 @@
+"""Triton kernels of linear_softcap_ce.py: the head's product without logits.
+
+softcap / temperature <= 40 bounds exp(z), so that no maximum is needed and the row's sum factors out of its gradient:
+
+    dloss[i] / da[i, j] = (G[i, j] - [j = y_i] S[i] slope[i, j]) / S[i],
+    G = exp(z) slope,  slope = 1 - tanh(a / softcap)^2,  S[i] = sum_j exp(z[i, j])
+
+(times 1 / temperature). `_powers_kernel` is the matrix product with that in its epilogue: it writes G in bfloat16 from
+the float32 accumulators and the sums of exp(z) over each tile's columns. `_finish_kernel` adds those up, computes the
+targets' (and hints') logits as dot products of their own, writes losses and 1 / S, and mends G at each row's target.
+The logits themselves are never stored, nor rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pgolf_kernels._triton_op import block_at_least, can_describe, compute_capability, descriptor, grid_size
+from pgolf_kernels._triton_tile import strip
+
+LOG2E = 1.4426950408889634
+PLAIN, APPROXIMATE, EXACT = 0, 1, 2  # forms of the hyperbolic tangent; PLAIN is EXACT without instructions of the GPU
+LARGEST_TOP = 40.0  # of softcap / temperature: beyond it a sum of exponentials could leave float32
+
+
+@dataclass(frozen=True)
+class PowersConfig:
+    """Launch knobs: outputs a tile, depth a step, strips a tile's epilogue goes by, stages, warps, programs an SM."""
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    strips: int = 2
+    stages: int = 3
+    warps: int = 4
+    programs: int = 2  # two programs an SM: one's epilogue runs under the other's products
+    form: int = EXACT  # of the hyperbolic tangent
+
+
+SCORE = PowersConfig()
+# With the gradient, a tangent that is 5e-4 off: the loss moves by 1.5e-4 a token at most, G's rounding hides the rest.
+TRAIN = PowersConfig(form=APPROXIMATE)
+FINISH_ROWS = 8
+
+
+@triton.jit
+def _special(x, NAME: tl.constexpr):
+    return tl.inline_asm_elementwise(NAME + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _power_and_slope(a, rate, height, FORM: tl.constexpr):
+    """(exp(z), slope) of accumulators."""
+    if FORM == 1:
+        t = _special(a * (0.34657359 * rate), "tanh.approx.f32")
+        return tl.exp2(height * t), 1.0 - t * t
+    else:
+        u = 1.0 + tl.exp2(a * rate)
+        r = 1.0 / u if FORM == 0 else _special(u, "rcp.approx.ftz.f32")
+        return tl.exp2(height - 2.0 * height * r), 4.0 * (r - r * r)  # tanh = 1 - 2 r
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _powers_kernel(
+    x_desc, w_desc, g_desc, sums_ptr, rows, vocab, rate, height,
+    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STRIPS: tl.constexpr,
+    STORE: tl.constexpr, RAGGED: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """G and the sums of exp(z) over each tile's columns. rate = 2 log2(e) / softcap, height = top of z * log2(e)."""
+    tiles_n = tl.cdiv(vocab, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
+        m = (tile // tiles_n) * BM
+        n = (tile % tiles_n) * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, DEPTH, BK):
+            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        total = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(STRIPS):
+            column = n + i * (BN // STRIPS)
+            a = strip(acc, i, STRIPS, BM, BN)
+            power, slope = _power_and_slope(a, rate, height, FORM)
+            if RAGGED:
+                power = tl.where((column + tl.arange(0, BN // STRIPS) < vocab)[None, :], power, 0.0)
+            total += tl.sum(power, axis=1)
+            if STORE:
+                g_desc.store([m, column], (power * slope).to(g_desc.dtype))
+        row = m + tl.arange(0, BM)
+        tl.store(sums_ptr + (tile % tiles_n).to(tl.int64) * rows + row, total, mask=row < rows)
+
+
+@triton.jit
+def _capped(a, softcap, scale):
+    """(z, slope) of a logit, exact."""
+    r = 1.0 / (1.0 + tl.exp(2.0 * a / softcap))
+    return softcap * scale * (1.0 - 2.0 * r), 4.0 * (r - r * r)
+
+
+@triton.jit
+def _picked_logits(x, w_ptr, index, valid, k, inside, w_stride):
+    """x[i] . weight[index[i]] of a block of rows."""
+    w = tl.load(w_ptr + index[:, None] * w_stride + k[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    return tl.sum(x * w.to(tl.float32), axis=1)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def _finish_kernel(
+    x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr,
+    rows, vocab, tiles, x_stride, w_stride, g_stride, ignore_index, softcap, scale,
+    DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr, HINTS: tl.constexpr,
+):  # fmt: skip
+    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < rows
+    wide = row.to(tl.int64)
+    k = tl.arange(0, DEPTH_BLOCK)
+    inside = k < DEPTH
+    x = tl.load(x_ptr + wide[:, None] * x_stride + k[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
+    x = x.to(tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for tile in range(0, tiles):
+        total += tl.load(sums_ptr + tile.to(tl.int64) * rows + row, mask=mask, other=1.0)
+    lse = tl.log(total)
+    target = tl.load(targets_ptr + row, mask=mask, other=0)
+    counted = target != ignore_index
+    valid = counted & (target >= 0) & (target < vocab)
+    z, slope = _capped(_picked_logits(x, w_ptr, tl.where(valid, target, 0), mask & valid, k, inside, w_stride),
+                       softcap, scale)  # fmt: skip
+    loss = tl.where(counted, tl.where(valid, lse - z, float("nan")), 0.0)
+    tl.store(losses_ptr + row, loss, mask=mask)
+    if HINTS:
+        hint = tl.load(hints_ptr + row, mask=mask, other=-1)
+        known = (hint >= 0) & (hint < vocab)
+        z_hint, _ = _capped(_picked_logits(x, w_ptr, tl.where(known, hint, 0), mask & known, k, inside, w_stride),
+                            softcap, scale)  # fmt: skip
+        missing = tl.where(hint < 0, float("-inf"), float("nan"))
+        tl.store(hint_ptr + row, tl.where(known, z_hint - lse, missing), mask=mask)
+    if STORE:
+        inverse = tl.where(counted, tl.where(valid, scale / total, float("nan")), 0.0)
+        tl.store(inverse_ptr + row, inverse, mask=mask)
+        power = tl.minimum(tl.exp(z), total)
+        mended = ((power - total) * slope).to(g_ptr.dtype.element_ty)
+        tl.store(g_ptr + wide * g_stride + tl.where(valid, target, 0), mended, mask=mask & valid)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _scale_rows_kernel(x_ptr, scale_ptr, out_ptr, rows, x_stride, out_stride,
+                       DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, DEPTH_BLOCK)
+    wide, mask = row.to(tl.int64)[:, None], (row < rows)[:, None] & (k < DEPTH)[None, :]
+    x = tl.load(x_ptr + wide * x_stride + k[None, :], mask=mask).to(tl.float32)
+    x *= tl.load(scale_ptr + row, mask=row < rows)[:, None]
+    tl.store(out_ptr + wide * out_stride + k[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) -> bool:
+    """Whether the kernels take this head: bfloat16 on Hopper or later (float32 through the interpreter), bounded z."""
+    if not 0.0 < softcap <= LARGEST_TOP * temperature or not len(hidden):
+        return False
+    fits = can_describe(hidden) and can_describe(weight) and weight.shape[0] * hidden.element_size() % 16 == 0
+    if not hidden.is_cuda:
+        return fits
+    return fits and hidden.dtype == torch.bfloat16 and compute_capability(hidden.device.index) >= 90
+
+
+def losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    hints: Tensor | None,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    out: Tensor,
+    hint_log_probs: Tensor,
+    powers: Tensor | None,
+    inverse: Tensor | None,
+) -> None:
+    """Losses [N] into `out` and log p(hint) into `hint_log_probs`; with `powers` [N, V] and `inverse` [N] also G and
+    1 / (S temperature), whose product is the gradient of the logits."""
+    (rows, depth), vocab = hidden.shape, weight.shape[0]
+    config = SCORE if powers is None else TRAIN
+    tiles = triton.cdiv(vocab, config.columns)
+    sums = hidden.new_empty((tiles, rows), dtype=torch.float32)
+    x_desc = descriptor(hidden, (config.rows, config.depth))
+    strip_block = (config.rows, config.columns // config.strips)
+    g_desc = x_desc if powers is None else descriptor(powers, strip_block)
+    grid = (min(grid_size(hidden) * config.programs, triton.cdiv(rows, config.rows) * tiles),)
+    form = PLAIN if hidden.device.type == "cpu" else config.form  # the interpreter knows no instructions
+    with torch.cuda.device_of(hidden):
+        _powers_kernel[grid](
+            x_desc, descriptor(weight, (config.columns, config.depth)), g_desc, sums, rows, vocab,
+            2.0 * LOG2E / softcap, softcap / temperature * LOG2E, DEPTH=depth, BM=config.rows, BN=config.columns,
+            BK=config.depth, STRIPS=config.strips, STORE=powers is not None, RAGGED=vocab % config.columns != 0,
+            FORM=form, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        _finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
+            hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, rows, vocab, tiles,
+            hidden.stride(0), weight.stride(0), vocab, ignore_index, softcap, 1.0 / temperature,
+            DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), ROWS=FINISH_ROWS, STORE=powers is not None,
+            HINTS=hints is not None, num_warps=4,
+        )  # fmt: skip
+
+
+def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out = rows * scale[:, None]; `out` may be `rows`."""
+    count, depth = rows.shape
+    block = block_at_least(depth, 16, 1 << 16)
+    per_program = max(1, 4096 // block)
+    if rows.numel():
+        with torch.cuda.device_of(rows):
+            _scale_rows_kernel[(triton.cdiv(count, per_program),)](
+                rows, scale, out, count, rows.stride(0), out.stride(0), DEPTH=depth, DEPTH_BLOCK=block,
+                ROWS=per_program, num_warps=4,
+            )  # fmt: skip
+    return out
