@@ -105,6 +105,7 @@ def _shown(name: str, dataset: Dataset, *, quiet: bool) -> Iterator[Progress]:
     with progress(f"evaluating {name}", len(dataset.valid_tokens) - 1, "tokens", quiet=quiet) as task:
 
         def show(score: Score, total: int, seconds: float) -> None:
+            task.unit = f"tokens, {score.bpb:.4f} bpb"
             task.advance(score.tokens - task.done)
 
         yield show
