@@ -73,11 +73,11 @@ def _spans(tokens: np.ndarray, bits: dict[str, np.ndarray], mode: str, tokenizer
 def _compare(tokens: np.ndarray, bits: dict[str, np.ndarray], mode: str, tokenizer: Tokenizer) -> Iterator[Markup]:
     """Where the final mode gains on another one (blue) or loses (red)."""
     other = "plain" if mode != "plain" and "plain" in bits else next(name for name in bits if name != mode)
-    yield tag("p", f"Blue where {mode} needs fewer bits than {other}, red where it needs more; full colour at 2 bits.")
+    yield tag("p", f"Blue where {mode} needs fewer bits than {other}, red where it needs more; full colour at 1 bit.")
     spans = []
     for text, first, last in _pieces(tokens, tokenizer):
         gain = float((bits[other][first:last] - bits[mode][first:last]).sum())
-        strength = min(1.0, abs(gain) / 2.0) if math.isfinite(gain) else 0.0
+        strength = min(1.0, abs(gain)) if math.isfinite(gain) else 0.0
         rgb = "43,108,176" if gain > 0 else "200,60,50"
         style = f"background:rgba({rgb},{0.75 * strength:.2f})"
         spans.append(tag("span", text, style=style, title=f"{text!r}\n{gain:+.2f} bits"))
