@@ -16,6 +16,7 @@ from model.distributed import Dist
 from model.errors import ArtifactError, ConfigError, DataError
 from model.pipeline import (
     Interrupted,
+    _seeded,
     agree_run_id,
     calibration_batches,
     load_weights,
@@ -23,7 +24,9 @@ from model.pipeline import (
     run_pipeline,
     train_command,
 )
+from model.presets import get_preset
 from model.run import RunDir
+from model.settings import Settings
 from model.train import Trainer
 from tests.tiny import tiny_config, tiny_data
 
@@ -263,6 +266,13 @@ def test_eval_only_path_skips_training(finished, data, tmp_path):
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert "train" not in result
     assert result["bpb"] == whole["bpb"]
+
+
+def test_seeds_are_run_in_turn():
+    settings = Settings(get_preset("demo"))
+    assert [c.train.seed for c in _seeded(settings, None)] == [settings.config.train.seed]
+    runs = _seeded(Settings(get_preset("demo").replace(run_id="x")), "42,0")
+    assert [(c.train.seed, c.train.run_id) for c in runs] == [(42, "x-seed42"), (0, "x-seed0")]
 
 
 def run_main(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
