@@ -6,7 +6,7 @@ PYTHON_BIN = $(VENV)/bin/python
 JOBS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: demo test check lint format setup setup-dev clean
+.PHONY: demo test check lint format bench bench-check setup setup-dev setup-bench clean
 
 demo: setup
 	$(VENV)/bin/pgolf demo
@@ -16,6 +16,13 @@ test: setup
 
 check: setup-dev lint
 	sh scripts/check.sh
+
+bench: setup-bench
+	$(VENV)/bin/pgolf bench
+
+# Against the results recorded on the same kind of machine: a median more than 15 % slower fails.
+bench-check: setup-bench
+	$(PYTHON_BIN) -m pytest bench --benchmark-storage=file://bench/results --benchmark-compare --benchmark-compare-fail=median:15%
 
 lint: setup-dev
 	$(PYTHON_BIN) -m ruff check .
@@ -33,6 +40,9 @@ setup:
 
 setup-dev:
 	@PGOLF_EXTRAS=test,dev sh scripts/setup.sh
+
+setup-bench:
+	@PGOLF_EXTRAS=test,bench sh scripts/setup.sh
 
 clean:
 	rm -rf build dist *.egg-info pgolf_kernels/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -252,6 +252,32 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("names", nargs=-1)
+@click.option("--peers", is_flag=True, help="Time the peers too, beside ours, on the same inputs.")
+@click.option("--json", "json_file", type=ANY_PATH, help="Write pytest-benchmark's record here.")
+def bench(names: tuple[str, ...], peers: bool, json_file: Path | None) -> None:
+    """Time the kernels: the machine's ceilings first, then a table. Needs a checkout, with `pip install '.[bench]'`.
+
+    NAMES are those of bench/bench_NAME.py [default: all]. Peers that are not installed are reported as absent.
+    """
+    import subprocess
+
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    known = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not known:
+        raise PgolfError(f"{folder}: no benchmarks here, wanted a checkout of pgolf_kernels")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise PgolfError(f"bench: got {unknown[0]!r}, wanted one of {', '.join(known)}")
+    command = [sys.executable, "-m", "pytest", *(str(known[name]) for name in names or known)]
+    command += ["--peers"] if peers else []
+    command += [f"--benchmark-json={json_file.absolute()}"] if json_file else []
+    status = subprocess.run(command, cwd=folder.parent).returncode
+    if status:
+        raise PgolfError(f"bench: pytest ended with exit status {status}, its lines are above")
+
+
+@cli.command()
 def doctor() -> None:
     """Say what this installation can do, and the exact command for what is missing.
 

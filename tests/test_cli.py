@@ -113,6 +113,9 @@ def test_interrupt(monkeypatch, capsys):
         (("doctor", "--frob"), "No such option '--frob'. (pgolf doctor --help says more)"),
         (("data", "verify", "/nowhere"), "Directory '/nowhere' does not exist"),
         (("data", "build", "--out", "x", "--input", "."), "wanted either --vocab-size or --tokenizer"),
+        (("train", "--preset", "pr9"), "'pr9' is not one of 'demo'"),
+        (("eval", "/nowhere"), "Path '/nowhere' does not exist"),
+        (("report",), "Missing argument 'RUNS...'"),
     ],
 )
 def test_wrong_command_lines_are_one_line(capsys, arguments, words):
@@ -122,6 +125,13 @@ def test_wrong_command_lines_are_one_line(capsys, arguments, words):
     assert done.value.code == 2
     assert captured.err.startswith("pgolf: ") and captured.err.count("\n") == 1
     assert words in captured.err
+
+
+def test_unknown_benchmark(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["bench", "nothing"])
+    assert done.value.code == 1
+    assert capsys.readouterr().err.startswith("pgolf: bench: got 'nothing', wanted one of ")
 
 
 def test_data_build_verify_and_damage(tmp_path):
