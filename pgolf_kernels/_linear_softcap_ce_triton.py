@@ -122,8 +122,10 @@ def _finish_kernel(
     x = tl.load(x_ptr + wide[:, None] * x_stride + k[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
     x = x.to(tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for tile in range(0, tiles):
-        total += tl.load(sums_ptr + tile.to(tl.int64) * rows + row, mask=mask, other=1.0)
+    parts = sums_ptr + row
+    for _ in range(0, tiles):
+        total += tl.load(parts, mask=mask, other=1.0)
+        parts += rows
     lse = tl.log(total)
     target = tl.load(targets_ptr + row, mask=mask, other=0)
     counted = target != ignore_index

@@ -1,5 +1,8 @@
 """The output head and its loss in one call: against float64, per dtype, with adapters, hints and either memory mode."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
+from pgolf_kernels._triton_op import has_triton, interpreting, kernels
 from pgolf_kernels.linear_softcap_ce import (
     _backward_op,
     _forward_op,
@@ -15,6 +19,7 @@ from pgolf_kernels.linear_softcap_ce import (
     _recompute_op,
     linear_softcap_ce_reference,
 )
+from tests import triton_aot
 
 CPU = torch.device("cpu")
 DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
@@ -277,7 +282,10 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, needs, *scalars))
     inner = torch.randn(12, 8, device=device) if lora else torch.empty(0, device=device)
-    torch.library.opcheck(_backward_op, (p.upstream, dlogits, p.upstream.abs(), inner, torch.empty(0, device=device), *plain[:2], *plain[3:], needs))
+    torch.library.opcheck(
+        _backward_op,
+        (p.upstream, dlogits, p.upstream.abs(), inner, torch.empty(0, device=device), *plain[:2], *plain[3:], needs),
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -357,3 +365,142 @@ def test_refusals() -> None:
     for error, message, refused in cases:
         with pytest.raises(error, match=message):
             refused()
+
+
+# Triton kernels -------------------------------------------------------------------------------------------------------
+
+
+def test_interpreted_kernels() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    if not has_triton():
+        pytest.skip("needs Triton")
+    code = "from tests.test_linear_softcap_ce import interpreted; interpreted()"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def interpreted() -> None:
+    """The fused head in float32: ragged rows and columns, hints, ignored targets, both memory modes."""
+    problem = draw(torch.float32, rows=150, width=40, vocab=204)
+    for softcap, temperature in ((30.0, 1.0), (5.0, 0.8)):
+        expected, expected_hints, gradients = reference(problem, softcap, temperature)
+        for recompute in (False, True):
+            with interpreting():
+                losses, hinted = linear_softcap_cross_entropy(
+                    problem.hidden,
+                    problem.weight,
+                    problem.targets,
+                    softcap,
+                    temperature=temperature,
+                    hints=problem.hints,
+                    reduction="none",
+                    recompute=recompute,
+                )
+                own = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+            torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
+            for mine, wanted in zip(own, gradients, strict=True):
+                assert relative(mine, wanted) < 1e-5
+    module = kernels("linear_softcap_ce")
+    assert not module.takes(problem.hidden, problem.weight, 41.0, 1.0)
+    assert not module.takes(problem.hidden, problem.weight, 0.0, 1.0)
+    assert module.takes(problem.hidden, problem.weight, 80.0, 2.0)
+
+
+def test_kernels_compile_for_hopper_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_triton():
+        pytest.skip("needs Triton")
+    module = kernels("linear_softcap_ce")
+    monkeypatch.setattr(module, "grid_size", lambda tensor: 132)
+    seen = triton_aot.record(monkeypatch, module)
+    rows, width, vocab = 98304, 512, 8192
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, weight, powers = empty(rows, width), empty(vocab, width), empty(rows, vocab)
+    index, value = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
+    module.losses(hidden, weight, index, None, 30.0, 1.0, -100, value, value, powers, value)
+    module.losses(hidden, weight, index, index, 30.0, 1.0, -100, value, value, None, None)
+    module.scale_rows(hidden, value, hidden)
+    triton_aot.assert_no_spills(seen, 5)
+
+
+# GPU only -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", MODES)
+def test_fused_head_is_no_less_accurate_than_rounded_logits(recompute: bool) -> None:
+    problem = draw(torch.bfloat16, torch.device("cuda"), rows=3000, width=512, vocab=8192)
+    exact, _, gradients = reference(problem.converted(torch.float64), 30.0, 1.0)
+    plain, _, plain_gradients = reference(problem, 30.0, 1.0)
+    losses = linear_softcap_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, reduction="none", recompute=recompute
+    )
+    assert (losses.double() - exact).abs().max() < 3e-4
+    assert abs(float((losses.double() - exact).mean())) < 3e-5
+    assert (losses.double() - exact).norm() <= (plain.double() - exact).norm()
+    own = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+    for mine, theirs, wanted in zip(own, plain_gradients, gradients, strict=True):
+        assert relative(mine, wanted) <= relative(theirs, wanted)
+    scored = score_tokens(problem.hidden, problem.weight, problem.targets)
+    assert (scored.double() - exact).abs().max() < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("recompute", "limit"), [(False, 1.8e9), (True, 200e6)])
+def test_memory(recompute: bool, limit: float) -> None:
+    hidden = torch.randn(98304, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(8192, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(8192, (98304,), device="cuda")
+
+    def step() -> None:
+        torch.autograd.grad(
+            linear_softcap_cross_entropy(hidden, weight, targets, recompute=recompute) / 8, [hidden, weight]
+        )
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_cuda_graph_and_no_waiting(lora: bool, recompute: bool) -> None:
+    problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=64, vocab=1024)
+
+    def step() -> list[Tensor]:
+        losses = linear_softcap_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            **problem.adapters(),
+            hints=problem.hints,
+            reduction="none",
+            recompute=recompute,
+        )[0]
+        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for cycles in (1, 1, int(1e9)):
+            side.synchronize()
+            torch.cuda._sleep(cycles)
+            expected = step()
+            finished = side.query()
+    assert not finished
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
