@@ -181,3 +181,74 @@ def head_work(case: Case) -> Work:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_head(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, HEAD, setup_head, head_work)
+
+
+# The head with adapters, as test-time training calls it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    documents: int
+    positions: int
+    rank: int
+    vocab: int
+    width: int = 512
+
+    def __str__(self) -> str:
+        return f"{self.documents}x{self.positions} r{self.rank} {self.width}->{self.vocab}"
+
+
+ADAPTER_CASES = [AdapterCase(64, 48, 96, 8192)] if GPU else [AdapterCase(8, 48, 96, 1024)]
+
+
+def setup_adapters(case: AdapterCase, device: torch.device) -> dict[str, Tensor]:
+    rows = case.documents * case.positions
+    hidden = torch.randn(rows, case.width, device=device, dtype=DTYPE)
+    weight = torch.randn(case.vocab, case.width, device=device, dtype=DTYPE) * (5 / case.width**0.5)
+    a = torch.randn(case.documents, case.rank, case.width, device=device) / case.width**0.5
+    b = torch.randn(case.documents, case.vocab, case.rank, device=device) / case.rank**0.5
+    return {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight,
+        "targets": torch.randint(case.vocab, (rows,), device=device),
+        "lora_a": a.requires_grad_(),
+        "lora_b": b.requires_grad_(),
+        "doc_ids": torch.arange(case.documents, device=device).repeat_interleave(case.positions),
+    }
+
+
+def adapters_loss(hidden: Tensor, weight: Tensor, targets: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    x = hidden.view(len(lora_a), -1, hidden.shape[1])
+    low = torch.bmm(torch.bmm(x, lora_a.to(x.dtype).mT), lora_b.to(x.dtype).mT)
+    return loss_of((F.linear(x, weight) + low).flatten(0, 1), targets)
+
+
+def our_adapters(case: AdapterCase, x: dict[str, Tensor]) -> Call:
+    return lambda: gradients(linear_softcap_cross_entropy(**x), x["hidden"], x["lora_a"], x["lora_b"])
+
+
+def adapters_by(function: Any) -> Any:
+    def build(case: AdapterCase, x: dict[str, Tensor]) -> Call:
+        inputs = [x[name] for name in ("hidden", "weight", "targets", "lora_a", "lora_b")]
+        return lambda: gradients(function(*inputs), x["hidden"], x["lora_a"], x["lora_b"])
+
+    return build
+
+
+ADAPTERS = {
+    "pgolf_kernels": our_adapters,
+    "linear + two bmm, eager": adapters_by(adapters_loss),
+    "linear + two bmm, torch.compile": adapters_by(lambda *inputs: compiled(adapters_loss)(*inputs)),
+}
+
+
+def adapters_work(case: AdapterCase) -> Work:
+    """The adapters' B and its gradient, both float32; three products of the head and of each adapter."""
+    rows, b = case.documents * case.positions, case.documents * case.vocab * case.rank
+    return Work(bytes=2 * 4 * b, flops=rows * case.vocab * (4 * case.width + 6 * case.rank))
+
+
+@pytest.mark.parametrize("provider", ADAPTERS)
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
+def test_adapters(bench: Any, case: AdapterCase, provider: str) -> None:
+    bench(case, provider, ADAPTERS, setup_adapters, adapters_work)
