@@ -79,19 +79,29 @@ def _step_one(
     eps: float,
     weight_decay: float,
 ) -> None:
-    def by_document(values: torch.Tensor) -> torch.Tensor:
-        return values.view(-1, *(1,) * (p.dim() - 2))
-
-    fresh = by_document(reset) if reset is not None else torch.zeros((), dtype=torch.bool, device=p.device)
-    inverse1, inverse2 = by_document(factors[:, 0]), by_document(factors[:, 1])
-    runs = (inverse2 > 0) & ~fresh
-    v_new = torch.where(runs, beta2 * v + (1 - beta2) * g * g, torch.where(fresh, 0.0, v))
-    m_new = g if m is None else torch.where(runs, beta1 * m + (1 - beta1) * g, torch.where(fresh, 0.0, m))
-    stepped = p * (1 - lr * weight_decay) - lr * inverse1 * m_new / (v_new.sqrt() * inverse2 + eps)
-    p.copy_(torch.where(runs, stepped, torch.where(fresh, 0.0, p) if zero else p))
-    v.copy_(v_new)
-    if m is not None:
-        m.copy_(m_new)
+    """One tensor in PyTorch. Documents that stand alike are taken together: usually all of them, in one run."""
+    cleared = torch.zeros_like(factors[:, 0], dtype=torch.bool) if reset is None else reset
+    kinds, kind_of = torch.stack([factors[:, 0], factors[:, 1], cleared.to(factors.dtype)], 1).unique(
+        dim=0, return_inverse=True
+    )
+    for kind, (inverse1, inverse2, fresh) in enumerate(kinds.tolist()):
+        documents = (kind_of == kind).nonzero().flatten()
+        whole = len(documents) == p.shape[1]
+        part_p, part_g, part_v = (t if whole else t[:, documents] for t in (p, g, v))
+        part_m = m if whole or m is None else m[:, documents]
+        if fresh:
+            for target in (part_v, part_m, part_p if zero else None):
+                if target is not None:
+                    target.zero_()
+        elif inverse2 > 0:
+            part_v.mul_(beta2).addcmul_(part_g, part_g, value=1 - beta2)
+            mean = part_g if part_m is None else part_m.lerp_(part_g, 1 - beta1)
+            denominator = part_v.sqrt().mul_(inverse2).add_(eps)
+            part_p.mul_(1 - lr * weight_decay).addcdiv_(mean, denominator, value=-lr * inverse1)
+        if not whole:
+            p[:, documents], v[:, documents] = part_p, part_v
+            if m is not None and part_m is not None:
+                m[:, documents] = part_m
 
 
 LIBRARY.define(

@@ -66,14 +66,18 @@ class Layout:
         return [(slice(a, b), adapter) for a, b, adapter in spans if b > a]
 
 
-def _times(x: Tensor, matrices: Tensor, layout: Layout) -> Tensor:
-    """x_b M_b of every document: x [N, k], M [adapters, k, n] -> [N, n]."""
+def _times(x: Tensor, matrices: Tensor, layout: Layout, addend: Tensor | None = None) -> Tensor:
+    """x_b M_b of every document, x [N, k], M [adapters, k, n] -> [N, n]; added to `addend` in place if there is one."""
     if layout.cu_seqlens is None:
         picked = matrices if layout.index is None else matrices[layout.index]
-        return torch.bmm(x.view(-1, layout.rows, x.shape[1]), picked).flatten(0, 1)
-    out = x.new_zeros((x.shape[0], matrices.shape[2]))
+        wide = x.view(-1, layout.rows, x.shape[1])
+        if addend is None:
+            return torch.bmm(wide, picked).flatten(0, 1)
+        addend.view(-1, layout.rows, addend.shape[1]).baddbmm_(wide, picked)
+        return addend
+    out = x.new_zeros((x.shape[0], matrices.shape[2])) if addend is None else addend
     for rows, adapter in layout.spans():
-        torch.mm(x[rows], matrices[adapter], out=out[rows])
+        out[rows].addmm_(x[rows], matrices[adapter])
     return out
 
 
@@ -141,15 +145,19 @@ def _forward(
     ys, shrunk = [], []
     for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
         s = _times(x, a.to(x.dtype).mT, layout)
-        s = s if scale == 1.0 else s * scale
-        y = _times(s, b.to(x.dtype).mT, layout)
+        s = s if scale == 1.0 else s.mul_(scale)
+        y = residual.clone(memory_format=torch.contiguous_format) if residual is not None else None
         if weight is not None:
-            y += x @ weight.to(x.dtype).t()
-        if residual is not None:
-            y += residual
-        ys.append(y)
-        shrunk.append(F.pad(s, (0, padded(s.shape[1], x.dtype) - s.shape[1])))
-    return [*ys, torch.cat(shrunk, dim=1), x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
+            product = x @ weight.to(x.dtype).t()
+            y = product if y is None else y.add_(product)
+        ys.append(_times(s, b.to(x.dtype).mT, layout, y))
+        missing = padded(s.shape[1], x.dtype) - s.shape[1]
+        shrunk.append(F.pad(s, (0, missing)) if missing else s)
+    return [
+        *ys,
+        torch.cat(shrunk, dim=1) if len(shrunk) > 1 else shrunk[0],
+        x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0),
+    ]
 
 
 def _forward_fake(
@@ -193,19 +201,20 @@ def _backward_kernel(
             grads, x, per_weight, lora_as, lora_bs, shrunk, low, layout, scale, wants_x
         )
         return [d_x, *d_weights, *d_as, *d_bs]
-    d_x = torch.zeros_like(x) if wants_x else x.new_empty(0)
+    d_x = None
     d_as, d_bs = [], []
     columns = shrunk.split([padded(a.shape[1], x.dtype) for a in lora_as], dim=1)
     for grad, weight, a, b, s in zip(grads, per_weight, lora_as, lora_bs, columns, strict=True):
         e = _times(grad, b.to(x.dtype), layout)
-        e = e if scale == 1.0 else e * scale
+        e = e if scale == 1.0 else e.mul_(scale)
         d_as.append(_outer(e, x, a.shape[0], a.dtype, layout))
         d_bs.append(_outer(grad, s[:, : a.shape[1]], b.shape[0], b.dtype, layout))
         if wants_x:
-            d_x += _times(e, a.to(x.dtype), layout)
             if weight is not None:
-                d_x += grad @ weight.to(x.dtype)
-    return [d_x, *d_weights, *d_as, *d_bs]
+                product = grad @ weight.to(x.dtype)
+                d_x = product if d_x is None else d_x.add_(product)
+            d_x = _times(e, a.to(x.dtype), layout, d_x)
+    return [x.new_empty(0) if d_x is None else d_x, *d_weights, *d_as, *d_bs]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -422,8 +431,6 @@ class _Projection:
             )
         if self.residual is not None and self.residual.dtype != x.dtype:
             raise TypeError(f"residual of projection {self.number}: got {self.residual.dtype}, wanted x's {x.dtype}")
-        if b.dtype != a.dtype:
-            raise TypeError(f"{name_b}: got {b.dtype}, wanted lora_a's {a.dtype}")
         for name, tensor in (
             (name_a, self.a),
             (name_b, self.b),
@@ -436,6 +443,8 @@ class _Projection:
                 raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
             if tensor.dtype not in (x.dtype, torch.float32):
                 raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")
+        if b.dtype != a.dtype:
+            raise TypeError(f"{name_b}: got {b.dtype}, wanted lora_a's {a.dtype}")
 
 
 def _check_input(x: Tensor, cu_seqlens: Tensor | None, index: Tensor | None) -> int | None:

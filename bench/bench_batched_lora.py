@@ -1,0 +1,127 @@
+"""Linears with a document's own adapter, beside a linear and two bmm under autocast, as the public systems do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import DEVICE, Call, Work
+from pgolf_kernels import batched_lora, batched_lora_multi
+
+GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    documents: int
+    length: int
+    dim: int
+    outs: tuple[int, ...]
+    rank: int = 96
+
+    def __str__(self) -> str:
+        return f"B{self.documents} T{self.length} {self.dim}->{'+'.join(map(str, self.outs))} r{self.rank}"
+
+    @property
+    def rows(self) -> int:
+        return self.documents * self.length
+
+
+CASES = [
+    Case(64, 2048, 512, (512,)), Case(64, 256, 512, (512,)), Case(64, 256, 512, (8192,)), Case(64, 2048, 512, (256,)),
+    Case(64, 2048, 512, (512, 256, 256)),
+]  # fmt: skip
+if not GPU:
+    CASES = [Case(4, 128, 256, (256,), 32), Case(4, 128, 256, (256, 128, 128), 32)]
+
+
+def setup(case: Case, device: torch.device) -> dict[str, Any]:
+    def draw(scale: float, *size: int) -> Tensor:
+        return torch.randn(size, device=device) * scale
+
+    documents, rank = case.documents, case.rank
+    return {
+        "x": draw(1.0, documents, case.length, case.dim).to(DTYPE).requires_grad_(),
+        "weights": [draw(case.dim**-0.5, out, case.dim).to(DTYPE) for out in case.outs],
+        "a": [draw(case.dim**-0.5, documents, rank, case.dim).requires_grad_() for _ in case.outs],
+        "b": [draw(rank**-0.5, documents, out, rank).requires_grad_() for out in case.outs],
+        "grads": [draw(1.0, documents, case.length, out).to(DTYPE) for out in case.outs],
+    }
+
+
+def _sizes(case: Case) -> tuple[int, int, int]:
+    """(elements of x, of all outputs, of all adapters)."""
+    outs = sum(case.outs)
+    adapters = case.documents * case.rank * (len(case.outs) * case.dim + outs)
+    return case.rows * case.dim, case.rows * outs, adapters
+
+
+def forward_work(case: Case) -> Work:
+    x, y, adapters = _sizes(case)
+    per_row = sum(case.dim * out + case.rank * (case.dim + out) for out in case.outs)
+    return Work((x + y) * DTYPE.itemsize + 4 * adapters, 2 * case.rows * per_row)
+
+
+def both_work(case: Case) -> Work:
+    """The base weights are frozen: no product for their gradient."""
+    x, y, adapters = _sizes(case)
+    per_row = sum(2 * case.dim * out + 3 * case.rank * (case.dim + out) for out in case.outs)
+    return Work((3 * x + 2 * y) * DTYPE.itemsize + 12 * adapters, 2 * case.rows * per_row)
+
+
+def ours(x: dict[str, Any]) -> list[Tensor]:
+    if len(x["a"]) == 1:
+        return [batched_lora(x["x"], x["weights"][0], x["a"][0], x["b"][0])]
+    return batched_lora_multi(x["x"], x["weights"], x["a"], x["b"])
+
+
+def linear_and_bmm(x: dict[str, Any]) -> list[Tensor]:
+    with torch.autocast(DEVICE.type, DTYPE, enabled=GPU):
+        return [
+            F.linear(x["x"], weight) + torch.bmm(torch.bmm(x["x"], a.mT), b.mT)
+            for weight, a, b in zip(x["weights"], x["a"], x["b"], strict=True)
+        ]
+
+
+FUNCTIONS = {"pgolf_kernels": ours, "linear and two bmm": linear_and_bmm}
+
+
+def forward_by(function: Callable[..., list[Tensor]]) -> Callable[[Case, dict[str, Any]], Call]:
+    def build(case: Case, x: dict[str, Any]) -> Call:
+        def call() -> list[Tensor]:
+            with torch.no_grad():
+                return function(x)
+
+        return call
+
+    return build
+
+
+def both_by(function: Callable[..., list[Tensor]]) -> Callable[[Case, dict[str, Any]], Call]:
+    def build(case: Case, x: dict[str, Any]) -> Call:
+        return lambda: torch.autograd.grad(function(x), [x["x"], *x["a"], *x["b"]], x["grads"])
+
+    return build
+
+
+FORWARD = {name: forward_by(function) for name, function in FUNCTIONS.items()}
+BOTH = {name: both_by(function) for name, function in FUNCTIONS.items()}
+
+
+@pytest.mark.parametrize("provider", FORWARD)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, FORWARD, setup, forward_work)
+
+
+@pytest.mark.parametrize("provider", BOTH)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_backward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, BOTH, setup, both_work)
