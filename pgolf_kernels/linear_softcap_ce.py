@@ -168,7 +168,7 @@ class Gradients:
     def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int):
         self.head, self.needs, self.dtypes = head, needs, dtypes
         self.sum_dtype = loss_dtype(head.hidden) if chunks > 1 else dtypes[1]
-        self.hidden = torch.empty_like(head.hidden) if needs[0] else None
+        self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
@@ -189,7 +189,8 @@ class Gradients:
             self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
             self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
         del scaled  # as large as what comes next
-        if self.hidden is not None:
+        if self.needs[0]:
+            self.hidden = torch.empty_like(head.hidden) if self.hidden is None else self.hidden
             own = torch.mm(dlogits, head.weight, out=self.hidden[rows])
             if dhidden is not None:
                 own += dhidden
