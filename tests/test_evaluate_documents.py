@@ -138,7 +138,7 @@ def test_steps_read_every_chunk_once_and_keep_the_slots_full() -> None:
             start, predictions = documents[document, 0], documents[document, 1] - 1
             window = chunk_window(chunk, int(predictions), 16, 64)
             assert (step.start[slot], step.length[slot]) == (start + window.start, window.length)
-            assert (step.offset[slot], step.count[slot]) == (window.offset, window.count)
+            assert (step.offset[slot], step.count[slot]) == (window.offset, window.scored)
             assert step.trains[slot] == (chunk + 1 < num_chunks(int(predictions), 16))
             assert step.new[slot] == (chunk == 0)
             read.setdefault(document, []).append(chunk)

@@ -105,7 +105,7 @@ def test_each_cheat_is_caught_by_its_check(cheat: object, check: str) -> None:
     assert not report.legal
     assert report.failed == [check], report.lines()
     implied = [c.name for c in report.checks if c.status == IMPLIED]
-    assert implied == ([CAUSALITY] if check == ORDER else [])
+    assert implied == ([CAUSALITY, WARM_UP] if check == ORDER else [])
 
 
 def test_a_better_of_two_behind_the_ledger_is_caught_twice() -> None:

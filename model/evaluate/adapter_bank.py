@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,9 @@ class AdapterBank:
 
     def adapters(self, cu_seqlens: Tensor) -> Adapters:
         """The adapters for a packed row whose document i is read by slot i."""
-        return Adapters(self._leaves_a, self._leaves_b, cu_seqlens=cu_seqlens)
+        a: Any = self._leaves_a  # indexed by layer slot, as stacked tensors are
+        b: Any = self._leaves_b
+        return Adapters(a, b, cu_seqlens=cu_seqlens)
 
     @torch.no_grad()
     def hand_over(self, slots: np.ndarray, documents: np.ndarray) -> None:

@@ -9,7 +9,7 @@ n - 1 predictions, read in chunks: chunk c predicts up to `chunk_size` tokens be
 from __future__ import annotations
 
 import heapq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class ChunkWindow(NamedTuple):
     start: int  # first input of the window
     length: int  # inputs in the window
     offset: int  # of the chunk's first prediction, in the window
-    count: int  # predictions of the chunk
+    scored: int  # predictions of the chunk
 
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
@@ -43,8 +43,8 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
     return documents[documents[:, 1] >= 2]
 
 
-def num_chunks(predictions: int | np.ndarray, chunk_size: int) -> int | np.ndarray:
-    """Chunks of a document with so many predictions."""
+def num_chunks(predictions: Any, chunk_size: int) -> Any:
+    """Chunks of a document with so many predictions; an array gives an array."""
     return -(-predictions // chunk_size)
 
 

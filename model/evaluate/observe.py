@@ -158,7 +158,7 @@ def hash_weights(model: GPT) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

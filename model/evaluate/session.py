@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,9 @@ class Session:
                 f"{self.model.config.vocab_size}: the artifact and the data have different tokenizers"
             )
         self.input_ids = torch.from_numpy(self.tokens.astype(np.int64)).to(self.device)
-        same = self.targets is None
-        self.target_ids = self.input_ids if same else torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
+        self.target_ids = self.input_ids
+        if self.targets is not None:
+            self.target_ids = torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
         self._saved = self._reported = self.started
 
     @property
@@ -83,13 +85,14 @@ class Session:
         Their targets are the tokens `token_index` of the stream. The score has the n-gram tilt (then it is fp64); the
         nll that adapters learn from never has. Other arguments go to the model.
         """
-        inputs = {"loop": self.loop, **inputs}
+        options: dict[str, Any] = {"loop": self.loop, **inputs}
+        nll: Any
         if self.tilt is None:
-            nll = self.model.loss(input_ids, targets, positions=positions, reduction="none", **inputs)
+            nll = self.model.loss(input_ids, targets, positions=positions, reduction="none", **options)
             return nll, nll.detach()
         hints = self.tilt.hints[token_index]
         nll, log_p_hint = self.model.loss(
-            input_ids, targets, positions=positions, reduction="none", hints=hints, **inputs
+            input_ids, targets, positions=positions, reduction="none", hints=hints, **options
         )
         chosen = targets.reshape(-1)[positions]
         return nll, self.tilt.apply(nll.detach(), log_p_hint, chosen, token_index)
@@ -179,6 +182,13 @@ class Session:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    """The tensor's gradient, zero where it has none yet."""
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    return tensor.grad
 
 
 def all_reduce_sum(tensors: list[Tensor]) -> None:

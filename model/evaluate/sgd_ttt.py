@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from model.errors import ConfigError
 from model.evaluate.ledger import ARTIFACT_STATE
-from model.evaluate.session import Session, all_reduce_sum
+from model.evaluate.session import Session, all_reduce_sum, gradient
 from model.evaluate.sliding import sliding_windows
 
 # Where the rows of block 0 begin in each parameter that has rows for every block, in units of the number of layers.
@@ -70,13 +71,9 @@ class WholeModelSGD:
             with torch.enable_grad():
                 loss = self._loss(stream[inputs], stream[inputs + 1], documents_apart)
                 (loss * (len(mine) / len(starts))).backward()
-        grads = []
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-        all_reduce_sum(grads)
+        all_reduce_sum([gradient(parameter) for parameter in self.parameters])
         self._freeze()
         if self.clip > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -86,23 +83,26 @@ class WholeModelSGD:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, inputs: Tensor, targets: Tensor, documents_apart: bool) -> Tensor:
-        session = self.session
+        session, loss = self.session, self.session.model.loss
+        result: Any
         if not documents_apart:
-            return session.model.loss(inputs, targets, loop=session.loop)
+            result = loss(inputs, targets, loop=session.loop)
+            return result
         cu_seqlens = session.boundaries(inputs.cpu().numpy().reshape(-1))
-        return session.model.loss(
+        result = loss(
             inputs.view(1, -1),
             targets.view(1, -1),
             loop=session.loop,
             cu_seqlens=cu_seqlens,
             max_seqlen=session.config.eval_seq_len,
         )
+        return result
 
     def _freeze(self) -> None:
         for name, parameter in self.session.model.named_parameters():
             for first in _FIRST_ROWS.get(name, ()):
                 row = first * self.session.model.config.num_layers
-                parameter.grad[row : row + self.frozen_blocks] = 0.0
+                gradient(parameter)[row : row + self.frozen_blocks] = 0.0
 
 
 def evaluate_sgd_ttt(session: Session) -> None:

@@ -16,6 +16,8 @@ Logits of adapted weights are divided by 0.98, in both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from model.evaluate.adapter_bank import document_keys, uniform
 from model.evaluate.documents import ranges_to_positions
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.ngram_cache import CacheCounts
-from model.evaluate.session import Session, all_reduce_sum
+from model.evaluate.session import Session, all_reduce_sum, gradient
 from model.evaluate.sliding import sliding_windows
 
 DEFECTS = (
@@ -79,7 +81,7 @@ class SharedAdapters:
         self.steps = 0
         self.resets += 1
 
-    def inputs(self) -> dict[str, object]:
+    def inputs(self) -> dict[str, Any]:
         """What the model needs to read with them: the adapters and the temperature of adapted weights."""
         return {"adapters": self._adapters, "temperature": ADAPTED_TEMPERATURE if self.steps else 1.0}
 
@@ -88,9 +90,7 @@ class SharedAdapters:
         tensors = list(self._adapters.tensors())
         if loss is not None:
             loss.backward()
-        for tensor in tensors:
-            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        all_reduce_sum([tensor.grad for tensor in tensors])
+        all_reduce_sum([gradient(tensor) for tensor in tensors])
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -134,7 +134,7 @@ def evaluate_sliding_cache(
         session.pause()
 
 
-def _window_loss(session: Session, batch: np.ndarray, mine: np.ndarray, inputs: dict[str, object]) -> Tensor:
+def _window_loss(session: Session, batch: np.ndarray, mine: np.ndarray, inputs: dict[str, Any]) -> Tensor:
     """This rank's part of the mean loss over a batch of windows, at temperature 1.
 
     As published, windows at the end of the stream are filled with predictions of token 0 from token 0.
@@ -152,7 +152,7 @@ def _window_loss(session: Session, batch: np.ndarray, mine: np.ndarray, inputs: 
         targets = torch.where(inside, targets, -100)
         count = int(batch[:, 1].sum())
     adapters = inputs["adapters"]
-    losses = session.model.loss(ids, targets, reduction="none", loop=session.loop, adapters=adapters)
+    losses: Any = session.model.loss(ids, targets, reduction="none", loop=session.loop, adapters=adapters)
     return losses.sum() / count
 
 
@@ -175,7 +175,7 @@ class _Blend:
         events = np.concatenate([learnt_before, learnt + self._offset])
         self._counts = CacheCounts(streams, session.config.cache_order, events)
 
-    def score(self, state: int, windows: np.ndarray, inputs: dict[str, object]) -> None:
+    def score(self, state: int, windows: np.ndarray, inputs: dict[str, Any]) -> None:
         """Scores windows of one batch in one pass and enters them into the ledger, window by window."""
         session = self._session
         windows = session.not_scored(windows)
