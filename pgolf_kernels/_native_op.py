@@ -29,6 +29,11 @@ def has_native_cuda() -> bool:
     return _native.has_cuda()
 
 
+def runs_native(tensor: torch.Tensor) -> bool:
+    """Whether compiled code takes this tensor: CPU-only builds have none for CUDA, packed submissions none at all."""
+    return has_native_cuda() if tensor.is_cuda else not hasattr(_native, "STANDS_IN")
+
+
 def num_threads() -> int:
     """Threads a native CPU kernel may use: PyTorch's own setting."""
     return torch.get_num_threads()

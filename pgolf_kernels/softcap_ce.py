@@ -26,6 +26,7 @@ from pgolf_kernels._native_op import (
     num_threads,
     reference_on_cuda,
     register_op,
+    runs_native,
     stream_of,
 )
 
@@ -117,6 +118,11 @@ def _launch(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *a
         raise IndexError(f"targets: got {targets[row].item()}{hint}, wanted indices in [0, {logits.shape[1]})")
 
 
+def _copy(targets: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
 def launch_forward(
     logits: Tensor,
     targets: Tensor,
@@ -130,6 +136,9 @@ def launch_forward(
 
     `scalars`: softcap (0: none), temperature, ignore_index.
     """
+    if not runs_native(logits):
+        _copy((losses, lse, hint_log_probs), softcap_ce_reference(logits, targets, hints, *scalars))
+        return
     problem = _problem(logits, targets, *scalars)
     _launch("softcap_ce_forward", logits, targets, hints, problem, _losses(losses, lse, hints, hint_log_probs))
 
@@ -138,6 +147,9 @@ def launch_backward(
     logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, scalars: tuple[Any, ...], dlogits: Tensor
 ) -> None:
     """The gradient into `dlogits`, which may be the logits themselves. `upstream` [N] may have stride 0."""
+    if not runs_native(logits):
+        dlogits.copy_(_gradient_reference(upstream, logits, targets, lse, *scalars))
+        return
     problem = _problem(logits, targets, *scalars)
     _launch("softcap_ce_backward", logits, targets, None, problem, lse.data_ptr(), _gradient(upstream, dlogits))
 
@@ -154,6 +166,10 @@ def launch_with_grad(
     dlogits: Tensor,
 ) -> None:
     """Both of the above in one pass."""
+    if not runs_native(logits):
+        launch_forward(logits, targets, hints, scalars, losses, lse, hint_log_probs)
+        launch_backward(logits, targets, lse, upstream, scalars, dlogits)
+        return
     problem = _problem(logits, targets, *scalars)
     out = _losses(losses, lse, hints, hint_log_probs)
     _launch("softcap_ce_with_grad", logits, targets, hints, problem, out, _gradient(upstream, dlogits))
