@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bench.common import DEVICE, Absent, Call, Work, peer_module
 from model.config import Config
-from model.data.loaders import build_cu_seqlens
+from model.data.loaders import Batch, build_cu_seqlens
 from model.distributed import Dist
 from model.flops import train_flops
 from model.gpt import GPT
+from model.micro_step import MicroStep
 from model.optim import Optimizer, WeightAverage
 from model.presets import get_preset
 from pgolf_kernels import varlen_attention
@@ -95,32 +96,27 @@ def not_captured() -> None:
 
 
 @functools.cache
-def our_model() -> tuple[GPT, Any]:
+def our_micro_steps() -> MicroStep:
     torch.manual_seed(0)
     model = GPT(config().model).to(DEVICE)
     draw_zero_matrices(model)
     model.compute_dtype = getattr(torch, config().train.dtype)
-    longest = config().data.train_seq_len
-
-    def loss(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, loop: bool) -> Tensor:
-        return model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=longest, loop=loop)
-
-    return model, torch.compile(loss) if GPU else loss
+    return MicroStep(model, weight=1 / 8, max_seqlen=config().data.train_seq_len)
 
 
 def our_micro_step(case: Case, inputs: dict[str, Tensor]) -> Call:
-    _, loss = our_model()
+    run = our_micro_steps()
+    batch = Batch(inputs["inputs"], inputs["targets"], inputs["cu_seqlens"], run.max_seqlen)
 
     def call() -> None:
         not_captured()
-        (loss(inputs["inputs"], inputs["targets"], inputs["cu_seqlens"], case.loop) / 8).backward()
+        run(batch, loop=case.loop)
 
     return call
 
 
 def our_step(case: Case, inputs: dict[str, Tensor]) -> Call:
-    model, _ = our_model()
-    params = dict(model.named_parameters())
+    params = dict(our_micro_steps().model.named_parameters())
     optimizer = Optimizer(params, config().train, Dist.single(DEVICE))
     average = WeightAverage(params, config().train)
     optimizer.zero_grad()

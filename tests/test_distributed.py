@@ -77,11 +77,14 @@ def clipped_alone(config, dataset) -> dict[str, torch.Tensor]:
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         for loader in loaders:
             batch = loader.next_batch()
-            trainer._micro_loss(batch.inputs, batch.targets, batch.cu_seqlens, settings.loop).backward()
+            loss = trainer.model.loss(
+                batch.inputs, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=64, loop=settings.loop
+            )
+            loss.backward()
             nn.utils.clip_grad_norm_(params.values(), config.train.grad_clip_norm)
             for name, param in params.items():
                 total[name] += param.grad / 2
-                param.grad = None
+            trainer.optimizer.zero_grad()
         for name, param in params.items():
             param.grad = total[name]
         trainer.optimizer.step(settings.lr_scale, settings.muon_momentum)

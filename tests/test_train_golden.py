@@ -40,8 +40,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12)).item()
 
 
-# 1413 rounds each finished Muon update to bf16, which ours does not.
-@pytest.mark.parametrize(("system", "tolerance"), [("pr1530", 1e-4), ("pr1413", 2e-3)])
+# fp32 gradients differ by 1e-5 to 1e-4 between two orders of summation. 1413 also rounds each Muon update to bf16.
+@pytest.mark.parametrize(("system", "tolerance"), [("pr1530", 2e-4), ("pr1413", 2e-3)])
 def test_four_steps(system, tolerance):
     golden = load_safetensors(f"train_{system}.safetensors")
     losses, changes = run_steps(system)

@@ -60,7 +60,6 @@ def tiny_config(data_dir: Path, run_dir: Path, **changes: object) -> Config:
             enable_looping_at=0.5,
             muon_momentum_warmup_steps=4,
             dtype="float32",
-            compile=False,
             train_log_every=2,
             val_loss_every=0,
             run_dir=str(run_dir),
