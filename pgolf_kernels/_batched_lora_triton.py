@@ -351,10 +351,10 @@ def _project(
     w_block = (1, bk, bn) if transposed else (1, bn, bk)
     s_desc, own_desc = descriptor(tiles.planes(s), (1, bm, bk)), descriptor(own, w_block)
     pairs = [(descriptor(tiles.planes(a), (1, bm, bk)), descriptor(w.unsqueeze(0), w_block)) for a, w in shared]
-    pairs += [(s_desc, own_desc)] * (MAX_SHARED - len(pairs))
+    pairs += [(None, None)] * (MAX_SHARED - len(pairs))  # a descriptor costs the host some microseconds a launch
     depths = [a.shape[1] for a, _ in shared] + [0] * (MAX_SHARED - len(shared))
     y_desc, residual_desc = (
-        s_desc if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // config.strips))
+        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // config.strips))
         for t in (out, residual)
     )
     grid = min(grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
