@@ -116,10 +116,10 @@ class Head:
     ):
         self.hidden = hidden
         self.weight = weight.to(hidden.dtype)
-        self.lora_a, self.lora_b = lora_a, lora_b
         self.order: Tensor | None = None
         if lora_a is None or lora_b is None or doc_ids is None:
             return
+        self.adapters = [lora_a], [lora_b]
         documents = len(lora_a)
         if (
             not doc_ids.is_cuda
@@ -135,8 +135,8 @@ class Head:
         self.bounds = torch.searchsorted(ids, bounds, out_int32=True)
         self.hidden = hidden[self.order]
 
-    def sorted(self, rows: Tensor | None) -> Tensor | None:
-        return rows if self.order is None or rows is None else rows[self.order]
+    def sorted(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows[self.order]
 
     def unsorted(self, rows: Tensor) -> Tensor:
         return (
@@ -157,8 +157,8 @@ class Head:
         if self.order is None:
             return torch.mm(hidden, self.weight.T, out=out), []
         base = hidden @ self.weight.T
-        adapters = [self.lora_a], [self.lora_b]
-        logits, *kept = lora_forward(hidden, [], *adapters, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
+        a, b = self.adapters
+        logits, *kept = lora_forward(hidden, [], a, b, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
         return logits if out is None else out.copy_(logits), kept
 
 
@@ -167,7 +167,8 @@ class Gradients:
 
     def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int):
         self.head, self.needs, self.dtypes = head, needs, dtypes
-        self.sum_dtype = loss_dtype(head.hidden) if chunks > 1 else dtypes[1]
+        wide, own = loss_dtype(head.hidden), dtypes[1] or torch.float32
+        self.sum_dtype = own if chunks == 1 and own in (head.hidden.dtype, wide) else wide
         self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.lora_a: Tensor | None = None
@@ -183,8 +184,9 @@ class Gradients:
         if kept:
             inner, low = kept
             inner = scale_rows(inner, scale, torch.empty_like(inner))
-            adapters, place = ([head.lora_a], [head.lora_b]), (head.bounds_in(rows), None, 0, 1.0)
-            results = lora_backward([dlogits], scaled, [], *adapters, inner, low, [0], *place, self.needs[0], [])
+            a, b = head.adapters
+            bounds, wants = head.bounds_in(rows), self.needs[0]
+            results = lora_backward([dlogits], scaled, [], a, b, inner, low, [0], bounds, None, 0, 1.0, wants, [])
             dhidden, d_a, d_b = results
             self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
             self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
@@ -218,12 +220,9 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
     if not a.is_cuda:
         wide = torch.promote_types(a.dtype, torch.float32)
         a, b = a.to(wide), b.to(wide)
-    if total is not None:
-        mixed = {} if a.dtype == dtype else {"out_dtype": dtype}
-        return torch.addmm(total, a, b, out=total, **mixed)
     if a.dtype == dtype or not a.is_cuda:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype)
+        return a @ b if total is None else total.addmm_(a, b)
+    return torch.mm(a, b, dtype) if total is None else torch.addmm(total, a, b, dtype, out=total)
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ def _forward(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    targets, hints = head.sorted(targets), head.sorted(hints)
+    targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     if fused := _fused(head, *scalars[:2]):
         fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, None, None)
@@ -284,7 +283,7 @@ def _keep(
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    targets, hints = head.sorted(targets), head.sorted(hints)
+    targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     scale = torch.ones_like(losses)
     if fused := _fused(head, *scalars[:2]):
