@@ -160,7 +160,7 @@ class TrainConfig:
     ema_dtype: Literal["float32", "parameter"] = "float32"
     late_qat_threshold: float = 0.0  # fake-quantise once the lr multiplier is below; 0: never (pull request 1499)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    compile: bool = True
+    cuda_graphs: bool = True  # record micro-steps on a GPU and replay them
     train_log_every: int = 500
     val_loss_every: int = 4000  # 0: only at the end
     checkpoint_every: int = 0  # steps; 0: only when interrupted
@@ -350,6 +350,4 @@ def field_types() -> dict[str, Any]:
     return {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
 
 
-_LITERALS = {
-    name: typing.get_args(kind) for name, kind in field_types().items() if typing.get_origin(kind) is Literal
-}
+_LITERALS = {name: typing.get_args(kind) for name, kind in field_types().items() if typing.get_origin(kind) is Literal}

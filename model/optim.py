@@ -219,9 +219,12 @@ class Optimizer:
         )
         self._base_lrs = [group["lr"] for group in self.adamw.param_groups]
 
+    @torch.no_grad()
     def zero_grad(self) -> None:
-        for param in self._params.values():
-            param.grad = None
+        """In place: a recorded micro-step adds to the gradients where they lie."""
+        gradients = [p.grad for p in self._params.values() if p.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:

@@ -29,7 +29,7 @@ DEFECTS = (
         ("pr1530", "pr1727"),
         "Muon's momentum survives the reset after the warm-up steps",
         "it is reset with the weights",
-        "the warm-up is there to compile; momentum of gradients at other weights is noise",
+        "the warm-up is there to record graphs; momentum of gradients at other weights is noise",
         "--no-restore-muon-momentum",
     ),
     Defect(
@@ -225,7 +225,7 @@ def _demo() -> Config:
             muon_momentum_warmup_steps=0,
             ema_decay=0.97,
             dtype="float32",
-            compile=False,
+            cuda_graphs=False,
             train_log_every=20,
             val_loss_every=0,
         ),

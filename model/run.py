@@ -44,7 +44,7 @@ _ZIP_TIME = (2020, 1, 1, 0, 0, 0)  # fixed, so that equal sources give equal arc
 # Settings that may change when a run goes on from a checkpoint: none of them changes what a training step does.
 _FREE_ON_RESUME = frozenset(
     {"data_dir", "run_dir", "run_id", "train_log_every", "val_loss_every", "checkpoint_every", "keep_checkpoints"}
-    | {"max_wallclock_seconds", "compile", "timeout_seconds"}
+    | {"max_wallclock_seconds", "cuda_graphs", "timeout_seconds"}
 )
 
 

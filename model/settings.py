@@ -1,7 +1,7 @@
 """The configuration of a run from its three sources: flag over environment variable over preset.
 
-Every field of the configuration is a flag: `matrix_lr` is `--matrix-lr`, a boolean `compile` is `--compile` and
-`--no-compile`, a tuple `keep_fp16` takes names with commas between them.
+Every field of the configuration is a flag: `matrix_lr` is `--matrix-lr`, a boolean `cuda_graphs` is `--cuda-graphs` and
+`--no-cuda-graphs`, a tuple `keep_fp16` takes names with commas between them.
 """
 
 from __future__ import annotations

@@ -35,10 +35,13 @@ from model.distributed import Dist, local_micro_batches
 from model.errors import ArtifactError, DataError, TrainError
 from model.files import atomic_write
 from model.gpt import GPT
+from model.micro_step import MicroStep
 from model.monitor import InFlight, Monitor, StepRecord
 from model.optim import Optimizer, WeightAverage
 from model.run import RunDir
 from model.schedule import StepSettings
+
+RECORDED_BUCKETS = range(1, 5)  # cu_seqlens lengths recorded before the first step, as in pull request 1530's warm-up
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class TrainResult:
     step: int
     seconds: float
     tokens: int
-    recompiles: int
+    recordings: int  # micro-steps recorded after the warm-up: 0 unless a batch held more documents than any before
     looped: bool  # whether the layer loop was ever active
     interrupted: int | None
 
@@ -97,26 +100,18 @@ class Trainer:
         self.monitor = Monitor(config, run, ranks.world, ranks.device, self.budget)
         self.in_flight = InFlight(ranks.device)
         self.has_loop = config.model.num_loops > 0
-        self.compiled = config.train.compile and ranks.device.type == "cuda"
-        self._forward = torch.compile(self._micro_loss) if self.compiled else self._micro_loss
+        tokens = config.train.train_batch_tokens // config.train.micro_batches
+        # The configured length, not the batch's longest: attention's grid is part of a recording.
+        longest = config.data.train_seq_len or tokens
+        self.micro_step = MicroStep(
+            self.model, weight=1 / self.accumulate, max_seqlen=longest, record=config.train.cuda_graphs
+        )
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
         self.looped = False
         self._resumed = False
-        self._graphs = 0
+        self._warm_recordings = 0
 
     # One step
-
-    def _micro_loss(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, loop: bool) -> Tensor:
-        # The configured length, not the batch's longest: a number that changes would be compiled in again and again.
-        longest = (self.config.data.train_seq_len or inputs.numel()) if cu_seqlens is not None else None
-        return self.model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=longest, loop=loop)
-
-    def _backward(self, batch: Batch, loop: bool) -> Tensor:
-        if batch.cu_seqlens is not None and self.compiled:
-            torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-        loss = self._forward(batch.inputs, batch.targets, batch.cu_seqlens, loop)
-        (loss / self.accumulate).backward()
-        return loss.detach()
 
     def train_step(self, settings: StepSettings) -> Tensor:
         """Micro-batches, optimiser, average. Returns (loss, gradient norm, attention pairs), fp64, on the device.
@@ -127,7 +122,7 @@ class Trainer:
         losses, pairs = [], []
         for _ in range(self.accumulate):
             batch = self.loader.next_batch()
-            losses.append(self._backward(batch, settings.loop))
+            losses.append(self.micro_step(batch, loop=settings.loop))
             pairs.append(attention_pairs(batch))
         loss = torch.stack(losses).mean()
         norm = self.optimizer.step(settings.lr_scale, settings.muon_momentum)
@@ -138,29 +133,44 @@ class Trainer:
     # Before the first step
 
     def prepare(self) -> None:
-        """Compiles both graphs, then runs the preset's warm-up steps and undoes them completely."""
-        self._compile_graphs()
+        """Records the micro-steps, then runs the preset's warm-up steps and undoes them completely."""
+        with self._out_of_memory():
+            self._record()
         if not self._resumed:
             self._warm_up()
-        self._graphs = compiled_graphs()
+        self._warm_recordings = self.micro_step.recordings
 
     def _modes(self) -> list[tuple[bool, bool]]:
-        """(loop, late QAT) of every graph that may be needed."""
+        """(loop, late QAT) of every recording that may be needed."""
         loops = [False, True] if self.has_loop else [False]
         late_qats = [False, True] if self.config.train.late_qat_threshold > 0 else [False]
         return [(loop, late_qat) for late_qat in late_qats for loop in loops]
 
-    def _compile_graphs(self) -> None:
-        if not self.compiled:
+    def _record(self) -> None:
+        """Every mode, with room for one to four buckets of documents."""
+        device = self.ranks.device
+        if not self.micro_step.records(device):
             return
         state = self.loader.state_dict()
         batch = self.loader.next_batch()
+        self.loader.load_state_dict(state)
+        batches = [batch]
+        if batch.cu_seqlens is not None:
+            bucket, tokens = self.config.data.cu_bucket_size, batch.inputs.numel()
+            bounds = torch.arange(0, tokens, self.micro_step.max_seqlen, dtype=torch.int32)
+            sizes = [bucket * k for k in RECORDED_BUCKETS if bucket * k > len(bounds)]
+            batches = [
+                batch._replace(
+                    cu_seqlens=torch.nn.functional.pad(bounds, (0, size - len(bounds)), value=tokens).to(device)
+                )
+                for size in sizes
+            ]
         for loop, late_qat in self._modes():
             self.model.late_qat = late_qat
-            self._backward(batch, loop)
+            for example in batches:
+                self.micro_step(example, loop=loop)
         self.model.late_qat = False
         self.optimizer.zero_grad()
-        self.loader.load_state_dict(state)
 
     def _warm_up(self) -> None:
         steps = self.config.train.warmup_steps
@@ -274,7 +284,7 @@ class Trainer:
         self._start_clock()
 
     def _result(self, interrupted: int | None) -> TrainResult:
-        recompiles = compiled_graphs() - self._graphs
+        recordings = self.micro_step.recordings - self._warm_recordings
         tokens = self.step * self.config.train.train_batch_tokens
         peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
         with torch.no_grad():
@@ -284,15 +294,15 @@ class Trainer:
             self.run_dir.save_model(self.model.state_dict(), self.config)
             self.monitor.say(
                 f"trained {self.step} steps, {tokens:,} tokens in {self.seconds:.1f} s"
-                + (f", {recompiles} recompiles, peak memory {peak / 2**30:.1f} GiB" if peak is not None else "")
+                + (f", {recordings} late recordings, peak memory {peak / 2**30:.1f} GiB" if peak is not None else "")
             )
         self.run_dir.merge_result(
             {
-                "train": {"steps": self.step, "tokens": tokens, "recompiles": recompiles, "peak_gpu_bytes": peak},
+                "train": {"steps": self.step, "tokens": tokens, "late_recordings": recordings, "peak_gpu_bytes": peak},
                 "seconds": {"train": self.seconds},
             }
         )
-        return TrainResult(self.model, self.step, self.seconds, tokens, recompiles, self.looped, interrupted)
+        return TrainResult(self.model, self.step, self.seconds, tokens, recordings, self.looped, interrupted)
 
     # The clock
 
@@ -392,11 +402,6 @@ def attention_pairs(batch: Batch) -> Tensor:
         return torch.full((), rows * length * (length + 1) / 2, dtype=torch.float64, device=batch.inputs.device)
     lengths = batch.cu_seqlens.diff().double()
     return (lengths * (lengths + 1)).sum() / 2
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def random_state(device: torch.device) -> dict[str, str]:

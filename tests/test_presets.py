@@ -10,7 +10,13 @@ from model.presets import DEFECTS, get_preset, preset_names
 from tests.golden import load_json
 
 # Parameters of the published models.
-PARAMETERS = {"pr1413": 35_943_512, "pr1499": 37_338_221, "pr1514": 35_944_536, "pr1530": 35_944_602, "pr1727": 35_944_602}
+PARAMETERS = {
+    "pr1413": 35_943_512,
+    "pr1499": 37_338_221,
+    "pr1514": 35_944_536,
+    "pr1530": 35_944_602,
+    "pr1727": 35_944_602,
+}
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -42,7 +48,9 @@ def test_hyperparameters_of_the_published_runs(name):
     for _, field, value in get_preset(name).items():
         wanted = golden.get(NAMES.get(field, field), golden.get(field))
         # The golden file has 1727's code defaults for what its command sets: bits and clips.
-        if wanted is not None and not (name == "pr1727" and field in ("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas")):
+        if wanted is not None and not (
+            name == "pr1727" and field in ("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas")
+        ):
             assert value == wanted, field
             checked += 1
     assert checked >= 12
@@ -54,7 +62,7 @@ def test_demo_has_a_step_budget_and_the_parts_of_the_large_presets():
     assert demo.model.num_loops > 0
     assert 0 <= demo.model.parallel_start < demo.model.num_layers
     assert demo.data.loader == "documents"
-    assert demo.train.compile is False
+    assert demo.train.cuda_graphs is False
 
 
 def test_unknown_preset():

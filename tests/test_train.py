@@ -20,7 +20,7 @@ from model.monitor import InFlight, StepRecord
 from model.presets import get_preset
 from model.run import RunDir
 from model.schedule import StepSettings
-from model.train import Trainer, attention_pairs, compiled_graphs, stop_signals, train
+from model.train import Trainer, attention_pairs, stop_signals, train
 from tests.tiny import tiny_config, tiny_data
 
 
@@ -239,23 +239,6 @@ def test_a_missing_shard_is_named(data, dataset, tmp_path):
 
 
 @pytest.mark.long
-def test_one_graph_a_loop_state_serves_every_batch(data, dataset, tmp_path):
-    """Compiled without code generation, which needs no GPU: what is traced anew would be compiled anew."""
-    config = tiny_config(data, tmp_path, cu_bucket_size=2)
-    trainer = Trainer(config, dataset, run_of(config), Dist.single())
-    trainer._forward, trainer.compiled = torch.compile(trainer._micro_loss, backend="aot_eager"), True
-    before = compiled_graphs()
-    for loop in (False, True):
-        lengths = set()
-        for _ in range(4):
-            batch = trainer.loader.next_batch()
-            lengths.add(batch.cu_seqlens.numel())
-            trainer._backward(batch, loop)
-        assert len(lengths) > 1
-    assert compiled_graphs() - before == 2
-    trainer.close()
-
-
 def test_attention_pairs_by_real_lengths(data, dataset, tmp_path):
     config = tiny_config(data, tmp_path)
     trainer = Trainer(config, dataset, run_of(config), Dist.single())

@@ -53,20 +53,20 @@ def test_a_step_does_not_wait_for_the_device(data, tmp_path):
 
 def test_nothing_is_compiled_after_the_warm_up(data, tmp_path):
     """Batches have between 9 and some 30 documents here, so lengths of cu_seqlens differ."""
-    config = gpu_config(data, tmp_path, compile=True, iterations=12)
+    config = gpu_config(data, tmp_path, cuda_graphs=True, iterations=12)
     dataset = open_dataset(data)
     trainer = Trainer(config, dataset, RunDir(tmp_path / "probe"), Dist.single("cuda"))
     lengths = {trainer.loader.next_batch().cu_seqlens.numel() for _ in range(20)}
     trainer.close()
     assert len(lengths) > 1
     result = train(config, dataset, RunDir(tmp_path / "run"), Dist.single("cuda"))
-    assert result.recompiles == 0
+    assert result.recordings == 0
     assert result.looped
 
 
 def test_gpu_and_cpu_train_alike(data, tmp_path):
     dataset = open_dataset(data)
-    config = gpu_config(data, tmp_path, dtype="float32", compile=False, iterations=4, warmup_steps=0)
+    config = gpu_config(data, tmp_path, dtype="float32", cuda_graphs=False, iterations=4, warmup_steps=0)
     losses = {}
     for device in ("cpu", "cuda"):
         run = RunDir(tmp_path / device)
