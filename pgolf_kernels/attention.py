@@ -215,14 +215,16 @@ def _torch_flash_backward(
     )
 
 
+# FlashAttention 3's functions took their arguments by other names in 2025, in the same order: they go by position.
+
+
 def _fa3_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    module = _flash_attention_3()
-    out, lse, *_ = module._flash_attn_forward(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
-        softmax_scale=scale, causal=causal,
-    )  # fmt: skip
+    new_keys_and_out, used, cache = (None,) * 4, (None,) * 3, (None,) * 9
+    out, lse, *_ = _flash_attention_3()._flash_attn_forward(
+        q, k, v, *new_keys_and_out, cu_q, cu_k, *used, max_q, max_k, *cache, scale, causal
+    )
     return out, lse
 
 
@@ -230,12 +232,10 @@ def _fa3_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    module = _flash_attention_3()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    module._flash_attn_backward(
-        grad, q, k, v, out, lse, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
-        dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=causal,
-    )  # fmt: skip
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    _flash_attention_3()._flash_attn_backward(
+        grad, q, k, v, out, lse, cu_q, cu_k, None, None, max_q, max_k, dq, dk, dv, scale, causal
+    )
     return dq, dk, dv
 
 
