@@ -160,7 +160,7 @@ class Muon:
     def _apply(self, bank: _Bank, update: Tensor, lr: float) -> None:
         weights = bank.param.view(-1, *bank.param.shape[-2:])
         weights.mul_(1.0 - lr * self._config.muon_wd)
-        weights.add_(update.to(weights.dtype), alpha=-lr * bank.scale)
+        weights.add_(update, alpha=-lr * bank.scale)
 
     def state(self) -> dict[str, Tensor]:
         """Momentum of every bank, whole and unpadded, whatever the number of ranks. A collective."""

@@ -94,6 +94,9 @@ def run_pipeline(
             raise Interrupted(result.interrupted)
         model = result.model
         run.merge_result({"trained_with_loop": result.looped})
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # what recorded graphs held
+    ranks.barrier()  # every rank reads what the main one has written
     if "quantize" in stages:
         if model is None:
             model = load_weights(weights or run.model_path, config, ranks.device)

@@ -290,6 +290,7 @@ class Trainer:
         with torch.no_grad():
             for name, param in self.params.items():
                 param.copy_(self.average.average[name])
+                param.grad = None
         if interrupted is None:
             self.run_dir.save_model(self.model.state_dict(), self.config)
             self.monitor.say(
