@@ -17,12 +17,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from pgolf_kernels import _native
 from pgolf_kernels._native_op import has_native_cuda, num_threads, reference_on_cuda, register_op, stream_of
+
+ScaleRule = Literal["sigma", "absmax", "search"]
+RoundScales = Literal["before", "after"]
+ColumnOrder = Literal["descending", "ascending", "natural"]
+DeadColumns = Literal["zero", "keep"]
+ErrorFeedback = Literal["cholesky", "inverse"]
+OnSingular = Literal["raise", "diagonal"]
 
 _SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 _SMALLEST_HALF, _LARGEST_HALF = 2.0**-24, 65504.0
@@ -88,16 +95,16 @@ class GptqRecipe:
 
     bits: int = 6
     clip_sigmas: float = 12.85
-    scale_rule: Literal["sigma", "absmax", "search"] = "sigma"
+    scale_rule: ScaleRule = "sigma"
     scales: torch.Tensor | None = None
-    round_scales: Literal["before", "after"] = "before"
+    round_scales: RoundScales = "before"
     scale_floor: float = 1e-10
     block_size: int = 128
     damping: float = 0.01
-    column_order: Literal["descending", "ascending", "natural"] = "descending"
-    dead_columns: Literal["zero", "keep"] = "zero"
-    error_feedback: Literal["cholesky", "inverse"] = "cholesky"
-    on_singular: Literal["raise", "diagonal"] = "raise"
+    column_order: ColumnOrder = "descending"
+    dead_columns: DeadColumns = "zero"
+    error_feedback: ErrorFeedback = "cholesky"
+    on_singular: OnSingular = "raise"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -109,15 +116,15 @@ class GptqRecipe:
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size: got {self.block_size!r}, wanted a positive integer")
         for name, choices in (
-            ("scale_rule", ("sigma", "absmax", "search")),
-            ("round_scales", ("before", "after")),
-            ("column_order", ("descending", "ascending", "natural")),
-            ("dead_columns", ("zero", "keep")),
-            ("error_feedback", ("cholesky", "inverse")),
-            ("on_singular", ("raise", "diagonal")),
+            ("scale_rule", ScaleRule),
+            ("round_scales", RoundScales),
+            ("column_order", ColumnOrder),
+            ("dead_columns", DeadColumns),
+            ("error_feedback", ErrorFeedback),
+            ("on_singular", OnSingular),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {choices}")
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {get_args(choices)}")
 
     @property
     def max_code(self) -> int:
@@ -295,16 +302,16 @@ def gptq_quantize(
     *,
     bits: int = 6,
     clip_sigmas: float = 12.85,
-    scale_rule: str = "sigma",
+    scale_rule: ScaleRule = "sigma",
     scales: torch.Tensor | None = None,
-    round_scales: str = "before",
+    round_scales: RoundScales = "before",
     scale_floor: float = 1e-10,
     block_size: int = 128,
     damping: float = 0.01,
-    column_order: str = "descending",
-    dead_columns: str = "zero",
-    error_feedback: str = "cholesky",
-    on_singular: str = "raise",
+    column_order: ColumnOrder = "descending",
+    dead_columns: DeadColumns = "zero",
+    error_feedback: ErrorFeedback = "cholesky",
+    on_singular: OnSingular = "raise",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [R, C] and scales fp16 [R] of one matrix.
 
@@ -359,16 +366,16 @@ def gptq_quantize_many(
     weights, hessians = list(weights), list(hessians)
     if isinstance(recipes, GptqRecipe | Mapping):
         recipes = [recipes] * len(weights)
-    recipes = [recipe if isinstance(recipe, GptqRecipe) else GptqRecipe(**recipe) for recipe in recipes]
-    for name, items in (("hessians", hessians), ("recipes", recipes)):
+    settings = [recipe if isinstance(recipe, GptqRecipe) else GptqRecipe(**recipe) for recipe in recipes]
+    for name, items in (("hessians", hessians), ("recipes", settings)):
         if len(items) != len(weights):
             raise ValueError(f"{name}: got {len(items)} entries, wanted {len(weights)}, one for each of weights")
     for i in range(len(weights)):
-        _check_matrix(i, weights[i], hessians[i], recipes[i], weights[0])
+        _check_matrix(i, weights[i], hessians[i], settings[i], weights[0])
     if not weights:
         return []
     with torch.no_grad():
-        return _quantize(weights, hessians, recipes)
+        return _quantize(weights, hessians, settings)
 
 
 def _check_matrix(i: int, weight: torch.Tensor, hessian: torch.Tensor, recipe: GptqRecipe, first: torch.Tensor) -> None:

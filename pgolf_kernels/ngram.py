@@ -20,6 +20,7 @@ tokens [T], any integers 0 to 65535; hints int32 [T], -1 where there is none; be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -58,8 +59,8 @@ def ngram_hints_reference(
     for order in sorted(orders):
         threshold, least = (0.7, 3) if order <= 10 else (0.6, 2) if order <= 13 else (0.5, 2)
         threshold *= threshold_scale
-        pairs: dict[int, list] = {}
-        contexts: dict[int, list] = {}
+        pairs: dict[Any, list] = {}
+        contexts: dict[Any, list] = {}
         for p in range(order, len(tokens)):
             token = tokens[p]
             if hash == "compatible":
