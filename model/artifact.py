@@ -146,7 +146,7 @@ def encode_artifact(
     bodies = []
     for name, planes in zip(SECTIONS, _planes(quantized), strict=True):
         candidates = [config.quant.codec]
-        if name != "codes" and config.quant.codec == "context":
+        if name != "codes" and config.quant.codec in ("context", "static"):
             candidates.append("brotli")  # a few kilobytes of mixed numbers: now the one, now the other is smaller
         coded = [(get_codec(codec).encode(planes) if planes else b"", codec) for codec in candidates]
         bodies.append(min(coded, key=lambda pair: len(pair[0])))

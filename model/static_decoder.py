@@ -4,6 +4,7 @@ The same bits as pgolf_kernels.packing.decode_codes; docs/packing.md has the for
 that a step costs a few array operations for up to 1024 codes.
 """
 
+import itertools
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 
 def decode_static(data):
     """The matrices, int8 [R, C]. Raises ValueError for damaged data."""
-    body = data[9:]
+    body = bytes(data[9:])
     if bytes(data[:5]) != b"PGC1S" or zlib.crc32(body) != int.from_bytes(data[5:9], "little"):
         raise ValueError("coded matrices: damaged, or not in the static format")
     place = 0
@@ -26,8 +27,19 @@ def decode_static(data):
             if body[place - 1] < 128:
                 return value
 
+    shapes = []
+    for _ in range(varint()):
+        shape = varint(), varint()
+        shapes += [shape] * varint()
+    return decode_matrices(body[place:], shapes)
+
+
+def decode_matrices(body, shapes):
+    """`decode_static` of what follows the shapes."""
+    place = 1
+
     def frequencies(symbols):
-        """Frequencies [symbols] and the symbol of each of the 2^14 slots, from weights of eight bits."""
+        """Frequencies of so many symbols, from their weights of eight bits."""
         nonlocal place
         code = np.frombuffer(body, np.uint8, symbols, place).astype(np.int64)
         place += symbols
@@ -37,29 +49,24 @@ def decode_static(data):
         return frequency
 
     def tables(symbols, count):
+        """(frequencies, their running sums, the symbol of each of the 2^14 slots) of each table."""
         f = np.stack([frequencies(symbols) for _ in range(count)])
         slots = np.stack([np.repeat(np.arange(symbols), row) for row in f])
         return f.astype(np.uint32), (np.cumsum(f, axis=1) - f).astype(np.uint32), slots
 
-    groups = []
-    for _ in range(varint()):
-        rows, cols, repeats = varint(), varint(), varint()
-        if groups and groups[-1][:2] == (rows, cols):
-            repeats += groups.pop()[2]
-        groups.append((rows, cols, repeats))
-    lanes = 1 << body[place]
-    place += 1
+    groups = [(shape, len(list(same))) for shape, same in itertools.groupby(shapes)]
     models = []
     for _ in groups:
-        low, symbols, count = np.int8(np.uint8(body[place]).view(np.int8)), body[place + 1] + 1, body[place + 2] + 1
+        low, symbols, count = body[place], body[place + 1] + 1, body[place + 2] + 1
         place += 3
-        models.append((low, tables(symbols, count), tables(count, 1) if count > 1 else None))
+        models.append((low - 256 * (low > 127), tables(symbols, count), tables(count, 1) if count > 1 else None))
+    lanes = 1 << body[0]
     state = np.frombuffer(body, "<u4", lanes, place).copy()
     words = np.frombuffer(body, "<u2", -1, place + 4 * lanes)
     used = 0
 
     def run(model, table):
-        """Symbols of a run whose entry i is coded by table[i]."""
+        """Symbols of a run whose entry i is coded with table[i]."""
         nonlocal used
         frequency, start, slots = model
         out = np.empty(len(table), np.int64)
@@ -76,7 +83,7 @@ def decode_static(data):
         return out
 
     result = []
-    for (rows, cols, repeats), (low, codes, clusters) in zip(groups, models, strict=True):
+    for ((rows, cols), repeats), (low, codes, clusters) in zip(groups, models, strict=True):
         columns = np.zeros(cols * repeats, np.int64)
         if clusters:
             columns = run(clusters, columns)

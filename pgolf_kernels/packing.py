@@ -31,8 +31,6 @@ MAX_STRIDE = 16
 
 _CODES_MAGIC = b"PGC1"
 _MODES = {"static": b"S", "context": b"C"}
-_ENCODE = {"static": _native.encode_static, "context": _native.encode_context}
-_DECODE = {"static": _native.decode_static, "context": _native.decode_context}
 MAX_MATRICES = 1 << 20
 MAX_EXPANSION = 1 << 18  # codes a byte can stand for: beyond what either mode reaches on constant matrices
 
@@ -128,7 +126,9 @@ def encode_codes(matrices: Sequence[np.ndarray], *, mode: Mode = "static", threa
     """
     _check_mode(mode)
     arrays = [_int8_matrix(f"matrices[{i}]", m) for i, m in enumerate(matrices)]
-    body = _pack_shapes([a.shape for a in arrays]) + _ENCODE[mode](_addresses(arrays), _threads(threads))
+    body = _pack_shapes([a.shape for a in arrays]) + getattr(_native, f"encode_{mode}")(
+        _addresses(arrays), _threads(threads)
+    )
     return _CODES_MAGIC + _MODES[mode] + zlib.crc32(body).to_bytes(4, "little") + body
 
 
@@ -159,7 +159,7 @@ def decode_codes(
         raise ValueError(f"coded matrices: {len(body)} bytes cannot hold matrices of these shapes")
     arrays = [np.empty(shape, np.int8) for shape in found]
     try:
-        _DECODE[mode](body[position:], _addresses(arrays), _threads(threads))
+        getattr(_native, f"decode_{mode}")(body[position:], _addresses(arrays), _threads(threads))
     except ValueError as error:
         raise ValueError(f"coded matrices: {error}") from error
     return arrays

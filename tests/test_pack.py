@@ -1,0 +1,118 @@
+"""Sizes before and after packing, and a submission that runs without this repository."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from model.artifact import decode_artifact, encode_artifact, read_artifact
+from model.errors import ArtifactError, ConfigError, PgolfError
+from model.pack import ARTIFACT, ROOT_MODULES, SCRIPT, entry_script, pack_submission, reachable_modules
+from model.pipeline import run_pipeline
+from model.run import RunDir
+from model.size import print_table, size_report
+from tests.artifacts import same
+from tests.tiny import tiny_config, tiny_data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("pack")
+    config = tiny_config(tiny_data(folder), folder / "runs", run_id="tiny", eval_mode="plain")
+    run_pipeline(config)
+    return RunDir(folder / "runs" / "tiny", writes=False)
+
+
+def test_the_sizes_of_an_artifact_are_its_bytes(run: RunDir) -> None:
+    report = size_report(run.path, code=False)
+    assert not report.predicted
+    assert report.artifact_bytes == run.artifact_path.stat().st_size == report.total
+    assert sum(row.bytes for row in report.rows) == pytest.approx(report.artifact_bytes)
+    assert sum(row.bytes for row in report.classes()) == pytest.approx(report.artifact_bytes)
+    names = {row.name for row in report.rows}
+    assert {"tok_emb", "blocks.0.attn.q", "resid_mix", "header"} <= names
+    console = Console(width=120, record=True)
+    console.print(print_table(report, budget=report.total - 1))
+    assert "1 over" in console.export_text()
+
+
+def test_the_predicted_size_is_near_the_real_one(run: RunDir) -> None:
+    artifact = read_artifact(run.artifact_path)
+    static, _ = encode_artifact(artifact.quantized, artifact.config.replace(codec="static"), artifact.header.provenance)
+    predicted = size_report(run.model_path, code=False)
+    assert predicted.predicted
+    assert abs(predicted.artifact_bytes - len(static)) < 0.03 * len(static)
+    by_name = {row.name: row for row in predicted.rows}
+    for row in size_report(run.path, code=False).rows:
+        assert abs(by_name[row.name].entropy - row.entropy) < 0.15, row.name
+
+
+def test_sizes_of_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config"):
+        size_report(tmp_path, code=False)
+    (tmp_path / "x").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="preamble"):
+        size_report(tmp_path / "x", code=False)
+
+
+def test_the_packed_modules_are_complete_and_need_nothing_else() -> None:
+    modules = reachable_modules(ROOT_MODULES)
+    assert {"model.packed_entry", "model.gpt", "model.evaluate.lora_ttt", "model.train"} <= set(modules)
+    assert not {"model.report", "model.demo", "model.doctor", "pgolf_kernels._native"} & set(modules)
+    assert len(entry_script()) < 160_000
+
+
+def test_pack_submission(run: RunDir, tmp_path: Path) -> None:
+    submission = pack_submission(run.path, tmp_path / "out", author="somebody")
+    files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert files == submission.sizes and submission.fits
+    facts = json.loads((tmp_path / "out" / "submission.json").read_text())
+    assert facts["bytes_total"] == submission.total == sum(files.values())
+    assert facts["author"] == "somebody" and facts["bytes_model"] == files[ARTIFACT]
+    packed, original = read_artifact(tmp_path / "out" / ARTIFACT), read_artifact(run.artifact_path)
+    assert packed.header.sections[0].codec == "static"
+    assert same(packed.state_dict, original.state_dict)
+    with pytest.raises(PgolfError, match="not empty"):
+        pack_submission(run.path, tmp_path / "out")
+    assert not pack_submission(run.path, tmp_path / "small", budget=1000).fits
+
+
+@pytest.mark.long
+def test_a_submission_runs_without_this_repository_and_gives_the_same_bpb(run: RunDir, tmp_path: Path) -> None:
+    submission = pack_submission(run.path, tmp_path / "out")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    data = run.config().data.data_dir
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--data", data, "--mode", "plain", "--mode", "lora-ttt", "--device", "cpu"],
+        cwd=submission.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    bpb = json.loads(done.stdout.splitlines()[-1])["bpb"]
+    assert bpb["plain"] == pytest.approx(run.result()["bpb"]["plain"], abs=2e-6)
+    assert sorted(path.name for path in submission.path.iterdir()) == sorted(submission.sizes)
+    broken = subprocess.run(
+        [sys.executable, SCRIPT, "--data", str(tmp_path)],
+        cwd=submission.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert broken.returncode == 1 and broken.stderr.startswith("train_gpt.py: ") and broken.stderr.count("\n") == 1
+
+
+def test_an_artifact_survives_being_coded_anew(run: RunDir) -> None:
+    artifact = read_artifact(run.artifact_path)
+    header = artifact.header
+    data, _ = encode_artifact(
+        artifact.quantized, artifact.config, header.provenance, tokenizer_sha256=header.tokenizer_sha256
+    )
+    assert data == run.artifact_path.read_bytes()
+    assert same(decode_artifact(data).state_dict, artifact.state_dict)
