@@ -143,7 +143,7 @@ WARM_UP = {
     [
         pytest.param("1", {"phased_num_phases": 1}, marks=pytest.mark.long),
         pytest.param("2", {"phased_num_phases": 2}, marks=pytest.mark.long),
-        ("4", {"phased_num_phases": 4}),
+        pytest.param("4", {"phased_num_phases": 4}, marks=pytest.mark.long),
         pytest.param("2_warmup_nodoc", {"phased_num_phases": 2, **WARM_UP}, marks=pytest.mark.long),
     ],
 )
