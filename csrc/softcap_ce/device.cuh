@@ -15,22 +15,20 @@ constexpr float kLog2e = 1.44269504f;
 
 enum class Pass { forward, backward, with_grad };
 
-// A row's target as the kernels need it. Out of range: nothing is read, loss and gradient become nan.
-struct Target {
-  int64_t column;  // -1: ignored or out of range
-  bool counted;    // false: ignored
-};
+// A row's target as the kernels take it: its column, or one of these.
+constexpr int kIgnored = -1;
+constexpr int kOutOfRange = -2;  // nothing is read; loss and gradient become nan
 
-__device__ inline Target target_of(const SoftcapCE& ce, int64_t row) {
-  const int64_t column = ce.targets[row];
-  const bool counted = column != ce.ignore_index;
-  return {counted && column >= 0 && column < ce.vocab ? column : -1, counted};
+__device__ inline int column_of(const SoftcapCE& ce, int64_t target) {
+  if (target == ce.ignore_index) return kIgnored;
+  return target >= 0 && target < ce.vocab ? static_cast<int>(target) : kOutOfRange;
 }
 
+__device__ inline float nan_value() { return __int_as_float(0x7fc00000); }
+
 // The upstream gradient of a row: 0 when the row is ignored, nan when its target is out of range.
-__device__ inline float upstream_of(const SoftcapCEGradient& gradient, Target target, int64_t row) {
-  if (!target.counted) return 0.0f;
-  if (target.column < 0) return __int_as_float(0x7fc00000);
+__device__ inline float upstream_of(const SoftcapCEGradient& gradient, int column, int64_t row) {
+  if (column < 0) return column == kIgnored ? 0.0f : nan_value();
   return static_cast<const float*>(gradient.upstream)[row * gradient.upstream_stride];
 }
 
@@ -55,8 +53,6 @@ __device__ inline Capped cap(Caps caps, float a) {
   return {caps.softcap * caps.scale * t, caps.scale * (1.0f - t) * (1.0f + t)};
 }
 
-__device__ inline float nan_value() { return __int_as_float(0x7fc00000); }
-
 // z at the row's target and hint, read before anybody may overwrite the logits by their gradient.
 struct Picked {
   float target;  // nan without a target in range
@@ -72,15 +68,14 @@ __device__ float z_of_hint(const SoftcapCE& ce, const SoftcapCELosses& losses, C
 }
 
 template <class Read>
-__device__ Picked pick(const SoftcapCE& ce, const SoftcapCELosses& losses, Caps caps, int64_t row, Target target,
+__device__ Picked pick(const SoftcapCE& ce, const SoftcapCELosses& losses, Caps caps, int64_t row, int column,
                        const Read& read) {
-  return {target.column >= 0 ? cap(caps, read(target.column)).z : nan_value(),
+  return {column >= 0 ? cap(caps, read(column)).z : nan_value(),
           losses.hints == nullptr ? 0.0f : z_of_hint(ce, losses, caps, row, read)};
 }
 
-__device__ inline void write_losses(const SoftcapCELosses& losses, int64_t row, Target target, Picked picked,
-                                    float lse) {
-  static_cast<float*>(losses.losses)[row] = target.counted ? lse - picked.target : 0.0f;
+__device__ inline void write_losses(const SoftcapCELosses& losses, int64_t row, int column, Picked picked, float lse) {
+  static_cast<float*>(losses.losses)[row] = column == kIgnored ? 0.0f : lse - picked.target;
   static_cast<float*>(losses.lse)[row] = lse;
   if (losses.hints != nullptr) static_cast<float*>(losses.hint_log_probs)[row] = picked.hint - lse;
 }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* logits = static_cast<const T*>(ce.logits) + row * ce.row_stride;
   const int64_t vectors = ce.vocab / kWidth;
   const int64_t tail = vectors * kWidth;
-  const Target target = target_of(ce, row);
+  const int target = column_of(ce, ce.targets[row]);
 
   float lse;
   if (kPass == Pass::backward) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   auto derivative = [&](float a, int64_t column) {
     const Capped capped = cap(caps, a);
     const float p = exp2f((capped.z - lse) * kLog2e);
-    return from_float<T>(upstream * (capped.slope * (column == target.column ? p - 1.0f : p)));
+    return from_float<T>(upstream * (capped.slope * (column == target ? p - 1.0f : p)));
   };
   for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
     const Vec vector = reinterpret_cast<const Vec*>(logits)[v];

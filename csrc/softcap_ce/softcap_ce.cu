@@ -65,7 +65,7 @@ void launch_rows(const Launch& l, Kernel kernel, std::atomic<int>* known, const 
 }
 
 template <Pass kPass, class S>
-void launch_table(const Launch& l) {
+void launch_shape(const Launch& l) {
   static std::atomic<int> known[64];
   if constexpr (kPass == Pass::backward) {
     launch_rows<S>(l, table::gradient_kernel<S>, known, l.gradient, l.lse);
@@ -74,17 +74,31 @@ void launch_table(const Launch& l) {
   }
 }
 
+template <Pass kPass, int kThreads, int kGroups, int kVectors, int kMinBlocks>
+void launch_table(const Launch& l) {
+  constexpr int kStages = kPass == Pass::forward ? 1 : 2;
+  constexpr int kSpecial = kPass == Pass::forward ? 3 : 2;
+  if (l.ce.vocab == kThreads * kVectors * table::kVector) {
+    launch_shape<kPass, table::Shape<kThreads, kGroups, kVectors, kMinBlocks, kStages, kSpecial, true>>(l);
+  } else {
+    launch_shape<kPass, table::Shape<kThreads, kGroups, kVectors, kMinBlocks, kStages, kSpecial, false>>(l);
+  }
+}
+
 // False: the table kernels do not take this problem.
 template <Pass kPass>
 bool try_table(const Launch& l) {
-  using table::Shape;
   const bool fits = l.ce.dtype == DType::bf16 && fixed_top(l.ce) && l.ce.vocab % table::kVector == 0;
   if (!fits || !vectors_fit<kPass>(l, 2)) return false;
-  constexpr bool kBoth = kPass == Pass::with_grad;  // holds a row's exponentials: fewer threads fit
-  if (l.ce.vocab <= 1024) return launch_table<kPass, Shape<128, 4, 1, 2, 2, 2>>(l), true;
-  if (l.ce.vocab <= 4096) return launch_table<kPass, Shape<256, 2, 2, 2, 2, 2>>(l), true;
-  if (l.ce.vocab <= 8192) return launch_table<kPass, Shape<256, kBoth ? 3 : 2, 4, kBoth ? 1 : 2, 2, 2>>(l), true;
-  if (l.ce.vocab <= 16384) return launch_table<kPass, Shape<512, 1, 4, 1, 2, 2>>(l), true;
+  if (l.ce.vocab <= 1024) return launch_table<kPass, 128, 4, 1, 2>(l), true;
+  if (l.ce.vocab <= 4096) return launch_table<kPass, 256, 2, 2, 2>(l), true;
+  if (l.ce.vocab <= 8192) {
+    // Resident threads a multiprocessor, measured at 98,304 x 8192: the one pass holds a row's exponentials.
+    if constexpr (kPass == Pass::forward) return launch_table<kPass, 256, 2, 4, 2>(l), true;
+    if constexpr (kPass == Pass::backward) return launch_table<kPass, 256, 4, 4, 1>(l), true;
+    return launch_table<kPass, 256, 1, 4, 3>(l), true;
+  }
+  if (l.ce.vocab <= 16384) return launch_table<kPass, 512, 1, 4, 1>(l), true;
   return false;
 }
 

@@ -20,7 +20,7 @@ constexpr int kSignOffset = 16384;        // bytes from the positive to the nega
 // How a kernel is laid out: a block is kGroups groups of kThreads threads, each group works on rows of its own;
 // kVectors vectors a thread hold a row. kStages rows of each group are on their way or in work, in shared memory.
 // kSpecial of the four high halves in a vector go through special functions: the two kinds of units share the work.
-template <int kThreads_, int kGroups_, int kVectors_, int kMinBlocks_, int kStages_, int kSpecial_>
+template <int kThreads_, int kGroups_, int kVectors_, int kMinBlocks_, int kStages_, int kSpecial_, bool kFull_ = false>
 struct Shape {
   static constexpr int kThreads = kThreads_;
   static constexpr int kGroups = kGroups_;
@@ -28,8 +28,9 @@ struct Shape {
   static constexpr int kMinBlocks = kMinBlocks_;
   static constexpr int kStages = kStages_;
   static constexpr int kSpecial = kSpecial_;
+  static constexpr bool kFull = kFull_;  // vocab == kThreads * kVectors * 8: every thread has all its vectors
   static constexpr int kTableBytes = (kSignOffset + kEntries * 4 + 15) / 16 * 16;
-  static constexpr int kBytes = kTableBytes + kGroups * kStages * kVectors * kThreads * 16;
+  static constexpr int kBytes = kTableBytes + (kStages > 1 ? kGroups * kStages * kVectors * kThreads * 16 : 0);
 };
 
 // What a launch needs to know about the table.
@@ -105,13 +106,18 @@ __device__ inline void transform(const char* table, Layout layout, Special speci
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const bool by_table = w >= S::kSpecial;
-    const Pair pair = look_up(table, layout, by_table ? words[w] : words[w] & 0xffffu, largest);
-    out[2 * w] = pair.low;
-    out[2 * w + 1] = pair.high;
-    if (!by_table) {
-      const float r = special.reciprocal(__uint_as_float(words[w] & 0xffff0000u));
-      out[2 * w + 1] = special.power(r) * (kSlope ? 4.0f * scale * (r - r * r) : 1.0f);
+    const bool high_special = w < S::kSpecial;
+    const bool low_special = w + 4 < S::kSpecial;
+    if (!low_special) {
+      const Pair pair = look_up(table, layout, high_special ? words[w] & 0xffffu : words[w], largest);
+      out[2 * w] = pair.low;
+      out[2 * w + 1] = pair.high;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!(h == 0 ? low_special : high_special)) continue;
+      const float r = special.reciprocal(__uint_as_float(h == 0 ? words[w] << 16 : words[w] & 0xffff0000u));
+      out[2 * w + h] = special.power(r) * (kSlope ? 4.0f * scale * (r - r * r) : 1.0f);
     }
   }
 }
@@ -133,7 +139,10 @@ struct Walk {
   const int64_t step;
   uint4* const ring;  // this thread's vectors of stage 0
   int stage = 0;
-  int64_t target_index, next_target_index;
+  uint4 ahead[S::kStages > 1 ? 1 : S::kVectors];
+  uint4 own[S::kStages > 1 ? 1 : S::kVectors];
+  int target, next_target;    // columns
+  int64_t target_after_next;  // as read: it may still be on its way
   __nv_bfloat16 target_logit, next_target_logit;
 
   __device__ Walk(const SoftcapCE& ce, char* shared)
@@ -145,60 +154,71 @@ struct Walk {
         step(static_cast<int64_t>(gridDim.x) * S::kGroups),
         ring(reinterpret_cast<uint4*>(shared + S::kTableBytes) + group * S::kStages * S::kVectors * S::kThreads +
              thread) {
+    if (S::kStages == 1) fetch(row, 0);
 #pragma unroll
-    for (int ahead = 0; ahead < S::kStages - 1; ++ahead) fetch(row + ahead * step, ahead);
-    target_index = index_at(row);
-    next_target_index = index_at(row + step);
-    target_logit = logit_at(row, target_index);
+    for (int i = 0; i < S::kStages - 1; ++i) fetch(row + i * step, i);
+    target = column_of(ce, target_at(row));
+    target_after_next = target_at(row + step);
+    target_logit = logit_at(row, target);
   }
 
   __device__ const __nv_bfloat16* logits_at(int64_t of) const {
     return static_cast<const __nv_bfloat16*>(ce.logits) + of * ce.row_stride;
   }
-  __device__ bool holds(int v) const { return v * S::kThreads + thread < vectors; }
+  __device__ bool holds(int v) const { return S::kFull || v * S::kThreads + thread < vectors; }
   __device__ void fetch(int64_t of, int into) {
     if (of < ce.rows) {
       const auto* source = reinterpret_cast<const uint4*>(logits_at(of)) + thread;
 #pragma unroll
       for (int v = 0; v < S::kVectors; ++v)
-        if (holds(v)) __pipeline_memcpy_async(slot(into, v), source + v * S::kThreads, 16);
+        if (holds(v)) {
+          if constexpr (S::kStages > 1)
+            __pipeline_memcpy_async(slot(into, v), source + v * S::kThreads, 16);
+          else
+            ahead[v] = __ldcs(source + v * S::kThreads);
+        }
     }
-    __pipeline_commit();
+    if (S::kStages > 1) __pipeline_commit();
   }
   __device__ uint4* slot(int of_stage, int v) const { return ring + (of_stage * S::kVectors + v) * S::kThreads; }
-  __device__ int64_t index_at(int64_t of) const { return of < ce.rows ? ce.targets[of] : ce.ignore_index; }
-  __device__ Target target_at(int64_t index) const {
-    const bool counted = index != ce.ignore_index;
-    return {counted && index >= 0 && index < ce.vocab ? index : -1, counted};
+  __device__ uint4 vector(int v) const {
+    if constexpr (S::kStages > 1)
+      return *slot(stage, v);
+    else
+      return own[v];
   }
-  // The thread whose vector holds the target; thread 0 for a row without one.
-  __device__ bool owns(Target target) const {
-    return thread == (target.column < 0 ? 0 : static_cast<int>(target.column / kVector) % S::kThreads);
-  }
-  __device__ __nv_bfloat16 logit_at(int64_t of, int64_t index) const {
-    const Target target = target_at(index);
-    return target.column >= 0 && owns(target) ? logits_at(of)[target.column] : __nv_bfloat16();
+  __device__ int64_t target_at(int64_t of) const { return of < ce.rows ? ce.targets[of] : ce.ignore_index; }
+  // The thread whose vector holds the target, or some thread for a row without one.
+  __device__ bool owns(int column) const { return ((column / kVector) & (S::kThreads - 1)) == thread; }
+  __device__ __nv_bfloat16 logit_at(int64_t of, int column) const {
+    return column >= 0 && owns(column) ? logits_at(of)[column] : __nv_bfloat16();
   }
 
   // Begins a row: asks for what later rows need, waits for this one's logits.
   __device__ void begin() {
-    fetch(row + (S::kStages - 1) * step, (stage + S::kStages - 1) % S::kStages);
-    next_target_logit = logit_at(row + step, next_target_index);
-    __pipeline_wait_prior(S::kStages - 1);
+    if constexpr (S::kStages == 1) {
+#pragma unroll
+      for (int v = 0; v < S::kVectors; ++v) own[v] = ahead[v];
+      fetch(row + step, 0);
+    } else {
+      fetch(row + (S::kStages - 1) * step, (stage + S::kStages - 1) % S::kStages);
+    }
+    next_target = column_of(ce, target_after_next);
+    next_target_logit = logit_at(row + step, next_target);
+    target_after_next = target_at(row + 2 * step);
+    if (S::kStages > 1) __pipeline_wait_prior(S::kStages - 1);
   }
   __device__ void end() {
     stage = (stage + 1) % S::kStages;
     row += step;
-    target_index = next_target_index;
+    target = next_target;
     target_logit = next_target_logit;
-    next_target_index = index_at(row + step);
   }
 
   // The target's own derivative, after the same thread's store of the vector that holds it.
-  __device__ void store_target(const SoftcapCEGradient& gradient, Caps caps, Target target, float upstream,
-                               float lse) const {
+  __device__ void store_target(const SoftcapCEGradient& gradient, Caps caps, float upstream, float lse) const {
     const Capped capped = cap(caps, __bfloat162float(target_logit));
-    static_cast<__nv_bfloat16*>(gradient.dlogits)[row * gradient.row_stride + target.column] =
+    static_cast<__nv_bfloat16*>(gradient.dlogits)[row * gradient.row_stride + target] =
         __float2bfloat16_rn(upstream * capped.slope * (expf(capped.z - lse) - 1.0f));
   }
 };
@@ -223,7 +243,7 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
   const Special special = special_of(caps);
   const float tanh_of_log2 = 1.0f / special.height;
   for (int parity = 0; walk.row < ce.rows; parity ^= 1, walk.end()) {
-    const Target target = walk.target_at(walk.target_index);
+    const int target = walk.target;
     const float upstream = kGradient ? upstream_of(gradient, target, walk.row) : 0.0f;
     // With the gradient the hint's logit may be overwritten: it is read before the barrier.
     const bool owner = walk.owns(target);
@@ -240,7 +260,7 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
       if (!walk.holds(v)) break;
-      transform<S, false>(shared, layout, special, 0.0f, *walk.slot(walk.stage, v), power[v], largest);
+      transform<S, false>(shared, layout, special, 0.0f, walk.vector(v), power[v], largest);
 #pragma unroll
       for (int j = 0; j < kVector; j += 2) sum += power[v][j] + power[v][j + 1];
     }
@@ -275,9 +295,9 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     }
     if (owner) {
       const float lse = logf(total);
-      const float z = target.column < 0 ? nan_value() : cap(caps, __bfloat162float(walk.target_logit)).z;
+      const float z = target < 0 ? nan_value() : cap(caps, __bfloat162float(walk.target_logit)).z;
       write_losses(losses, walk.row, target, {z, hint}, lse);
-      if (kGradient && target.column >= 0) walk.store_target(gradient, caps, target, upstream, lse);
+      if (kGradient && target >= 0) walk.store_target(gradient, caps, upstream, lse);
     }
   }
 }
@@ -294,7 +314,7 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
   const Special special = special_of(caps);
   float row_lse = walk.row < ce.rows ? lse[walk.row] : 0.0f;
   for (; walk.row < ce.rows; walk.end()) {
-    const Target target = walk.target_at(walk.target_index);
+    const int target = walk.target;
     const float upstream = upstream_of(gradient, target, walk.row);
     const float next_lse = walk.row + walk.step < ce.rows ? lse[walk.row + walk.step] : 0.0f;
     walk.begin();
@@ -307,14 +327,14 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     for (int v = 0; v < S::kVectors; ++v) {
       if (!walk.holds(v)) break;
       float power[kVector];
-      transform<S, true>(shared, layout, special, caps.scale, *walk.slot(walk.stage, v), power, largest);
+      transform<S, true>(shared, layout, special, caps.scale, walk.vector(v), power, largest);
       uint32_t words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w)
         words[w] = pack(upstream * (power[2 * w] * inverse), upstream * (power[2 * w + 1] * inverse));
       __stcs(out + v * S::kThreads, make_uint4(words[0], words[1], words[2], words[3]));
     }
-    if (target.column >= 0 && walk.owns(target)) walk.store_target(gradient, caps, target, upstream, row_lse);
+    if (target >= 0 && walk.owns(target)) walk.store_target(gradient, caps, upstream, row_lse);
     row_lse = next_lse;
   }
 }
