@@ -73,7 +73,7 @@ class AdapterBank:
         initial_a: InitialA | None = None,
     ) -> None:
         self.config, self.slots, self.device, self.seed = config, slots, device, seed
-        self._initial_a = initial_a or self._draw
+        self._initial_a = initial_a
         kinds = adapter_kinds(config)
         zeros = Adapters.zeros(model, layer_slots, slots, config.ttt_lora_rank, kinds, device, dtype)
         self.a, self.b = zeros.a, zeros.b  # [layer slots, slots, r, in] and [layer slots, slots, out, r]
@@ -83,8 +83,12 @@ class AdapterBank:
         self.leaves = [leaf for kind in kinds for leaf in (*self._leaves_a[kind], *self._leaves_b[kind])]
         keeps_square = config.ttt_optimizer == "adam"
         keeps_mean = config.ttt_beta1 > 0
-        self._squares = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves] if keeps_square else []
-        self._means = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves] if keeps_mean else []
+        stacked = [tensor for kind in kinds for tensor in (self.a[kind], self.b[kind])]
+        squares = [torch.zeros_like(tensor) for tensor in stacked] if keeps_square else []
+        means = [torch.zeros_like(tensor) for tensor in stacked] if keeps_mean else []
+        self._zeroed = [*self.b.values(), *squares, *means]  # on handing a slot over
+        self._squares = [part for tensor in squares for part in tensor]
+        self._means = [part for tensor in means for part in tensor]
 
     def adapters(self, cu_seqlens: Tensor) -> Adapters:
         """The adapters for a packed row whose document i is read by slot i."""
@@ -98,13 +102,11 @@ class AdapterBank:
         for first in range(0, len(slots), _DOCUMENTS_AT_ONCE):
             part = slice(first, first + _DOCUMENTS_AT_ONCE)
             rows = torch.from_numpy(slots[part]).to(self.device)
-            for kind, a in self.a.items():
-                a[:, rows] = self._initial_a(kind, documents[part]).to(a)
+            for kind, values in self._first_a(documents[part]).items():
+                self.a[kind][:, rows] = values.to(self.a[kind])
         rows = torch.from_numpy(slots).to(self.device)
-        for b in self.b.values():
-            b.index_fill_(1, rows, 0.0)
-        for moment in (*self._squares, *self._means):
-            moment.index_fill_(0, rows, 0.0)
+        for tensor in self._zeroed:
+            tensor.index_fill_(1, rows, 0.0)
 
     @torch.no_grad()
     def step(self, grads: tuple[Tensor, ...], steps: Tensor) -> None:
@@ -131,13 +133,19 @@ class AdapterBank:
                 direction = self._means[i].mul_(config.ttt_beta1).add_(direction)
             leaf.detach().sub_(direction * (runs * config.ttt_lora_lr))
 
-    def _draw(self, kind: str, documents: np.ndarray) -> Tensor:
-        layer_slots, _, rank, features = self.a[kind].shape
+    def _first_a(self, documents: np.ndarray) -> dict[str, Tensor]:
+        """A of each kind for new documents, [layer slots, n, r, in]; all kinds are drawn in one go."""
+        if self._initial_a is not None:
+            return {kind: self._initial_a(kind, documents) for kind in self.a}
+        counts = [len(a) for a in self.a.values()]
+        rank, features = next(iter(self.a.values())).shape[2:]  # every adapter reads the model's width
+        kinds = torch.cat([torch.full((n,), KINDS.index(kind)) for kind, n in zip(self.a, counts, strict=True)])
+        layers = torch.cat([torch.arange(n) for n in counts])
         document = torch.from_numpy(np.asarray(documents, np.int64)).to(self.device)
-        layers = torch.arange(layer_slots, device=self.device).unsqueeze(1)
-        keys = document_keys(self.seed, document, KINDS.index(kind), layers)
-        bound = 1.0 / math.sqrt(features)
-        return (uniform(keys, rank * features) * 2 - 1).mul_(bound).view(layer_slots, len(documents), rank, features)
+        keys = document_keys(self.seed, document, kinds.unsqueeze(1), layers.unsqueeze(1))
+        values = (uniform(keys, rank * features) * 2 - 1).mul_(1.0 / math.sqrt(features))
+        parts = values.view(-1, len(documents), rank, features).split(counts)
+        return dict(zip(self.a, parts, strict=True))
 
 
 def _leaves(stacked: Tensor) -> list[Tensor]:
