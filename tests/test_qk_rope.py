@@ -1,0 +1,154 @@
+"""Norm, rotary embedding and gain of queries and keys: against fp64, gradients, contract, Triton kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pgolf_kernels import qk_rope
+from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels.qk_rope import EPS, _forward_op, reference
+from tests import triton_aot
+
+SHAPES = [((5,), 4, 2, 16, 4), ((2, 37), 6, 3, 24, 5), ((70,), 8, 4, 64, 8), ((3,), 2, 2, 8, 0), ((4,), 2, 1, 8, 4)]
+
+
+def _case(shape, dtype, device="cpu"):
+    """(q, k, gain, cos, sin), upstream gradients."""
+    lead, heads, kv_heads, dim, pairs = shape
+    generator = torch.Generator().manual_seed(dim)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(device)
+
+    angles = draw(lead[-1], pairs)
+    inputs = [draw(*lead, heads, dim).to(dtype), draw(*lead, kv_heads, dim).to(dtype), draw(heads)]
+    grads = [draw(*lead, heads, dim).to(dtype), draw(*lead, kv_heads, dim).to(dtype)]
+    return [*inputs, angles.cos(), angles.sin()], grads
+
+
+def _assert_no_worse_than_pytorch(shape, dtype, device="cpu"):
+    inputs, grads = _case(shape, dtype, device)
+
+    def run(function, convert):
+        leaves = [convert(t.clone()).requires_grad_() for t in inputs[:3]]
+        outputs = function(*leaves, *(convert(t) for t in inputs[3:]))
+        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+        return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)]
+
+    exact, plain, ours = run(reference, lambda t: t.double()), run(reference, lambda t: t), run(qk_rope, lambda t: t)
+    for name, mine, theirs, truth in zip(("q", "k", "dq", "dk", "dgain"), ours, plain, exact, strict=True):
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        assert mine.dtype == theirs.dtype
+        assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_and_gradients_are_no_worse_than_pytorch(shape, dtype):
+    _assert_no_worse_than_pytorch(shape, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_by_finite_differences(shape):
+    (q, k, gain, cos, sin), _ = _case(((3,), *shape[1:]), torch.float64)
+    leaves = [t.double().requires_grad_() for t in (q, k, gain)]
+    assert torch.autograd.gradcheck(lambda *a: qk_rope(*a, cos.double(), sin.double()), leaves)
+
+
+def test_scores_depend_on_the_distance_of_positions_only():
+    q, k = (torch.randn(1, 1, 16, dtype=torch.float64).expand(12, 1, 16) for _ in range(2))
+    angles = torch.outer(torch.arange(12, dtype=torch.float64), 1 / 10.0 ** torch.arange(4, dtype=torch.float64))
+    turned_q, turned_k = qk_rope(q, k, torch.ones(1, dtype=torch.float64), angles.cos(), angles.sin())
+    scores = turned_q[:, 0] @ turned_k[:, 0].t()
+    for distance in range(12):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_rows_of_a_batch_share_the_table():
+    (q, k, gain, cos, sin), _ = _case(((2, 37), 4, 2, 16, 4), torch.float32)
+    both = qk_rope(q, k, gain, cos, sin)
+    for row in range(2):
+        for whole, part in zip(both, qk_rope(q[row], k[row], gain, cos, sin), strict=True):
+            assert torch.equal(whole[row], part)
+
+
+def test_op_contract():
+    (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
+    torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in (q, k, gain)), cos, sin, EPS))
+
+
+def test_compiled_equals_eager_also_under_autocast():
+    inputs, _ = _case(SHAPES[0], torch.float32)
+    compiled = torch.compile(qk_rope, fullgraph=True, backend="aot_eager")
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for eager, traced in zip(qk_rope(*inputs), compiled(*inputs), strict=True):
+                assert eager.dtype == torch.float32 and torch.equal(eager, traced)
+
+
+def test_tables_are_not_differentiable():
+    (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
+    with pytest.raises(RuntimeError, match="cos and sin are not differentiable"):
+        qk_rope(q, k, gain, cos.requires_grad_(), sin)[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.randn(3, 8)}, ValueError, r"q: got shape \(3, 8\)"),
+        ({"k": torch.randn(3, 2, 4)}, ValueError, r"k: got shape \(3, 2, 4\)"),
+        ({"gain": torch.ones(3)}, ValueError, r"gain: got shape \(3,\), wanted \(4,\)"),
+        ({"cos": torch.randn(2, 2)}, ValueError, r"cos: got shape \(2, 2\), wanted \[3, P\]"),
+        ({"cos": torch.randn(3, 5)}, ValueError, "2 P at most 8"),
+        ({"sin": torch.randn(3, 1)}, ValueError, r"sin: got shape \(3, 1\)"),
+        ({"k": torch.randn(3, 2, 8).half()}, TypeError, "k: got torch.float16"),
+        ({"gain": torch.ones(4, dtype=torch.int64)}, TypeError, "gain: got torch.int64"),
+        ({"gain": torch.empty(4, device="meta")}, ValueError, "gain: got device meta"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    arguments = {
+        "q": torch.randn(3, 4, 8), "k": torch.randn(3, 2, 8), "gain": torch.ones(4), "cos": torch.randn(3, 2),
+        "sin": torch.randn(3, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        qk_rope(**(arguments | change))
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_through_the_interpreter():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "tests.test_qk_rope"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch):
+    module = kernels("qk_rope")
+    seen = triton_aot.record(monkeypatch, module)
+    q, k = (torch.empty(98304, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
+    gain, cos = torch.empty(8, device="meta"), torch.empty(98304, 8, device="meta")
+    module.forward(q, k, gain, cos, cos, EPS)
+    forward_launches = len(seen)
+    module.backward(q, k, q, k, gain, cos, cos, EPS)
+    assert 0 < forward_launches < len(seen)
+    triton_aot.assert_no_spills(seen, launches=len(seen))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, ((4099,), 8, 4, 64, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_kernels_on_a_gpu(shape, dtype):
+    _assert_no_worse_than_pytorch(shape, dtype, "cuda")
+
+
+if __name__ == "__main__":
+    with interpreting():
+        for case in SHAPES:
+            for precision in (torch.float32, torch.float16):
+                _assert_no_worse_than_pytorch(case, precision)
