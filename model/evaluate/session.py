@@ -24,6 +24,7 @@ from model.gpt import GPT
 
 Progress = Callable[[Score, int, float], None]
 SAVE_SECONDS = 60.0
+REPORT_SECONDS = 0.5
 CU_SEQLENS_MULTIPLE = 64
 
 
@@ -67,7 +68,8 @@ class Session:
         self.target_ids = self.input_ids
         if self.targets is not None:
             self.target_ids = torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
-        self._saved = self._reported = self.started
+        self._saved = self.started
+        self._next_report = self.started + REPORT_SECONDS
 
     @property
     def num_tokens(self) -> int:
@@ -141,9 +143,10 @@ class Session:
     def pause(self, *, last: bool = False) -> None:
         """A point where nothing is half done: reports progress and saves the ledger when it is time."""
         now = time.monotonic()
-        if self.progress is not None and (last or now - self._reported >= 0.5):
-            self._reported = now
+        if self.progress is not None and (last or now >= self._next_report):
             self.progress(self.ledger.totals(self.token_bytes), self.num_tokens - 1, now - self.started)
+            # Adding up a large ledger takes a while: at most a twentieth of the time.
+            self._next_report = now + max(REPORT_SECONDS, 20 * (time.monotonic() - now))
         if self.ledger_path is not None and self.world == 1 and (last or now - self._saved >= SAVE_SECONDS):
             self.ledger.save(self.ledger_path)
             self._saved = time.monotonic()
