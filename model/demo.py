@@ -59,14 +59,14 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
     except Interrupted as error:
         raise KeyboardInterrupt from error  # the demo starts anew, it has no --resume
     _evaluate_in_fresh_processes(run, quiet=quiet)
-    gain, error, documents = paired_gain(run, dataset)
+    gain = paired_gain(run, dataset)
     with _timed(run, "baselines"):
         general = baselines(dataset)
     run.merge_result(
         {
             "val_loss": run.result()["evaluation"][ADAPTED]["val_loss"],
             "baselines": general,
-            "ttt_gain": {"bpb": gain, "standard_error": error, "documents": documents},
+            "ttt_gain": dict(zip(("bpb", "standard_error", "documents"), gain, strict=True)),
         }
     )
     with _timed(run, "report"):
@@ -108,8 +108,8 @@ def paired_gain(run: RunDir, dataset: Dataset) -> tuple[float, float, int]:
     losses = [_document_losses(run.path / f"ledger_{name}.npz", dataset) for name in (FROZEN, ADAPTED)]
     difference = (losses[0][:, 0] - losses[1][:, 0]) / math.log(2)
     count, total_bytes = len(difference), losses[0][:, 1].sum()
-    error = math.sqrt(count) * difference.std(ddof=1) if count > 1 else math.nan
-    return float(difference.sum() / total_bytes), float(error / total_bytes), count
+    spread = math.sqrt(count) * difference.std(ddof=1) if count > 1 else math.nan
+    return float(difference.sum() / total_bytes), float(spread / total_bytes), count
 
 
 def _document_losses(path: Path, dataset: Dataset) -> np.ndarray:

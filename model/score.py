@@ -85,14 +85,9 @@ def check_tokenizer(header: Header, dataset: Dataset) -> None:
 
 def print_scores(results: dict[str, EvalResult], console: Console | None = None) -> None:
     """The results as a table."""
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (
-        ("mode", "left"),
-        ("bits per byte", "right"),
-        ("nats per token", "right"),
-        ("seconds", "right"),
-    ):
-        table.add_column(title, justify=justify)
+    table = Table("mode", box=None, pad_edge=False)
+    for title in ("bits per byte", "nats per token", "seconds"):
+        table.add_column(title, justify="right")
     for name, result in results.items():
         legal = "" if result.ledger.legal else " (not a legal score)"
         table.add_row(name + legal, f"{result.bpb:.5f}", f"{result.val_loss:.5f}", f"{result.seconds:.1f}")
