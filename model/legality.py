@@ -37,6 +37,7 @@ from model.verify import FAIL, PASS, SKIPPED, Check, Report, check_scorer
 
 SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
 SECONDS_BUDGET = 600.0
+ALL_UP_TO, SAMPLE = 1024, 64  # candidates of the normalisation check: all of a small vocabulary, some of a large one
 SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
 
 
@@ -56,23 +57,25 @@ def verify_artifact(
     """Checks the score of an artifact, or of that of the run in the folder `path`, in a mode or by a scorer.
 
     `mode` is the configuration's by default; `evaluator` "module:function" is checked in its place (then the whole
-    validation set is not scored). `code_bytes` are added to the artifact's. `candidates` as in `check_scorer`;
+    validation set is not scored). `code_bytes` are added to the artifact's. `candidates` as in `check_scorer`, but
+    SAMPLE of a vocabulary over ALL_UP_TO by default; `device` is where the whole set is scored;
     `changes` are fields of EvalConfig. Raises ArtifactError, ConfigError, DataError where there is nothing to check.
     """
     run = RunDir(path) if path.is_dir() else None
     artifact = run.artifact_path if run else path
-    config = read_header(artifact).config.replace(**changes)
+    header = read_header(artifact)
+    config = header.config.replace(**changes)
     dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
     mode = mode or config.eval.eval_mode
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = check_scorer(
         evaluator or mode,
-        load_model(artifact, device),
+        load_model(artifact, "cpu"),
         dataset.valid_tokens,
         dataset.byte_tables,
         config,
         train_shards=dataset.train_shards,
-        candidates=candidates,
+        candidates=SAMPLE if candidates is None and header.config.model.vocab_size > ALL_UP_TO else candidates,
         tick=tick,
     )
     if evaluator is None:
@@ -102,8 +105,8 @@ def verify_artifact(
 @click.option(
     "--candidates",
     type=click.IntRange(2),
-    help="Tokens of the vocabulary that are asked for in the normalisation check [default: all]. A part is quicker "
-    "and can only show probabilities that sum to more than 1.",
+    help=f"Tokens of the vocabulary that are asked for in the normalisation check [default: all up to {ALL_UP_TO}, "
+    f"{SAMPLE} of a larger one]. A part is quicker and can only show probabilities that sum to more than 1.",
 )
 @click.option("--code-bytes", type=click.IntRange(0), help="Bytes of the code that ships with the artifact.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")

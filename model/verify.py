@@ -13,6 +13,7 @@ over, with something changed each time:
     warm-up              no validation token goes through the model before the evaluation.
     no training data     the same scores in a fresh process without the training files.
 
+These run on the CPU, where a run gives the same bits twice (attention's backward pass on a GPU does not).
 Then come the checks of the data and the artifact: documents in training and validation, bytes against the decoded text,
 size and times. A check that another one's failure makes meaningless is "implied", not a failure of its own.
 """
@@ -121,6 +122,7 @@ def small_settings(config: Config) -> Config:
         ttt_eval_seq_len=64,
         ttt_chunk_size=16,
         ttt_batch_size=4,
+        ttt_lora_rank=min(4, config.eval.ttt_lora_rank),
         phased_prefix_docs=min(6, config.eval.phased_prefix_docs),
         phased_num_phases=min(2, config.eval.phased_num_phases),
         global_ttt_chunk_tokens=64,
