@@ -76,8 +76,9 @@ class Dist:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_async(self, tensor: Tensor) -> dist.Work | None:
-        return dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+    def sum_async(self, tensor: Tensor) -> dist.Work:
+        """`sum_` that runs on; only in a world of several ranks."""
+        return dist.all_reduce(tensor, async_op=True)
 
     def reduce_scatter_async(self, output: Tensor, source: Tensor) -> dist.Work:
         """output [n / world, ...] = this rank's rows of the sum over the ranks of source [n, ...]."""
@@ -141,13 +142,16 @@ def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> It
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
     # After a restart torchrun's store still has the addresses of the processes before: each attempt has its own keys.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    options = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
-    if target.type == "cuda":
-        dist.init_process_group("nccl", device_id=target, **options)
-        host_group = dist.new_group(backend="gloo", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", **options)
-        host_group = dist.group.WORLD
+    on_gpu = target.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=target if on_gpu else None,
+    )
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
     # Not torn down after an error: another rank may be inside a collective, and tearing down would wait for it.
     yield Dist(rank, world, local_rank, target, host_group)
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class MicroStep:
     def __init__(self, model: GPT, *, weight: float, max_seqlen: int, record: bool = True) -> None:
         self.model, self.weight, self.max_seqlen, self.record = model, weight, max_seqlen, record
         self._recordings: dict[Hashable, _Recording] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @property
     def recordings(self) -> int:
@@ -63,7 +64,7 @@ class MicroStep:
         recording = self._recordings[key]
         recording.inputs.copy_(batch.inputs, non_blocking=True)
         recording.targets.copy_(batch.targets, non_blocking=True)
-        if recording.cu_seqlens is not None:
+        if recording.cu_seqlens is not None and batch.cu_seqlens is not None:
             recording.cu_seqlens.copy_(batch.cu_seqlens, non_blocking=True)
         recording.graph.replay()
         return recording.loss.clone()
@@ -71,15 +72,17 @@ class MicroStep:
     def _run(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, loop: bool) -> Tensor:
         max_seqlen = self.max_seqlen if cu_seqlens is not None else None
         loss = self.model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, loop=loop)
+        assert isinstance(loss, Tensor)  # a pair only with hints
         (loss * self.weight).backward()
         return loss.detach()
 
     def _record(self, batch: Batch, loop: bool) -> _Recording:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in parameters:
+        gradients = []
+        for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        kept = [p.grad.clone() for p in parameters]
+            gradients.append(parameter.grad)
+        kept = [gradient.clone() for gradient in gradients]
         inputs, targets = batch.inputs.clone(), batch.targets.clone()
         cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.clone()
         side = torch.cuda.Stream()
@@ -92,6 +95,5 @@ class MicroStep:
         with torch.cuda.graph(graph, pool=self._pool):
             loss = self._run(inputs, targets, cu_seqlens, loop)
         self._pool = graph.pool()
-        for parameter, before in zip(parameters, kept, strict=True):
-            parameter.grad.copy_(before)
+        torch._foreach_copy_(gradients, kept)
         return _Recording(graph, inputs, targets, cu_seqlens, loss)

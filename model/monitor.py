@@ -92,13 +92,12 @@ class Monitor:
         self._recent: deque[StepRecord] = deque(maxlen=50)
         self._pending: list[dict[str, Any]] = []
         self._window: list[StepRecord] = []
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
         if run.writes and sys.stdout.isatty():
             columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(*columns, console=Console(), transient=True)
-            self._task = self._bar.add_task("train", total=1.0, text="")
-            self._bar.start()
+            progress = Progress(*columns, console=Console(), transient=True)
+            self._bar = progress, progress.add_task("train", total=1.0, text="")
+            progress.start()
 
     @property
     def recent(self) -> list[StepRecord]:
@@ -119,7 +118,8 @@ class Monitor:
                 self._log(record)
                 self.flush()
         if records and self._bar is not None:
-            self._bar.update(self._task, completed=self._progress(records[-1]), text=self._bar_text(records[-1]))
+            progress, task = self._bar
+            progress.update(task, completed=self._progress(records[-1]), text=self._bar_text(records[-1]))
 
     def flush(self) -> None:
         """Writes the metrics gathered so far."""
@@ -129,7 +129,7 @@ class Monitor:
     def close(self) -> None:
         self.flush()
         if self._bar is not None:
-            self._bar.stop()
+            self._bar[0].stop()
             self._bar = None
 
     def say(self, text: str) -> None:

@@ -16,7 +16,7 @@ Up and down banks have the same shape after transposition and go through one bat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,20 @@ def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass
+class _Exchange:
+    """Buffers through which a bank's gradients and updates go between ranks, and the collective that is under way."""
+
+    send: Tensor  # [padded, rows, cols]: gradients to reduce
+    share: Tensor  # [padded / world, rows, cols]: their sum, then this rank's updates
+    received: Tensor  # [padded, rows, cols]: everybody's updates
+    work: dist.Work | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+
+@dataclass
 class _Bank:
     """One parameter of stacked matrices and this rank's share of its optimiser state."""
 
@@ -57,19 +71,27 @@ class _Bank:
     param: nn.Parameter
     scale: float
     momentum: Tensor  # [padded / world, rows, cols], fp32
-    send: Tensor | None = None  # [padded, rows, cols] gradients to reduce
-    share: Tensor | None = None  # [padded / world, rows, cols] their sum
-    received: Tensor | None = None  # [padded, rows, cols] everybody's updates
-    work: dist.Work | None = field(default=None)
+    exchange: _Exchange | None  # None in a world of one
 
     def matrices(self, tensor: Tensor) -> Tensor:
         """`tensor` (the parameter, or of its shape) as [n, rows, cols]."""
         return tensor.reshape(-1, *self.param.shape[-2:])
 
     @property
+    def gradient(self) -> Tensor:
+        return self.matrices(_gradient(self.param))
+
+    @property
     def wide_shape(self) -> tuple[int, int]:
         rows, cols = self.param.shape[-2:]
         return min(rows, cols), max(rows, cols)
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """A parameter that the loss does not reach has a gradient of zeros."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 class Muon:
@@ -90,17 +112,12 @@ class Muon:
         count = param.numel() // (rows * cols)
         share = -(-count // world)
         state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        bank = _Bank(
-            name,
-            param,
-            max(1.0, rows / cols) ** 0.5,
-            torch.zeros(share, rows, cols, dtype=state_dtype, device=param.device),
-        )
+        momentum = torch.zeros(share, rows, cols, dtype=state_dtype, device=param.device)
+        exchange = None
         if world > 1:
-            bank.send = torch.zeros(share * world, rows, cols, dtype=self._dtype, device=param.device)
-            bank.share = torch.empty(share, rows, cols, dtype=self._dtype, device=param.device)
-            bank.received = torch.empty_like(bank.send)
-        return bank
+            whole = torch.zeros(share * world, rows, cols, dtype=self._dtype, device=param.device)
+            exchange = _Exchange(whole, torch.empty_like(whole[:share]), torch.empty_like(whole))
+        return _Bank(name, param, max(1.0, rows / cols) ** 0.5, momentum, exchange)
 
     @property
     def _banks(self) -> list[_Bank]:
@@ -109,21 +126,21 @@ class Muon:
     @torch.no_grad()
     def start_reduction(self) -> None:
         """Begins to sum the gradients over the ranks."""
-        if self._ranks.world == 1:
-            return
         for bank in self._banks:
-            gradient = bank.matrices(bank.param.grad)
-            bank.send[: len(gradient)].copy_(gradient)
-            bank.work = self._ranks.reduce_scatter_async(bank.share, bank.send)
+            if bank.exchange is not None:
+                gradient = bank.gradient
+                bank.exchange.send[: len(gradient)].copy_(gradient)
+                bank.exchange.work = self._ranks.reduce_scatter_async(bank.exchange.share, bank.exchange.send)
 
     def shares(self, banks: list[_Bank] | None = None) -> list[Tensor]:
         """This rank's share of the averaged gradients, [n, rows, cols] each; waits for their reduction."""
-        banks = self._banks if banks is None else banks
-        if self._ranks.world == 1:
-            return [bank.matrices(bank.param.grad).to(bank.momentum.dtype) for bank in banks]
-        for bank in banks:
-            bank.work.wait()
-        return torch._foreach_div([bank.share.to(bank.momentum.dtype) for bank in banks], self._ranks.world)
+        return [self._share(bank) for bank in (self._banks if banks is None else banks)]
+
+    def _share(self, bank: _Bank) -> Tensor:
+        if bank.exchange is None:
+            return bank.gradient.to(bank.momentum.dtype)
+        bank.exchange.wait()
+        return bank.exchange.share.to(bank.momentum.dtype).div_(self._ranks.world)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, factor: Tensor | None = None) -> None:
@@ -131,17 +148,17 @@ class Muon:
         for group in self._groups:
             gradients = self.shares(group)
             if factor is not None:
-                gradients = torch._foreach_mul(gradients, factor)
+                gradients = list(torch._foreach_mul(gradients, factor))
             for bank, update in zip(group, self._updates(group, gradients, momentum), strict=True):
-                if self._ranks.world == 1:
+                if bank.exchange is None:
                     self._apply(bank, update, lr)
                 else:
-                    bank.share.copy_(update)
-                    bank.work = self._ranks.all_gather_async(bank.received, bank.share)
-        if self._ranks.world > 1:
-            for bank in self._banks:
-                bank.work.wait()
-                self._apply(bank, bank.received[: bank.matrices(bank.param).size(0)], lr)
+                    bank.exchange.share.copy_(update)
+                    bank.exchange.work = self._ranks.all_gather_async(bank.exchange.received, bank.exchange.share)
+        for bank in self._banks:
+            if bank.exchange is not None:
+                bank.exchange.wait()
+                self._apply(bank, bank.exchange.received[: len(bank.matrices(bank.param))], lr)
 
     def _updates(self, group: list[_Bank], gradients: list[Tensor], momentum: float) -> list[Tensor]:
         """Orthogonalised updates of banks that have one shape after transposition."""
@@ -235,17 +252,16 @@ class Optimizer:
         """
         config = self._config
         local = config.grad_clip == "per_rank" or self._ranks.world == 1
-        norm, factor = None, None
+        limit = config.grad_clip_norm if config.grad_clip_norm > 0 else torch.inf
+        factor = None
         if local:
-            limit = config.grad_clip_norm if config.grad_clip_norm > 0 else torch.inf
             norm = nn.utils.clip_grad_norm_(self._params.values(), limit, foreach=True)
         self.muon.start_reduction()
-        self._average_replicated()
+        gradients = self._average_replicated()
         if not local:
-            norm = self._global_norm()
-            if config.grad_clip_norm > 0:
-                factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([p.grad for p in self._replicated], factor)
+            norm = self._global_norm(gradients)
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
         for group, base in zip(self.adamw.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * lr_scale
         self.adamw.step()
@@ -253,10 +269,11 @@ class Optimizer:
         self.zero_grad()
         return norm
 
-    def _average_replicated(self) -> None:
+    def _average_replicated(self) -> list[Tensor]:
+        """Averages the gradients of embeddings and scalars over the ranks, in place, and returns them."""
+        gradients = [_gradient(p) for p in self._replicated]
         if self._ranks.world == 1:
-            return
-        gradients = [p.grad for p in self._replicated]
+            return gradients
         large = [g for g in gradients if g.numel() > _PACKED_ELEMENTS]
         small = [g for g in gradients if g.numel() <= _PACKED_ELEMENTS]
         pending = [self._ranks.sum_async(g) for g in large]
@@ -267,11 +284,13 @@ class Optimizer:
         for work in pending:
             work.wait()
         torch._foreach_div_(gradients, self._ranks.world)
+        return gradients
 
-    def _global_norm(self) -> Tensor:
-        sharded = torch.stack(torch._foreach_norm(self.muon.shares())).square().sum()
-        replicated = torch.stack(torch._foreach_norm([p.grad for p in self._replicated])).square().sum()
-        return (self._ranks.sum_(sharded) + replicated).sqrt()
+    def _global_norm(self, replicated: list[Tensor]) -> Tensor:
+        squares = [
+            torch.stack(torch._foreach_norm(tensors)).square().sum() for tensors in (self.muon.shares(), replicated)
+        ]
+        return (self._ranks.sum_(squares[0]) + squares[1]).sqrt()
 
     def state(self) -> dict[str, Tensor]:
         """All optimiser state as named tensors. A collective."""

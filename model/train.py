@@ -324,7 +324,7 @@ class Trainer:
         """Writes a checkpoint of the present step. A collective; returns when it is on the disk."""
         self._finish(self.in_flight.drain())
         self.monitor.flush()
-        tensors = {f"model.{name}": p for name, p in self.params.items()}
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
@@ -424,7 +424,7 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C put their number into the list; a second one of them ends the process as usual."""
     received = [0]
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         if received[0]:
@@ -437,8 +437,8 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 if __name__ == "__main__":

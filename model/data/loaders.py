@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -363,7 +363,7 @@ class StreamLoader(Loader):
         super().__init__(source, identity, seq_len, device, prefetch)
 
 
-LOADERS: dict[str, type[Loader]] = {cls.kind: cls for cls in (DocumentLoader, ShuffledLoader, StreamLoader)}
+LOADERS: dict[str, Callable[..., Loader]] = {cls.kind: cls for cls in (DocumentLoader, ShuffledLoader, StreamLoader)}
 
 
 def _check(
