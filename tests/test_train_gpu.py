@@ -66,10 +66,10 @@ def test_nothing_is_compiled_after_the_warm_up(data, tmp_path):
 
 def test_gpu_and_cpu_train_alike(data, tmp_path):
     dataset = open_dataset(data)
-    config = gpu_config(data, tmp_path, dtype="float32", cuda_graphs=False, iterations=4, warmup_steps=0)
+    config = gpu_config(data, tmp_path, iterations=4, warmup_steps=0)
     losses = {}
     for device in ("cpu", "cuda"):
         run = RunDir(tmp_path / device)
         train(config, dataset, run, Dist.single(device))
         losses[device] = [record["loss"] for record in run.metrics()]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=5e-3)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.05)  # bf16 on both; the loss falls by about 3
