@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8  # four 16-byte loads a thread and tensor in flight
+BLOCK, WARPS = 1024, 2  # H200, 534.8 M parameters: 2.94 ms; 2048 by 4 warps 2.97, 4096 by 8 3.74
 
 
 @triton.jit(do_not_specialize=["total", "documents"])

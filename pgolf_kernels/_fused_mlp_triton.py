@@ -32,7 +32,7 @@ class MlpConfig:
 
 
 UP = MlpConfig()
-GRAD_PRE = MlpConfig(depth=32, stages=4)
+GRAD_PRE = MlpConfig(depth=32, strips=4, stages=4)
 
 
 @triton.jit
