@@ -39,36 +39,42 @@ def small_artifact(codec: str = "context") -> bytes:
     return data
 
 
-def resigned(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
-    """The artifact with `change` applied to its header's JSON, and a digest that fits."""
-    magic, version, flags, stored, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
+def header_of(data: bytes) -> dict[str, Any]:
+    stored = PREAMBLE.unpack(data[: PREAMBLE.size])[3]
     start = PREAMBLE.size + DIGEST
-    document = json.loads(zlib.decompress(data[start : start + stored]))
-    change(document)
+    document: dict[str, Any] = json.loads(zlib.decompress(data[start : start + stored]))
+    return document
+
+
+def with_header(data: bytes, document: Any) -> bytes:
+    """The artifact with another header, and a digest that fits."""
+    magic, version, flags, stored, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
     plain = json.dumps(document).encode()
     packed = zlib.compress(plain)
     preamble = PREAMBLE.pack(magic, version, flags, len(packed), len(plain))
     digest = hashlib.blake2b(preamble + packed, digest_size=DIGEST).digest()
-    return preamble + digest + packed + data[start + stored :]
+    return preamble + digest + packed + data[PREAMBLE.size + DIGEST + stored :]
+
+
+def resigned(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The artifact with `change` applied to its header's JSON, and a digest that fits."""
+    document = header_of(data)
+    change(document)
+    return with_header(data, document)
 
 
 def with_section(data: bytes, name: str, body: bytes) -> bytes:
     """The artifact with another body for a section, signed."""
-    stored = PREAMBLE.unpack(data[: PREAMBLE.size])[3]
-    start = PREAMBLE.size + DIGEST
-    document = json.loads(zlib.decompress(data[start : start + stored]))
-    position, pieces = start + stored, []
+    document = header_of(data)
+    position = PREAMBLE.size + DIGEST + PREAMBLE.unpack(data[: PREAMBLE.size])[3]
+    start, pieces = data[:position], []
     for section in document["sections"]:
         end = position + section[2]
         pieces.append(body if section[0] == name else data[position:end])
         position = end
-
-    def change(header: dict[str, Any]) -> None:
-        for section in header["sections"]:
-            if section[0] == name:
-                section[2:] = [len(body), hashlib.blake2b(body, digest_size=DIGEST).hexdigest()]
-
-    return resigned(data[: start + stored], change) + b"".join(pieces)
+        if section[0] == name:
+            section[2:] = [len(body), hashlib.blake2b(body, digest_size=DIGEST).hexdigest()]
+    return with_header(start, document) + b"".join(pieces)
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
