@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.config import EvalConfig
@@ -40,7 +41,22 @@ class Tilt:
 
 
 def make_tilt(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device: torch.device) -> Tilt:
-    """The tilt of a stream with the settings `ngram_*` of `config`; hints are made on the CPU in one pass."""
+    """The tilt of a stream with the settings `ngram_*` of `config`.
+
+    Hints are made on the CPU in one pass, by rank 0 alone: the tables take gigabytes.
+    """
+    ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if ranks and dist.get_rank() > 0:
+        tilt = Tilt(np.empty(len(tokens), np.int64), np.empty(len(tokens)), device)
+    else:
+        tilt = _compute(tokens, config, tables, device)
+    if ranks:
+        dist.broadcast(tilt.hints, src=0)
+        dist.broadcast(tilt.betas, src=0)
+    return tilt
+
+
+def _compute(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device: torch.device) -> Tilt:
     hints, betas = ngram_hints(
         torch.from_numpy(tokens),
         orders=tuple(range(LOWEST_ORDER, HIGHEST_ORDER + 1, config.ngram_order_stride)),

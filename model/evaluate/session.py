@@ -157,10 +157,10 @@ class Session:
         if self.ledger_path is not None and self.rank == 0:
             self.ledger.save(self.ledger_path)
 
-    def boundaries(self, input_ids: np.ndarray) -> Tensor:
-        """cu_seqlens of a packed row: cut at BOS and every eval_seq_len tokens within a document, padded."""
-        cuts = document_boundaries(input_ids, self.config.eval_seq_len)
-        return self._to_device(pad_boundaries(cuts, CU_SEQLENS_MULTIPLE))
+    def packed(self, bounds: np.ndarray) -> dict[str, Any]:
+        """What the model needs to read a packed row cut at `bounds`, padded so that few shapes occur."""
+        cu_seqlens = self._to_device(pad_boundaries(bounds.astype(np.int32), CU_SEQLENS_MULTIPLE))
+        return {"cu_seqlens": cu_seqlens, "max_seqlen": self.config.eval_seq_len}
 
     def _packed(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray, dict[str, object]]:
         """One row of windows, cut at each window, at BOS and every eval_seq_len tokens within a document."""
@@ -171,9 +171,7 @@ class Session:
             document_boundaries(self.tokens[start : start + length], seq_len)[:-1] + begin
             for start, length, begin in zip(starts, lengths, first, strict=True)
         ]
-        bounds = np.append(np.concatenate(cuts), lengths.sum()).astype(np.int32)
-        cu_seqlens = self._to_device(pad_boundaries(bounds, CU_SEQLENS_MULTIPLE))
-        extra = {"cu_seqlens": cu_seqlens, "max_seqlen": seq_len}
+        extra = self.packed(np.append(np.concatenate(cuts), lengths.sum()))
         return self.input_ids[inputs][None], self.target_ids[inputs + 1][None], first, extra
 
     def _rows(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray, dict[str, object]]:

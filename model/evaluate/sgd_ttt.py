@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from model.evaluate.documents import document_boundaries
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.session import Session, all_reduce_sum, gradient
 from model.evaluate.sliding import sliding_windows
@@ -60,17 +61,30 @@ class WholeModelSGD:
         self._optimizer = torch.optim.SGD(self.parameters, lr=rate, momentum=momentum)
 
     def step(self, starts: np.ndarray, seq_len: int, rate: float, *, stream: Tensor, documents_apart: bool) -> None:
-        """One step at learning rate `rate` on the sequences that begin at `starts` of `stream` (int64 tokens)."""
-        session = self.session
-        mine = session.mine(len(starts))
-        inputs = torch.from_numpy(starts[mine.start : mine.stop]).to(session.device)
-        inputs = inputs.unsqueeze(1) + torch.arange(seq_len, device=session.device)
+        """One step at learning rate `rate` on the sequences that begin at `starts` of `stream` (int64 tokens).
+
+        The sequences follow one another. With `documents_apart` they are one row, cut at each BOS and every
+        eval_seq_len tokens within a document; ranks share its pieces, otherwise the sequences.
+        """
+        session, count = self.session, len(starts) * seq_len
+        row = stream[int(starts[0]) : int(starts[0]) + count + 1]
+        if documents_apart:
+            bounds = document_boundaries(row[:-1].cpu().numpy(), session.config.eval_seq_len)
+            shares = np.searchsorted(bounds, [count * (session.rank + i) / session.world for i in (0, 1)])
+            pieces = bounds[shares[0] : shares[1] + 1]
+            first, last = int(pieces[0]), int(pieces[-1])
+        else:
+            mine = session.mine(len(starts))
+            first, last = mine.start * seq_len, mine.stop * seq_len
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        if len(mine):
+        if last > first:
+            shape = (1, -1) if documents_apart else (-1, seq_len)
+            inputs, targets = row[first:last].view(shape), row[first + 1 : last + 1].view(shape)
+            packed = session.packed(pieces - first) if documents_apart else {}
             with torch.enable_grad():
-                loss = self._loss(stream[inputs], stream[inputs + 1], documents_apart)
-                (loss * (len(mine) / len(starts))).backward()
+                loss: Any = session.model.loss(inputs, targets, loop=session.loop, **packed)
+                (loss * ((last - first) / count)).backward()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
         all_reduce_sum([gradient(parameter) for parameter in self.parameters])
@@ -81,22 +95,6 @@ class WholeModelSGD:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-
-    def _loss(self, inputs: Tensor, targets: Tensor, documents_apart: bool) -> Tensor:
-        session, loss = self.session, self.session.model.loss
-        result: Any
-        if not documents_apart:
-            result = loss(inputs, targets, loop=session.loop)
-            return result
-        cu_seqlens = session.boundaries(inputs.cpu().numpy().reshape(-1))
-        result = loss(
-            inputs.view(1, -1),
-            targets.view(1, -1),
-            loop=session.loop,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=session.config.eval_seq_len,
-        )
-        return result
 
     def _freeze(self) -> None:
         for name, parameter in self.session.model.named_parameters():
