@@ -132,9 +132,9 @@ def test_an_interrupted_evaluation_goes_on(mode: str, tmp_path, monkeypatch) -> 
         evaluate(small.model(), data, mode, config.replace(eval_stride=4), device="cpu", ledger_path=path, resume=True)
 
 
-def _rank(rank: int, world: int, port: int, mode: str, tokens: np.ndarray, folder: str) -> None:
+def _rank(rank: int, world: int, mode: str, tokens: np.ndarray, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     result = evaluate(small.model(), dataset(tokens), mode, CONFIG.replace(ngram_table_bits=8), device="cpu")
     assert check_ledger(result.ledger, result.bpb).status == "pass"
     np.save(f"{folder}/{mode}{rank}.npy", result.ledger.nll)
@@ -152,8 +152,7 @@ def _rank(rank: int, world: int, port: int, mode: str, tokens: np.ndarray, folde
 def test_two_ranks_find_what_one_finds(mode: str, tmp_path) -> None:
     tokens = np.concatenate([stream(40, 9, 50)] * 3)  # repeated, so that there are hints
     alone = evaluate(small.model(), dataset(tokens), mode, CONFIG.replace(ngram_table_bits=8), device="cpu")
-    port = 29500 + hash(mode) % 400
-    mp.spawn(_rank, args=(2, port, mode, tokens, str(tmp_path)), nprocs=2)
+    mp.spawn(_rank, args=(2, mode, tokens, str(tmp_path)), nprocs=2)
     for rank in range(2):
         together = np.load(tmp_path / f"{mode}{rank}.npy")
         assert np.allclose(together[1:], alone.ledger.nll[1:], atol=2e-5)
@@ -161,7 +160,7 @@ def test_two_ranks_find_what_one_finds(mode: str, tmp_path) -> None:
 
 def test_more_ranks_than_documents(tmp_path) -> None:
     tokens = stream(20)
-    mp.spawn(_rank, args=(2, 29950, "phased", tokens, str(tmp_path)), nprocs=2)
+    mp.spawn(_rank, args=(2, "phased", tokens, str(tmp_path)), nprocs=2)
     alone = evaluate(small.model(), dataset(tokens), "phased", CONFIG, device="cpu")
     assert np.allclose(np.load(tmp_path / "phased1.npy")[1:], alone.ledger.nll[1:], atol=2e-5)
 
