@@ -8,8 +8,8 @@ Muon with row normalisation (pull requests 1413 to 1727), for every matrix W [ro
     W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
 
 Over several ranks each bank is padded to a multiple of their number; gradients are reduce-scattered, each rank updates
-its share of the matrices, and the updates are all-gathered while the next banks are computed. Momentum is fp32 and
-sharded. Communication and Newton-Schulz run in bf16 under `dtype="bfloat16"`.
+its share of the matrices, and the updates are all-gathered while the next banks and AdamW are computed. Momentum is
+fp32 and sharded. Communication and Newton-Schulz run in bf16 under `dtype="bfloat16"`.
 
 Up and down banks have the same shape after transposition and go through one batched Newton-Schulz.
 """
@@ -144,7 +144,10 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, factor: Tensor | None = None) -> None:
-        """One update after `start_reduction`; gradients are multiplied by `factor` (a scalar tensor) if given."""
+        """One update after `start_reduction`; gradients are multiplied by `factor` (a scalar tensor) if given.
+
+        Over several ranks `finish_step` has to follow.
+        """
         for group in self._groups:
             gradients = self.shares(group)
             if factor is not None:
@@ -155,6 +158,10 @@ class Muon:
                 else:
                     bank.exchange.share.copy_(update)
                     bank.exchange.work = self._ranks.all_gather_async(bank.exchange.received, bank.exchange.share)
+
+    @torch.no_grad()
+    def finish_step(self, lr: float) -> None:
+        """Applies the updates of all ranks when they have arrived."""
         for bank in self._banks:
             if bank.exchange is not None:
                 bank.exchange.wait()
@@ -208,6 +215,29 @@ class Muon:
             bank.momentum.zero_()
 
 
+class _Average:
+    """Averaging over the ranks that runs while other work does. `finish` makes `tensors` the averages, in place."""
+
+    def __init__(self, tensors: list[Tensor], ranks: Dist) -> None:
+        self.tensors, self._world = tensors, ranks.world
+        self._pending: list[dist.Work] = []
+        self._small = [t for t in tensors if t.numel() <= _PACKED_ELEMENTS]
+        if self._world > 1:
+            self._packed = torch.cat([t.flatten() for t in self._small])
+            large = [t for t in tensors if t.numel() > _PACKED_ELEMENTS]
+            self._pending = [ranks.sum_async(t) for t in [*large, self._packed]]
+
+    def finish(self) -> None:
+        if not self._pending:
+            return
+        for work in self._pending:
+            work.wait()
+        self._pending = []
+        parts = self._packed.split([t.numel() for t in self._small])
+        torch._foreach_copy_(self._small, [part.view_as(t) for part, t in zip(parts, self._small, strict=True)])
+        torch._foreach_div_(self.tensors, self._world)
+
+
 class Optimizer:
     """Everything that changes the weights of a GPT: `step` after the gradients of a step's micro-batches are summed.
 
@@ -257,34 +287,21 @@ class Optimizer:
         if local:
             norm = nn.utils.clip_grad_norm_(self._params.values(), limit, foreach=True)
         self.muon.start_reduction()
-        gradients = self._average_replicated()
+        replicated = _Average([_gradient(p) for p in self._replicated], self._ranks)
         if not local:
-            norm = self._global_norm(gradients)
+            replicated.finish()
+            norm = self._global_norm(replicated.tensors)
             factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(replicated.tensors, factor)
+        lr = config.matrix_lr * lr_scale
+        self.muon.step(lr, momentum, factor)
+        replicated.finish()
         for group, base in zip(self.adamw.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * lr_scale
         self.adamw.step()
-        self.muon.step(config.matrix_lr * lr_scale, momentum, factor)
+        self.muon.finish_step(lr)
         self.zero_grad()
         return norm
-
-    def _average_replicated(self) -> list[Tensor]:
-        """Averages the gradients of embeddings and scalars over the ranks, in place, and returns them."""
-        gradients = [_gradient(p) for p in self._replicated]
-        if self._ranks.world == 1:
-            return gradients
-        large = [g for g in gradients if g.numel() > _PACKED_ELEMENTS]
-        small = [g for g in gradients if g.numel() <= _PACKED_ELEMENTS]
-        pending = [self._ranks.sum_async(g) for g in large]
-        if small:
-            packed = self._ranks.sum_(torch.cat([g.flatten() for g in small]))
-            parts = packed.split([g.numel() for g in small])
-            torch._foreach_copy_(small, [part.view_as(g) for part, g in zip(parts, small, strict=True)])
-        for work in pending:
-            work.wait()
-        torch._foreach_div_(gradients, self._ranks.world)
-        return gradients
 
     def _global_norm(self, replicated: list[Tensor]) -> Tensor:
         squares = [
