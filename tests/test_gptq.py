@@ -152,7 +152,8 @@ def test_columns_fp64_any_block(residual, block):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_narrower_instruction_sets(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "textbook or fp64_any_block or test_factor or R31"]
+    chosen = "textbook or fp64_any_block or test_factor or R31"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen]
     result = subprocess.run(command, env=os.environ | {"PGOLF_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
