@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +214,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         hints: Tensor | None = None,
         adapters: Adapters | None = None,
-        **inputs: object,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Cross entropy in nats of `targets` (shape of input_ids); other arguments as in `hidden`.
 
@@ -231,7 +232,7 @@ class GPT(nn.Module):
         if positions is not None:
             hidden, flat_targets = hidden[positions], flat_targets[positions]
             documents = documents[positions] if documents is not None else None
-        result = linear_softcap_cross_entropy(
+        result: Any = linear_softcap_cross_entropy(
             hidden,
             self.tok_emb.to(self.compute_dtype),
             flat_targets,
@@ -247,12 +248,12 @@ class GPT(nn.Module):
             return result.view(targets.shape)
         return result
 
-    def forward(self, input_ids: Tensor, targets: Tensor, **options: object) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """`loss`; the entry that torch.compile and distributed wrappers see."""
         return self.loss(input_ids, targets, **options)
 
     def logits(
-        self, input_ids: Tensor, *, adapters: Adapters | None = None, temperature: float = 1.0, **inputs: object
+        self, input_ids: Tensor, *, adapters: Adapters | None = None, temperature: float = 1.0, **inputs: Any
     ) -> Tensor:
         """softcap * tanh(x E^T / softcap) / temperature, fp32 (fp64 for an fp64 model), [..., V]."""
         x = self.hidden(input_ids, adapters=adapters, **inputs)
@@ -268,10 +269,9 @@ class GPT(nn.Module):
         layers, dtype = self.config.num_layers, self.compute_dtype
         qo, kv = self._maybe_fake_quantize(self.qo_bank, 31), self._maybe_fake_quantize(self.kv_bank, 31)
         up, down = self._maybe_fake_quantize(self.up_bank, 15), self._maybe_fake_quantize(self.down_bank, 15)
-        o = (qo[layers:] * self.attn_scale.unsqueeze(-1)).to(dtype).unbind()
-        down = (down * self.mlp_scale.unsqueeze(-1)).to(dtype).unbind()
-        q, kv, up = qo[:layers].to(dtype).unbind(), kv.to(dtype).unbind(), up.to(dtype).unbind()
-        return [_Weights(q[i], kv[i], kv[layers + i], o[i], up[i], down[i]) for i in range(layers)]
+        o, down = qo[layers:] * self.attn_scale.unsqueeze(-1), down * self.mlp_scale.unsqueeze(-1)
+        parts = (qo[:layers], kv[:layers], kv[layers:], o, up, down)
+        return [_Weights(*matrices) for matrices in zip(*(part.to(dtype).unbind() for part in parts), strict=True)]
 
     def _maybe_fake_quantize(self, weight: Tensor, clip_range: int) -> Tensor:
         per_matrix = weight.shape[-1] * weight.shape[-2]
@@ -354,7 +354,8 @@ class GPT(nn.Module):
         if state.collect is not None:
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
         projections = (weights.q, weights.k, weights.v)
-        rope = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": norm_epsilon(normed.dtype)}
+        epsilon = norm_epsilon(normed.dtype)
+        rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         if state.adapters is None:
             q, k, v = qkv_rope(normed, *projections, **rope)
         else:
@@ -370,8 +371,8 @@ class GPT(nn.Module):
         if subtract_self and config.xsa_form == "self_weight":
             y = attention_without_self(q, k, v, state.starts)
         else:
-            packed = (t.reshape(rows * length, t.size(2), t.size(3)) for t in (q, k, v))
-            y = varlen_attention(*packed, state.cu_seqlens, state.max_seqlen).view(q.shape)
+            packed = [t.reshape(rows * length, t.size(2), t.size(3)) for t in (q, k, v)]
+            y = varlen_attention(packed[0], packed[1], packed[2], state.cu_seqlens, state.max_seqlen).view(q.shape)
             if subtract_self:
                 y = xsa(y, v)
         y = y.reshape(rows, length, dim)
@@ -386,9 +387,9 @@ class GPT(nn.Module):
         """mlp_scale * MLP(normed), plus `residual`."""
         config, weights = self.config, state.weights[layer]
         gain = self.hidden_gain[layer] if config.hidden_gain else None
-        options = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": residual}
+        options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": residual}
         if state.collect is None:
-            output = fused_mlp(normed, weights.up, weights.down, **options)
+            output: Any = fused_mlp(normed, weights.up, weights.down, **options)
         else:
             output, hidden = fused_mlp(normed, weights.up, weights.down, return_hidden=True, **options)
             state.collect((f"blocks.{layer}.mlp.up",), normed)
