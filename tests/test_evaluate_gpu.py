@@ -51,16 +51,24 @@ def test_the_gpu_finds_the_golden_losses() -> None:
 
 def test_zero_adapters_change_next_to_nothing() -> None:
     session = session_on_gpu(graphs=False)
-    model, ids = session.model, session.input_ids[:513]
-    cu_seqlens = torch.arange(0, 513, 64, dtype=torch.int32, device="cuda")
-    inputs = {"cu_seqlens": cu_seqlens, "max_seqlen": 64, "reduction": "none"}
+    model, ids = session.model, session.input_ids
+    rows = (len(ids) - 1) // 64
+    cu_seqlens = torch.arange(0, rows * 64 + 1, 64, dtype=torch.int32, device="cuda")
+    x, y = ids[None, : rows * 64], ids[None, 1 : rows * 64 + 1]
     slots = sum(map(len, model.config.layer_order(True)))
     kinds = ("q", "k", "v", "o", "mlp", "lm_head")
-    zero = Adapters.zeros(model.config, slots, 8, 4, kinds, torch.device("cuda"), torch.float32)
+    zero = Adapters.zeros(model.config, slots, rows, 4, kinds, torch.device("cuda"), torch.float32)
     zero.cu_seqlens = cu_seqlens
-    with torch.no_grad():
-        plain = model.loss(ids[:-1][None], ids[1:][None], **inputs)
-        adapted = model.loss(ids[:-1][None], ids[1:][None], adapters=zero, **inputs)
-        again = model.loss(ids[:-1][None], ids[1:][None], adapters=zero, **inputs)
-    assert torch.equal(adapted, again)
-    assert (plain - adapted).abs().mean() < 1e-3
+
+    def losses(**inputs: object) -> torch.Tensor:
+        with torch.no_grad():
+            return model.loss(x, y, cu_seqlens=cu_seqlens, max_seqlen=64, reduction="none", **inputs).double().cpu()
+
+    plain, adapted = losses(), losses(adapters=zero)
+    assert torch.equal(adapted, losses(adapters=zero))
+    # The other kernels round elsewhere in bf16: as far from the truth as the plain path, and no bias.
+    model.cpu().compute_dtype = torch.float32
+    x, y, cu_seqlens = x.cpu(), y.cpu(), cu_seqlens.cpu()
+    exact = losses()
+    assert (adapted - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+    assert abs(adapted.mean() - plain.mean()) < 1e-3
