@@ -67,11 +67,15 @@ def _power_and_slope(a, rate, height, FORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _powers_kernel(
-    x_desc, w_desc, g_desc, sums_ptr, rows, vocab, rate, height,
+    x_desc, w_desc, g_desc, sums_ptr, targets_ptr, factor_ptr, at_target_ptr, rows, vocab, rate, height,
     DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STRIPS: tl.constexpr,
-    STORE: tl.constexpr, RAGGED: tl.constexpr, FORM: tl.constexpr,
+    STORE: tl.constexpr, SUMS: tl.constexpr, RAGGED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """G and the sums of exp(z) over each tile's columns. rate = 2 log2(e) / softcap, height = top of z * log2(e)."""
+    """SUMS: the sums of exp(z) over each tile's columns, and with STORE G. Otherwise the sums are known already:
+    the logits' gradient itself, factor * G less at_target * slope at the target.
+
+    rate = 2 log2(e) / softcap, height = top of z * log2(e).
+    """
     tiles_n = tl.cdiv(vocab, BN)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
@@ -79,18 +83,28 @@ def _powers_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, DEPTH, BK):
             acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        row = m + tl.arange(0, BM)
         total = tl.zeros((BM,), tl.float32)
+        if not SUMS:
+            target = tl.load(targets_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+            factor = tl.load(factor_ptr + row, mask=row < rows, other=0.0)
+            at_target = tl.load(at_target_ptr + row, mask=row < rows, other=0.0)
         for i in tl.static_range(STRIPS):
             column = n + i * (BN // STRIPS)
             a = strip(acc, i, STRIPS, BM, BN)
             power, slope = _power_and_slope(a, rate, height, FORM)
-            if RAGGED:
-                power = tl.where((column + tl.arange(0, BN // STRIPS) < vocab)[None, :], power, 0.0)
-            total += tl.sum(power, axis=1)
+            if SUMS:
+                if RAGGED:
+                    power = tl.where((column + tl.arange(0, BN // STRIPS) < vocab)[None, :], power, 0.0)
+                total += tl.sum(power, axis=1)
+                value = power * slope
+            else:
+                mine = (target - column)[:, None] == tl.arange(0, BN // STRIPS)[None, :]
+                value = (power * factor[:, None] - tl.where(mine, at_target[:, None], 0.0)) * slope
             if STORE:
-                g_desc.store([m, column], (power * slope).to(g_desc.dtype))
-        row = m + tl.arange(0, BM)
-        tl.store(sums_ptr + (tile % tiles_n).to(tl.int64) * rows + row, total, mask=row < rows)
+                g_desc.store([m, column], value.to(g_desc.dtype))
+        if SUMS:
+            tl.store(sums_ptr + row.to(tl.int64) * tiles_n + tile % tiles_n, total, mask=row < rows)
 
 
 @triton.jit
@@ -111,7 +125,8 @@ def _picked_logits(x, w_ptr, index, valid, k, inside, w_stride):
 def _finish_kernel(
     x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr,
     rows, vocab, tiles, x_stride, w_stride, g_stride, ignore_index, softcap, scale,
-    DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr, HINTS: tl.constexpr,
+    DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr,
+    HINTS: tl.constexpr,
 ):  # fmt: skip
     """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -121,11 +136,10 @@ def _finish_kernel(
     inside = k < DEPTH
     x = tl.load(x_ptr + wide[:, None] * x_stride + k[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
     x = x.to(tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    parts = sums_ptr + row
-    for _ in range(0, tiles):
-        total += tl.load(parts, mask=mask, other=1.0)
-        parts += rows
+    tile = tl.arange(0, TILES_BLOCK)
+    parts = tl.load(sums_ptr + wide[:, None] * tiles + tile[None, :], mask=mask[:, None] & (tile < tiles)[None, :],
+                    other=0.0)  # fmt: skip
+    total = tl.sum(parts, axis=1)
     lse = tl.log(total)
     target = tl.load(targets_ptr + row, mask=mask, other=0)
     counted = target != ignore_index
@@ -141,9 +155,9 @@ def _finish_kernel(
                             softcap, scale)  # fmt: skip
         missing = tl.where(hint < 0, float("-inf"), float("nan"))
         tl.store(hint_ptr + row, tl.where(known, z_hint - lse, missing), mask=mask)
+    inverse = tl.where(counted, tl.where(valid, scale / total, float("nan")), 0.0)
+    tl.store(inverse_ptr + row, inverse, mask=mask)
     if STORE:
-        inverse = tl.where(counted, tl.where(valid, scale / total, float("nan")), 0.0)
-        tl.store(inverse_ptr + row, inverse, mask=mask)
         power = tl.minimum(tl.exp(z), total)
         mended = ((power - total) * slope).to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + wide * g_stride + tl.where(valid, target, 0), mended, mask=mask & valid)
@@ -173,43 +187,51 @@ def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) ->
     return fits and hidden.dtype == torch.bfloat16 and compute_capability(hidden.device.index) >= 90
 
 
-def losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    hints: Tensor | None,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-    out: Tensor,
-    hint_log_probs: Tensor,
-    powers: Tensor | None,
-    inverse: Tensor | None,
-) -> None:
-    """Losses [N] into `out` and log p(hint) into `hint_log_probs`; with `powers` [N, V] and `inverse` [N] also G and
-    1 / (S temperature), whose product is the gradient of the logits."""
+def _launch_powers(
+    hidden: Tensor, weight: Tensor, out: Tensor | None, sums: Tensor | None, targets: Tensor | None,
+    factor: Tensor | None, at_target: Tensor | None, softcap: float, temperature: float,
+) -> None:  # fmt: skip
     (rows, depth), vocab = hidden.shape, weight.shape[0]
-    config = SCORE if powers is None else TRAIN
-    tiles = triton.cdiv(vocab, config.columns)
-    sums = hidden.new_empty((tiles, rows), dtype=torch.float32)
+    config = SCORE if out is None else TRAIN
     x_desc = descriptor(hidden, (config.rows, config.depth))
-    strip_block = (config.rows, config.columns // config.strips)
-    g_desc = x_desc if powers is None else descriptor(powers, strip_block)
-    grid = (min(grid_size(hidden) * config.programs, triton.cdiv(rows, config.rows) * tiles),)
+    g_desc = x_desc if out is None else descriptor(out, (config.rows, config.columns // config.strips))
+    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(vocab, config.columns)
     form = PLAIN if hidden.device.type == "cpu" else config.form  # the interpreter knows no instructions
+    _powers_kernel[(min(grid_size(hidden) * config.programs, tiles),)](
+        x_desc, descriptor(weight, (config.columns, config.depth)), g_desc, sums, targets, factor, at_target, rows,
+        vocab, 2.0 * LOG2E / softcap, softcap / temperature * LOG2E, DEPTH=depth, BM=config.rows, BN=config.columns,
+        BK=config.depth, STRIPS=config.strips, STORE=out is not None, SUMS=sums is not None,
+        RAGGED=vocab % config.columns != 0, FORM=form, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, hints: Tensor | None, softcap: float, temperature: float,
+    ignore_index: int, out: Tensor, hint_log_probs: Tensor, inverse: Tensor, powers: Tensor | None,
+) -> None:  # fmt: skip
+    """Losses [N] into `out`, log p(hint) into `hint_log_probs`, 1 / (S temperature) into `inverse`; with `powers`
+    [N, V] also G, which times `inverse` is the gradient of the logits."""
+    (rows, depth), vocab = hidden.shape, weight.shape[0]
+    tiles = triton.cdiv(vocab, (SCORE if powers is None else TRAIN).columns)
     with torch.cuda.device_of(hidden):
-        _powers_kernel[grid](
-            x_desc, descriptor(weight, (config.columns, config.depth)), g_desc, sums, rows, vocab,
-            2.0 * LOG2E / softcap, softcap / temperature * LOG2E, DEPTH=depth, BM=config.rows, BN=config.columns,
-            BK=config.depth, STRIPS=config.strips, STORE=powers is not None, RAGGED=vocab % config.columns != 0,
-            FORM=form, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        sums = hidden.new_empty((rows, tiles), dtype=torch.float32)
+        _launch_powers(hidden, weight, powers, sums, None, None, None, softcap, temperature)
         _finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
             hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, rows, vocab, tiles,
             hidden.stride(0), weight.stride(0), vocab, ignore_index, softcap, 1.0 / temperature,
-            DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), ROWS=FINISH_ROWS, STORE=powers is not None,
-            HINTS=hints is not None, num_warps=4,
+            DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), TILES_BLOCK=block_at_least(tiles, 16, 1 << 20),
+            ROWS=FINISH_ROWS, STORE=powers is not None, HINTS=hints is not None, num_warps=1,
         )  # fmt: skip
+
+
+def gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, temperature: float, factor: Tensor,
+    at_target: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """The logits' gradient [N, V] of rows whose sums are known: factor = upstream * inverse, at_target = upstream /
+    temperature."""
+    with torch.cuda.device_of(hidden):
+        _launch_powers(hidden, weight, out, None, targets, factor, at_target, softcap, temperature)
 
 
 def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from pgolf_kernels.softcap_ce import (
     check_indices,
     check_reduction,
     check_softcap,
+    launch_backward,
     launch_forward,
     launch_with_grad,
     loss_dtype,
@@ -94,8 +95,8 @@ class HeadConfig:
 
 # CPU: logits that are still in the last-level cache when the loss reads them.
 CPU_CONFIG = HeadConfig(keep=512 << 20, kept_chunk=16 << 20, chunk=16 << 20)
-# CUDA: 98,304 x 8192 bfloat16 logits are 1.5 GiB: kept, in one piece. Chunks of 3072 rows hold a pass under 200 MB.
-CUDA_CONFIG = HeadConfig(keep=2 << 30, kept_chunk=2 << 30, chunk=48 << 20)
+# CUDA: 98,304 x 8192 bfloat16 logits are 1.5 GiB: kept, in one piece. Chunks of 4096 rows hold a pass under 200 MB.
+CUDA_CONFIG = HeadConfig(keep=2 << 30, kept_chunk=2 << 30, chunk=64 << 20)
 
 
 def config_of(tensor: Tensor) -> HeadConfig:
@@ -174,20 +175,19 @@ class Gradients:
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
 
-    def add(self, dlogits: Tensor, scale: Tensor, rows: slice, kept: list[Tensor]) -> None:
+    def add(self, dlogits: Tensor, scale: Tensor | None, rows: slice, kept: list[Tensor]) -> None:
         """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave."""
         head = self.head
-        scaled = scale_rows(head.hidden[rows], scale, torch.empty_like(head.hidden[rows]))
+        scaled = times(head.hidden[rows], scale)
         if self.needs[1]:
             self.weight = add_product(self.weight, dlogits.T, scaled, self.sum_dtype)
         dhidden = None
         if kept:
             inner, low = kept
-            inner = scale_rows(inner, scale, torch.empty_like(inner))
             a, b = head.adapters
             bounds, wants = head.bounds_in(rows), self.needs[0]
-            results = lora_backward([dlogits], scaled, [], a, b, inner, low, [0], bounds, None, 0, 1.0, wants, [])
-            dhidden, d_a, d_b = results
+            low_rank = (times(inner, scale), low, [0], bounds, None, 0, 1.0, wants, [])
+            dhidden, d_a, d_b = lora_backward([dlogits], scaled, [], a, b, *low_rank)
             self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
             self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
         del scaled  # as large as what comes next
@@ -196,7 +196,7 @@ class Gradients:
             own = torch.mm(dlogits, head.weight, out=self.hidden[rows])
             if dhidden is not None:
                 own += dhidden
-            scale_rows(own, scale, own)
+            times(own, scale, own)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """In the inputs' dtypes; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
@@ -208,8 +208,11 @@ class Gradients:
         )
 
 
-def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """rows * scale[:, None] with one rounding, to the rows' dtype."""
+def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """rows * scale[:, None] with one rounding, to the rows' dtype; the rows themselves without a scale."""
+    if scale is None:
+        return rows
+    out = torch.empty_like(rows) if out is None else out
     if runs_triton(rows) and rows.dtype != torch.float64:
         return kernels("linear_softcap_ce").scale_rows(rows, scale, out)
     return torch.mul(rows, scale[:, None], out=out)
@@ -257,19 +260,20 @@ def _forward(
     doc_ids: Tensor | None,
     hints: Tensor | None,
     *scalars: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     if fused := _fused(head, *scalars[:2]):
-        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, None, None)
-        return losses, hint_log_probs
+        inverse = torch.empty_like(losses)
+        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse, None)
+        return losses, hint_log_probs, inverse
     lse = torch.empty_like(losses)
     for rows in head.chunks(config_of(hidden).chunk):
         logits, _ = head.logits(rows)
         out = (losses[rows], lse[rows], hint_log_probs[rows])
         launch_forward(logits, targets[rows], _part(hints, rows), scalars, *out)
-    return head.unsorted(losses), head.unsorted(hint_log_probs)
+    return head.unsorted(losses), head.unsorted(hint_log_probs), lse
 
 
 def _keep(
@@ -288,7 +292,7 @@ def _keep(
     scale = torch.ones_like(losses)
     if fused := _fused(head, *scalars[:2]):
         powers = hidden.new_empty(len(hidden), len(weight))
-        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, powers, scale)
+        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, scale, powers)
         return losses, hint_log_probs, powers, scale, hidden.new_empty(0), hidden.new_empty(0)
     lse = torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).kept_chunk))
@@ -340,28 +344,29 @@ def _recompute(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     doc_ids: Tensor | None,
+    sums: Tensor,
     needs: list[bool],
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
+    """`sums`: what the forward op kept of each row's sum, 1 / (S temperature) when fused and lse otherwise."""
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, upstream = head.sorted(targets), head.sorted(upstream)
     chunks = list(head.chunks(config_of(hidden).chunk))
     grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), len(chunks))
-    losses, none = _new_losses(hidden, None)  # not read: they are known already
-    fused = _fused(head, *scalars[:2])
-    scale = torch.ones_like(losses)
+    softcap, temperature, _ = scalars
+    fused = _fused(head, softcap, temperature)
+    factor, at_target, one = upstream * sums, upstream / temperature, upstream.new_ones(1)
     buffer = hidden.new_empty(chunks[0].stop, len(weight))
     for rows in chunks:
         logits = buffer[: rows.stop - rows.start]
-        kept: list[Tensor] = []
         if fused:
-            chunk = (hidden[rows], head.weight, targets[rows], None, *scalars, losses[rows], none)
-            fused.losses(*chunk, logits, scale[rows])
-        else:
+            values = factor[rows], at_target[rows]
+            fused.gradient(head.hidden[rows], head.weight, targets[rows], softcap, temperature, *values, logits)
+            grads.add(logits, None, rows, [])
+        else:  # without the upstream gradient: float16 could lose small ones
             _, kept = head.logits(rows, logits)
-            out = (losses[rows], losses[rows], none)
-            launch_with_grad(logits, targets[rows], None, scale[rows], scalars, *out, logits)
-        grads.add(logits, upstream[rows] * scale[rows], rows, kept)
+            launch_backward(logits, targets[rows], sums[rows], one.expand(len(logits)), scalars, logits)
+            grads.add(logits, upstream[rows], rows, kept)
     del buffer, logits
     return grads.outputs()
 
@@ -378,14 +383,15 @@ def _gradients_fake(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tu
 def _forward_fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, doc_ids: Any, hints: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
-    return _new_losses(hidden, hints)
+    losses, hint_log_probs = _new_losses(hidden, hints)
+    return losses, hint_log_probs, torch.empty_like(losses)
 
 
 def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, *rest: Any) -> tuple[Tensor, ...]:
-    losses, hint_log_probs = _forward_fake(hidden, weight, targets, a, b, *rest)
+    losses, hint_log_probs, scale = _forward_fake(hidden, weight, targets, a, b, *rest)
     dlogits, none = hidden.new_empty(len(hidden), len(weight)), hidden.new_empty(0)
     inner, low = (none, torch.empty_like(none)) if a is None else lora_forward_fake(hidden, [], [a], [b])[1:]
-    return losses, hint_log_probs, dlogits, torch.empty_like(losses), inner, low
+    return losses, hint_log_probs, dlogits, scale, inner, low
 
 
 def _backward_fake(
@@ -412,6 +418,7 @@ def _recompute_fake(
     a: Any,
     b: Any,
     doc_ids: Any,
+    sums: Tensor,
     needs: list[bool],
     *_: Any,
 ) -> tuple[Tensor, ...]:
@@ -429,7 +436,7 @@ _backward_op = register_op(
     not_differentiable=_NO_DOUBLE,
 )
 _recompute_op = register_op(
-    f"linear_softcap_ce_recompute(Tensor upstream, {_INPUTS}, bool[] needs, {_SCALARS}) -> {_GRADIENTS}",
+    f"linear_softcap_ce_recompute(Tensor upstream, {_INPUTS}, Tensor sums, bool[] needs, {_SCALARS}) -> {_GRADIENTS}",
     cpu=_recompute,
     cuda=_recompute,
     fake=_recompute_fake,
@@ -454,17 +461,18 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         return tuple(grads)
     hidden, weight, targets, lora_a, lora_b, doc_ids, *kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    if kept:
+    if len(kept) > 1:
         results = _backward_op(upstream, *kept, hidden, weight, lora_a, lora_b, doc_ids, needs)
     else:
-        results = _recompute_op(upstream, hidden, weight, targets, lora_a, lora_b, doc_ids, needs, *ctx.scalars)
+        inputs = (hidden, weight, targets, lora_a, lora_b, doc_ids, *kept)
+        results = _recompute_op(upstream, *inputs, needs, *ctx.scalars)
     for i, need, result in zip(_DIFFERENTIABLE, needs, results, strict=True):
         grads[i] = result if need else None
     return tuple(grads)
 
 
 _forward_op = register_op(
-    f"linear_softcap_ce_forward({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor)",
+    f"linear_softcap_ce_forward({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
     cpu=_forward,
     cuda=_forward,
     fake=_forward_fake,
