@@ -186,7 +186,7 @@ class Gradients:
             inner, low = kept
             a, b = head.adapters
             bounds, wants = head.bounds_in(rows), self.needs[0]
-            low_rank = (times(inner, scale), low, [0], bounds, None, 0, 1.0, wants, [])
+            low_rank: tuple[Any, ...] = (times(inner, scale), low, [0], bounds, None, 0, 1.0, wants, [])
             dhidden, d_a, d_b = lora_backward([dlogits], scaled, [], a, b, *low_rank)
             self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
             self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
