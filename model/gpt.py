@@ -400,8 +400,8 @@ class GPT(nn.Module):
 
 
 def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-    """x W^T (+ residual, added to the product's accumulator)."""
+    """x W^T; with `residual`, the sum, written over it: the product's accumulator starts from it without a copy."""
     if residual is None:
         return nn.functional.linear(x, weight)
-    flat = torch.addmm(residual.view(-1, weight.size(0)), x.view(-1, weight.size(1)), weight.t())
-    return flat.view(residual.shape)
+    residual.view(-1, weight.size(0)).addmm_(x.view(-1, weight.size(1)), weight.t())
+    return residual
