@@ -10,7 +10,7 @@ import torch
 
 from pgolf_kernels import batched_lora, batched_lora_multi
 from pgolf_kernels._triton_op import has_triton, interpreting, kernels
-from pgolf_kernels.batched_lora import Layout, _forward_op, reference
+from pgolf_kernels.batched_lora import Layout, _forward_op, _single_op, reference
 from tests import triton_aot
 
 
@@ -159,6 +159,11 @@ def test_op_contract(case):
         options.get("cu_seqlens"), options.get("adapter_index"), 0 if case.packed else case.length, case.scale,
     )  # fmt: skip
     torch.library.opcheck(_forward_op, arguments)
+    if count == 1:
+        x, *_, packed, index, rows, scale = arguments
+        torch.library.opcheck(_single_op, (x, weights[0], a[0], b[0], None, packed, index, rows, scale))
+        residual = torch.randn(x.shape[0], b[0].shape[1], requires_grad=True)
+        torch.library.opcheck(_single_op, (x, None, a[0], b[0], residual, packed, index, rows, scale))
 
 
 def test_compiled_equals_eager_also_under_autocast():
