@@ -145,8 +145,7 @@ def _rank(rank: int, world: int, mode: str, tokens: np.ndarray, folder: str) -> 
     "mode",
     [
         "lora-ttt",
-        "phased",
-        *(pytest.param(m, marks=pytest.mark.long) for m in ("plain+ngram-tilt", "sliding", "sgd-ttt")),
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("phased", "plain+ngram-tilt", "sliding", "sgd-ttt")),
     ],
 )
 def test_two_ranks_find_what_one_finds(mode: str, tmp_path) -> None:

@@ -67,7 +67,7 @@ def verify(scorer: object, *, shards: list[Path] | None = None, **changes: objec
     [
         ("plain", {}),
         ("plain", {"loader": "shuffled"}),
-        ("lora-ttt", {}),
+        pytest.param("lora-ttt", {}, marks=pytest.mark.long),
         pytest.param("sliding", {}, marks=pytest.mark.long),
         pytest.param("sgd-ttt", {}, marks=pytest.mark.long),
         pytest.param("sliding-cache", {}, marks=pytest.mark.long),
