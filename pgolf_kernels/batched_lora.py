@@ -313,8 +313,8 @@ _forward_op = register_op(
 
 # ---- one projection --------------------------------------------------------------------------------------------------
 
-# The same without lists: PyTorch flattens and rebuilds every list that passes an autograd formula in Python, which costs
-# an eager call of one projection, forward and backward, half a millisecond.
+# The same without lists: PyTorch flattens and rebuilds every list that passes an autograd formula in Python, which
+# costs an eager call of one projection, forward and backward, a third of a millisecond.
 
 
 def _single_forward(
