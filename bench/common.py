@@ -19,12 +19,14 @@ import functools
 import importlib.util
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -180,18 +182,27 @@ def peer_package(name: str) -> ModuleType:
         raise Absent(f"{name} is not installed") from error
 
 
-def environment() -> dict[str, Any]:
-    """What a result needs to be read later: hardware, versions, commit, command."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+def environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result needs to be read later: hardware, versions, commit, command (of these arguments)."""
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "pytest", *arguments]),
     }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" after changes; PGOLF_COMMIT where the sources lie outside git."""
+    given = os.environ.get("PGOLF_COMMIT")
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return given or (answer.stdout.strip() if answer.returncode == 0 else None)
 
 
 def cpu_name() -> str:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import common
+from bench import common, record
 
 TABLE = pytest.StashKey[common.Table]()
+CHECK = pytest.StashKey[list[str]]()  # the lines of a comparison with recorded results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peers", action="store_true", help="time the peers too, beside ours")
+    parser.addoption("--results", type=Path, metavar="FOLDER", help="record this run as FOLDER/MACHINE/SUITE.json")
+    parser.addoption(
+        "--check",
+        type=Path,
+        metavar="FOLDER",
+        help=f"fail where a call takes {record.MARGIN:.0%} longer than FOLDER's record of the same machine",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +71,28 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["pgolf"] = common.environment()
+    machine_info["pgolf"] = environment(config)
+
+
+def environment(config: pytest.Config) -> dict[str, Any]:
+    return common.environment(config.invocation_params.args)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A call that became slower, or one that there is nothing to compare with, fails the run."""
+    folder = session.config.getoption("--check")
+    if folder is None or exitstatus != pytest.ExitCode.OK:
+        return
+    try:
+        slower, compared = record.slower_than_recorded(
+            folder, environment(session.config), session.config.stash[TABLE].rows
+        )
+        lines = slower or [f"{compared} calls, none {record.MARGIN:.0%} slower than recorded"]
+    except record.Refused as refused:
+        slower, compared, lines = [], 0, [f"refused: {refused}"]
+    session.config.stash[CHECK] = lines
+    if slower or not compared:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -73,5 +103,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(common.ceilings().line())
     for line in table.lines():
         terminalreporter.write_line(line)
-    record = {"environment": common.environment(), "rows": [asdict(row) for row in table.rows]}
-    terminalreporter.write_line(json.dumps(record))
+    found = {**environment(config), "ceilings": asdict(common.ceilings())}
+    terminalreporter.write_line(json.dumps({"environment": found, "rows": [asdict(row) for row in table.rows]}))
+    if folder := config.getoption("--results"):
+        for file in record.write_results(folder, found, table.rows):
+            terminalreporter.write_line(f"wrote {file}")
+    for line in config.stash.get(CHECK, []):
+        terminalreporter.write_line(line)

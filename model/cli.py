@@ -238,9 +238,6 @@ def evaluate_command(
 cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether a score is legal, check by check."))
 
 
-cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether an artifact's score is legal."))
-
-
 @cli.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True)
 @click.option("--out", type=ANY_PATH, help="The page [default: report.html in the first run's folder].")
@@ -255,7 +252,8 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.argument("names", nargs=-1)
 @click.option("--peers", is_flag=True, help="Time the peers too, beside ours, on the same inputs.")
 @click.option("--json", "json_file", type=ANY_PATH, help="Write pytest-benchmark's record here.")
-def bench(names: tuple[str, ...], peers: bool, json_file: Path | None) -> None:
+@click.option("--results", type=ANY_PATH, help="Record the run here, as MACHINE/SUITE.json (docs are made of these).")
+def bench(names: tuple[str, ...], peers: bool, json_file: Path | None, results: Path | None) -> None:
     """Time the kernels: the machine's ceilings first, then a table. Needs a checkout, with `pip install '.[bench]'`.
 
     NAMES are those of bench/bench_NAME.py [default: all]. Peers that are not installed are reported as absent.
@@ -269,9 +267,10 @@ def bench(names: tuple[str, ...], peers: bool, json_file: Path | None) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise PgolfError(f"bench: got {unknown[0]!r}, wanted one of {', '.join(known)}")
-    command = [sys.executable, "-m", "pytest", *(str(known[name]) for name in names or known)]
+    command = [sys.executable, "-m", "pytest", *(f"bench/{known[name].name}" for name in names or known)]
     command += ["--peers"] if peers else []
     command += [f"--benchmark-json={json_file.absolute()}"] if json_file else []
+    command += [f"--results={os.path.relpath(results, folder.parent)}"] if results else []
     status = subprocess.run(command, cwd=folder.parent).returncode
     if status:
         raise PgolfError(f"bench: pytest ended with exit status {status}, its lines are above")
