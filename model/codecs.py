@@ -11,6 +11,7 @@ import lzma
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import brotli
 import numpy as np
@@ -19,6 +20,7 @@ import zstandard
 from model.errors import ArtifactError
 from pgolf_kernels.packing import decode_codes, encode_codes
 
+Bytes = bytes | memoryview
 Shapes = Sequence[tuple[int, int]]
 LZMA_MEMORY_LIMIT = 1 << 30
 ZSTD_WINDOW_LIMIT = 1 << 27
@@ -30,7 +32,7 @@ class Codec:
 
     name: str
     encode: Callable[[Sequence[np.ndarray]], bytes]
-    decode: Callable[[bytes, Shapes], list[np.ndarray]]
+    decode: Callable[[Bytes, Shapes], list[np.ndarray]]
 
 
 def get_codec(name: str) -> Codec:
@@ -40,8 +42,8 @@ def get_codec(name: str) -> Codec:
     return CODECS[name]
 
 
-def _entropy_codec(mode: str) -> Codec:
-    def decode(data: bytes, shapes: Shapes) -> list[np.ndarray]:
+def _entropy_codec(mode: Literal["static", "context"]) -> Codec:
+    def decode(data: Bytes, shapes: Shapes) -> list[np.ndarray]:
         try:
             return decode_codes(data, shapes=list(shapes))
         except ValueError as error:
@@ -56,10 +58,10 @@ def _general_codec(name: str, compress: Callable[[bytes], bytes], decompress: Ca
     def encode(matrices: Sequence[np.ndarray]) -> bytes:
         return compress(b"".join(np.ascontiguousarray(m).tobytes() for m in matrices))
 
-    def decode(data: bytes, shapes: Shapes) -> list[np.ndarray]:
+    def decode(data: Bytes, shapes: Shapes) -> list[np.ndarray]:
         total = sum(math.prod(shape) for shape in shapes)
         try:
-            raw = decompress(data, total)
+            raw = decompress(bytes(data), total)
         except (brotli.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
             raise ArtifactError(f"{name} data is damaged ({error})") from error
         if len(raw) != total:

@@ -143,16 +143,16 @@ def quantize_with_hessians(
         for (name, parameter, index, _), recipe, (codes, scales) in zip(coded, recipes, results, strict=True)
     ]
     banks = {parameter for _, parameter, _ in places}
-    for name, parameter in parameters.items():
+    for name, tensor in parameters.items():
         if name in banks:
             continue
         if quant.quant_recipe == "pr1499" and name == "bigram_embed":
-            pruned = prune_smallest(parameter.detach(), quant.prune_fraction)
+            pruned = prune_smallest(tensor.detach(), quant.prune_fraction)
             quantized.append(
                 QuantizedMatrix(name, name, None, quant.matrix_bits, *round_rows(pruned, quant.matrix_bits))
             )
         else:
-            kept.append(PlainTensor(name, name, None, parameter.detach().to(torch.float16).cpu()))
+            kept.append(PlainTensor(name, name, None, tensor.detach().to(torch.float16).cpu()))
     quantized.sort(key=lambda matrix: _storage_order(matrix.name))
     result = QuantizedModel(tuple(quantized), tuple(dataclasses.replace(t, value=t.value.cpu()) for t in kept))
     return sort_hidden_units(result) if quant.sort_hidden_units else result

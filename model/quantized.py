@@ -65,7 +65,8 @@ class QuantizedModel:
         Raises ArtifactError for a bank whose entries are missing, doubled or of different shapes.
         """
         parts: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
-        for entry in (*self.matrices, *self.tensors):
+        stored: tuple[QuantizedMatrix | PlainTensor, ...] = (*self.matrices, *self.tensors)
+        for entry in stored:
             if entry.index in parts[entry.parameter]:
                 raise ArtifactError(f"tensor {entry.name!r}: a second entry {entry.index} of {entry.parameter!r}")
             parts[entry.parameter][entry.index] = entry.dequantize()
