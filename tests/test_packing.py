@@ -1,5 +1,6 @@
 """Byte shuffle and the entropy coder for quantised weights."""
 
+import base64
 import zlib
 
 import numpy as np
@@ -75,6 +76,34 @@ def test_byte_shuffle_refuses() -> None:
 # --- entropy coding ---
 
 MODES = ("static", "context")
+FIRST_RELEASE = {
+    "static": (
+        "P)9>CQzs-wI|C>P0+s;*0Y(G?0Qw97`1kGQ>EPk#<l^r0|AGDh{{R3000030{{a900RI60{{a900RI60{{a900RI60{{a600RI60"
+        "{{a60|Nj90{{a60|Nj90{{a60|Nj90{{a60|Nj9000930|Nj900RR60|Nj900RR60|Nj900RR60|Nj900RR60{{R600RR60{{a90"
+        "0RR60{{a900RR60{{a900RR60{{a900RI30{{a900RI60{{a900RI60{{a900RI60{{a900RI60{{a600RI60{{a60|Nj90{{a60"
+        "|Nj90{{a60|Nj90{{a60|Nj9000930|Nj900RR60|Nj900RR60|Nj900RR60|Nj900RR8!GyuZV!ot$R($d@8;?m~g=H~L|^zZca"
+        "`1Jqy`1t$u`1tnk@8b04;^OPl+v3~O(!$ch!qUPibO`_m^2zPG^C=1yE5};3%N+CGCH!=tLqb45xd)QN6MJg_t<AP_q%F9BLA`Ec"
+        "{R*_Fc`i4KZGbJqVk&8Wk&yZh);acYsD6@n6P$N)-F?YYWszA8&|GUnx+RBQd99BRRZWQ*b`|_s<wGbS{LZ$|u?vrw>#S4K5{dv$"
+        "U*3&fsD}5CgZFiqGQkDktE#}$Nkd|~rvUGwblF-Mb~W#}+kR*Vd3_&uYSF;j*bdWF1!3=Nuv=>@`_dp8U@ZuJZ0mFH2rN~Rd;Gr;"
+        "2pO2xi|<Y|USU+|JnnPLF}Bw^K}gb;Mj|=dnLO|nz>Y1ZL-uewDN$X1wS%e8xFzNM`FC!dk0B{7bQi3V#5y`(UqioS@_)z;Lc}*C"
+        "H>8tk<_!6()oW-$yMxZ9YD2waP+8;nH8he1<(D`A%ATFbxe`tJpQy49kM|*wbmzyF+6K3S$wV9oFQki&9!W8IgkqPZvzA7D*+uNc"
+        "{x_Q)t{TDc6AUn3L-3WzsI5Cw82;+Fy(1C7Bj^8pQbT1rIGWU{XG3~;%}t<mywuNbVoLQD&Rjs$3tb{xYzHs8f80tQR^ei(as>Oi"
+        "jR96e45R3Cb0QT1z}VGGTJWffxedE9+Dn6gm6b82@zFk|LwFQeqnRwXdN)SUlwHVxA^>u|Y7>8S%HSIDXzi{UIUZ2G!8(!TrZq8W"
+        "xeEb-(ZA!$<XiE3c083&MVQ+EBjsrkK0yX>*^Qh}Xv+5xiIH9Zj8EoAE+KLFzame$Ave;k^Ugap6%K=&O(P=_YPtJhL^w{Wo{e9B"
+        "w8lF"
+    ),
+    "context": (
+        "P)9>CLvn=#wgV^#0+s;*0Y(G?003gV0ssS|m;nI-cDe!N0{<4w;OJ6B4!5ok@OM0MlbqjCLjLQ{zPD^9ek~5!MC|)1!NMhPq!fct"
+        "_cN>V;`!3NUAhBs>Eu>!A*B1;s-_IXPo!K_;p(V(1w3|S9X6qt(=^1G1!@0ItRZQkIET;Cj;u^4_eEt%46u`+u#~5DY(wUN4U-ZM"
+        "C3s;l;Kw{PW8R%nkZ1E7;zg%gi#iv1bqtp*JJK)!?88&&w|J7oNKp;uur*M#P14~9ZY$T;Sm5RoCr>g@1(ph0<mao=7$uI)ej9Im"
+        "=}HG1bQb8rfis#vp*^(pKPyy^-k6k;isDtnDtafvf*^4=8jyY(jz}~+vCkZ3tv!ec(+Klw_c1CF6!O7RH@j9U=%6yrW6!l#)GBeD"
+        "^+G|=dIoYEi%VSR`y(;8^QyX}(h4@2U|SiR0A_~)mrkSr`0x*N2m5v>v~r}}eq2Hh!nn^|)+PG|I(0e@Zo$;nGJ|S@Q<1?e0|J|V"
+        "Z$eV%8yzgnFWp=>%>cb?rGeU*2Cv-Y>`oo13v-$L$DXw_x)<Mw_ndb#))1Iw&QD^#oYxb5TM+E4RmOHvvto5yOE(+aGNNwso-v01"
+        "_Gu$04FX&Exh!P83B?|aN^|Eb82$q_TNbS+@918-@WO{K^*IlR@2&u<^C)TUwzR{AmHy^TAf~3;^1V0pL8fZHphEx)b<9g-HPuqm"
+        "`qW_Nnf+S~9q5}5h(t!^c4v0DkF(`SdY#p<6eXsQk%_zmw%-Q$>9`8JhB(*OMVIMI&Ga7=!t0Y=3%l6+SsE*ne5HIWg>s)|;6{Y1"
+        "dVM)%`4rCXamdo`zd)dtNAV*k{itz?A^Bp!mB!ws4v^#~nC0|Eguv@6_ou^V>;"
+    ),
+}
 
 
 def _cases() -> dict[str, list[np.ndarray]]:
@@ -198,3 +227,18 @@ def test_what_encode_codes_refuses() -> None:
 def test_the_numpy_decoder_of_the_static_format(name: str) -> None:
     for got, wanted in zip(decode_static(encode_codes(CASES[name])), CASES[name], strict=True):
         assert got.dtype == np.int8 and np.array_equal(got, wanted)
+
+
+def _frozen() -> list[np.ndarray]:
+    """Matrices made without a random generator, so that they stay the same whatever NumPy does."""
+    waves = [(6 * np.sin(np.outer(np.arange(1, 41) ** 1.5, np.arange(1, 9) + shift))).round() for shift in (0, 0.5)]
+    ramp = np.arange(150).reshape(150, 1) * 37 % 251 - 120
+    tall = np.outer(np.arange(70) * 29 % 13 - 6, [1, 2, 3, 4]) + np.arange(280).reshape(70, 4) * 17 % 5
+    return [m.astype(np.int8) for m in (*waves, ramp, tall)]
+
+
+def test_bytes_of_the_first_release_are_read_for_ever() -> None:
+    for mode, text in FIRST_RELEASE.items():
+        for got, wanted in zip(decode_codes(base64.b85decode(text)), _frozen(), strict=True):
+            assert np.array_equal(got, wanted), mode
+    assert encode_codes(_frozen(), mode="context") == base64.b85decode(FIRST_RELEASE["context"])

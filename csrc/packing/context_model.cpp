@@ -15,7 +15,7 @@ constexpr int kRecentShift = 3;   // a single column is a sequence: its last 8 e
 constexpr int64_t kRowPrior = 6;  // entries' worth of trust in the expected energy of a row's rest
 // Observations that the first guess of a bit's probability is worth.
 constexpr int kLevelPrior = 60, kColumnPrior = 20;
-constexpr int kLearningRate = 8;
+constexpr int kLearningRate = 16;
 constexpr int kMiddle = 32;  // level of the group's own variance; levels are an eighth of an octave
 constexpr int kProbabilityBits = 22;
 constexpr int kMostObservations = 1023;

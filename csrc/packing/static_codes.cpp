@@ -15,7 +15,7 @@ constexpr int kPrecision = 14;
 constexpr uint32_t kTotal = 1u << kPrecision;
 constexpr uint32_t kLowest = 1u << 16;
 constexpr int kMaxLanesLog = 10;
-constexpr int64_t kSymbolsPerLane = 8192;  // four bytes of state a lane should stay a small part of the file
+constexpr int64_t kSymbolsPerLane = 32768;  // four bytes of state a lane should stay a small part of the file
 
 // A weight of eight bits: 0, or (16 + mantissa) << exponent. Tables travel as weights, three per cent apart.
 uint32_t weight_of(uint8_t code) { return code == 0 ? 0 : (16u + (code & 15u)) << (code >> 4); }
