@@ -7,6 +7,7 @@ from pgolf_kernels.fused_mlp import fused_mlp
 from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels.ngram import ngram_hints
+from pgolf_kernels.packing import byte_shuffle, byte_unshuffle, decode_codes, encode_codes
 from pgolf_kernels.qk_rope import qk_rope, qkv_rope
 from pgolf_kernels.residual import combine, combine_norm, norm_residual
 from pgolf_kernels.softcap_ce import softcap_cross_entropy, softcap_cross_entropy_with_grad
@@ -18,14 +19,18 @@ __all__ = [
     "attention_backend_info",
     "batched_lora",
     "batched_lora_multi",
+    "byte_shuffle",
+    "byte_unshuffle",
     "combine",
     "combine_norm",
+    "decode_codes",
+    "encode_codes",
     "fused_mlp",
     "gptq_quantize",
     "gptq_quantize_many",
     "linear_softcap_cross_entropy",
-    "norm_residual",
     "ngram_hints",
+    "norm_residual",
     "qk_rope",
     "qkv_rope",
     "score_tokens",
