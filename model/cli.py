@@ -235,6 +235,43 @@ def evaluate_command(
     print_scores(results)
 
 
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.option("--budget", type=click.IntRange(1), default=16_000_000, show_default=True, help="Bytes allowed in all.")
+@click.option("--no-code", is_flag=True, help="Leave out the packed script's bytes.")
+def size(path: Path, budget: int, no_code: bool) -> None:
+    """Say what an artifact weighs, tensor by tensor, against the budget.
+
+    For a run without an artifact, a checkpoint or weights: what theirs would weigh, without calibrating anything.
+    """
+    from rich.console import Console
+
+    from model.size import print_table, size_report
+
+    Console().print(print_table(size_report(path, code=not no_code), budget))
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=ANY_PATH, required=True, help="The submission's folder; it appears when it is complete.")
+@click.option("--author", default="", help="For submission.json.")
+@click.option("--budget", type=click.IntRange(1), default=16_000_000, show_default=True, help="Bytes allowed in all.")
+@click.option("--replace", is_flag=True, help="Replace a folder that is already there.")
+def pack(run: Path, out: Path, budget: int, **options: Any) -> None:
+    """Make a size-limited submission of a run: one script, the artifact, papers.
+
+    The folder runs without this package. The exit status is 1 when it is over the budget.
+    """
+    from model.pack import pack_submission
+
+    submission = pack_submission(run, out, budget=budget, **options)
+    for name, count in submission.sizes.items():
+        click.echo(f"{count:>12,}  {name}")
+    click.echo(f"{submission.total:>12,}  of {budget:,}")
+    if not submission.fits:
+        raise PgolfError(f"{out}: {submission.total - budget:,} bytes over the budget")
+
+
 cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether a score is legal, check by check."))
 
 
