@@ -1,7 +1,13 @@
 """Skips GPU tests where there is no GPU, and says so."""
 
+import signal
+
 import pytest
 import torch
+
+# A shell makes its background jobs ignore Ctrl-C, and their children with them: the tests that send it want it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
