@@ -131,9 +131,8 @@ def import_public(artifact: PublicArtifact, config: ModelConfig) -> QuantizedMod
         banks.add(parameter)
         reference = reference_names.get(name)
         value = state[parameter] if index is None else state[parameter][index]
-        scales = artifact.scales[reference] if reference else None
-        if scales is not None and scales.dtype == torch.float16 and artifact.codes[reference].shape == value.shape:
-            codes = artifact.codes[reference]
+        codes, scales = artifact.codes.get(reference or ""), artifact.scales.get(reference or "")
+        if codes is not None and scales is not None and scales.dtype == torch.float16 and codes.shape == value.shape:
             bits = max(2, int(codes.to(torch.int16).abs().max()).bit_length() + 1) if codes.numel() else 2
             matrices.append(QuantizedMatrix(name, parameter, index, min(bits, 8), codes, scales.contiguous()))
         else:
@@ -190,12 +189,12 @@ def _decompressed(data: bytes) -> bytes:
 
 def _unshuffled(raw: bytes) -> bytes:
     try:
-        plain = byte_unshuffle(raw) if raw.startswith(SHUFFLE_MAGIC) else raw
+        plain = bytes(byte_unshuffle(raw)) if raw.startswith(SHUFFLE_MAGIC) else raw
     except ValueError as error:
         raise ArtifactError(f"public artifact: {error}") from error
     if plain.startswith(b"PK"):
         return plain
-    without_header = byte_unshuffle(raw, 2, tail="appended")
+    without_header = bytes(byte_unshuffle(raw, 2, tail="appended"))
     if not without_header.startswith(b"PK"):
         raise ArtifactError("public artifact: no file of torch.save inside")
     return without_header
