@@ -38,6 +38,7 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CSRC", csrc)
     for name in ("PGOLF_CUDA", "PGOLF_CUDA_ARCHS", "PGOLF_CXXFLAGS", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PGOLF_CXXFLAGS", "-O0")  # quick to compile
     monkeypatch.chdir(tmp_path)
     return module
 
