@@ -1,6 +1,8 @@
 // Entropy coding of int8 matrices. docs/packing.md describes both formats byte by byte.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -43,6 +45,27 @@ std::vector<Group> groups_of(const std::vector<M>& matrices) {
       groups.push_back({i, i + 1});
   }
   return groups;
+}
+
+template <class M>
+int64_t group_size(const std::vector<M>& matrices, Group group) {
+  return matrices[group.begin].size() * static_cast<int64_t>(group.end - group.begin);
+}
+
+// Calls run(group index) for every group, the largest first, on up to `threads` threads.
+template <class M, class Run>
+void for_each_group(const std::vector<M>& matrices, const std::vector<Group>& groups, int threads, const Run& run) {
+  std::vector<size_t> order(groups.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return group_size(matrices, groups[a]) > group_size(matrices, groups[b]);
+  });
+  const int64_t count = static_cast<int64_t>(order.size());
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count))))
+#endif
+  for (int64_t i = 0; i < count; ++i) run(order[i]);
 }
 
 }  // namespace pgolf

@@ -5,8 +5,6 @@
 #include <limits>
 #include <numeric>
 
-#include "common/parallel.h"
-
 namespace pgolf {
 namespace {
 
@@ -21,37 +19,29 @@ struct Histograms {
   std::vector<float> counts;  // [columns][symbols]
 };
 
-Histograms count_columns(const ConstMatrices& matrices, Group group, int threads) {
+Histograms count_columns(const ConstMatrices& matrices, Group group) {
   Histograms h;
   const int64_t cols = matrices[group.begin].cols, each = matrices[group.begin].size();
   const int64_t number = static_cast<int64_t>(group.end - group.begin);
   h.columns = number * cols;
-  std::vector<int> lows(number, 127), highs(number, -128);
-  parallel_for(number, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) {
-      const int8_t* data = matrices[group.begin + m].data;
-      int8_t low = 127, high = -128;
-      for (int64_t i = 0; i < each; ++i) {
-        low = std::min(low, data[i]);
-        high = std::max(high, data[i]);
-      }
-      lows[m] = low;
-      highs[m] = high;
+  int8_t low = 127, high = -128;
+  for (size_t m = group.begin; m < group.end; ++m) {
+    const int8_t* data = matrices[m].data;
+    for (int64_t i = 0; i < each; ++i) {
+      low = std::min(low, data[i]);
+      high = std::max(high, data[i]);
     }
-  });
-  h.lowest = *std::min_element(lows.begin(), lows.end());
-  const int highest = *std::max_element(highs.begin(), highs.end());
-  if (highest < h.lowest) h.lowest = 0;  // no codes at all
-  h.symbols = std::max(1, highest - h.lowest + 1);
+  }
+  if (low > high) low = high = 0;  // no codes at all
+  h.lowest = low;
+  h.symbols = high - low + 1;
   h.counts.assign(h.columns * h.symbols, 0.0f);
-  parallel_for(number, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) {
-      float* counts = h.counts.data() + m * cols * h.symbols;
-      const int8_t* data = matrices[group.begin + m].data;
-      for (int64_t i = 0; i < each; i += cols)
-        for (int64_t c = 0; c < cols; ++c) counts[c * h.symbols + data[i + c] - h.lowest] += 1.0f;
-    }
-  });
+  for (int64_t m = 0; m < number; ++m) {
+    float* counts = h.counts.data() + m * cols * h.symbols;
+    const int8_t* data = matrices[group.begin + m].data;
+    for (int64_t i = 0; i < each; i += cols)
+      for (int64_t c = 0; c < cols; ++c) counts[c * h.symbols + data[i + c] - h.lowest] += 1.0f;
+  }
   return h;
 }
 
@@ -100,7 +90,7 @@ std::vector<double> sum_clusters(const Histograms& h, Split& split, std::vector<
   return sums;
 }
 
-Split refine(const Histograms& h, int tables, int threads) {
+Split refine(const Histograms& h, int tables) {
   Split split{first_guess(h, tables), tables, 0};
   std::vector<int64_t> columns;
   std::vector<double> best(h.columns);
@@ -123,21 +113,19 @@ Split refine(const Histograms& h, int tables, int threads) {
       }
       index_bits[k] = static_cast<float>(-std::log2(static_cast<double>(columns[k]) / h.columns));
     }
-    parallel_for(h.columns, 256, threads, [&](int64_t begin, int64_t end) {
-      std::vector<float> cost(count);
-      for (int64_t c = begin; c < end; ++c) {
-        std::copy(index_bits.begin(), index_bits.end(), cost.begin());
-        for (int s = 0; s < h.symbols; ++s) {
-          const float n = h.counts[c * h.symbols + s];
-          if (n == 0.0f) continue;
-          const float* bits = lengths.data() + s * count;
-          for (int k = 0; k < count; ++k) cost[k] += n * bits[k];
-        }
-        const auto least = std::min_element(cost.begin(), cost.end());
-        split.cluster[c] = static_cast<uint8_t>(least - cost.begin());
-        best[c] = *least;
+    std::vector<float> cost(count);
+    for (int64_t c = 0; c < h.columns; ++c) {
+      std::copy(index_bits.begin(), index_bits.end(), cost.begin());
+      for (int s = 0; s < h.symbols; ++s) {
+        const float n = h.counts[c * h.symbols + s];
+        if (n == 0.0f) continue;
+        const float* bits = lengths.data() + s * count;
+        for (int k = 0; k < count; ++k) cost[k] += n * bits[k];
       }
-    });
+      const auto least = std::min_element(cost.begin(), cost.end());
+      split.cluster[c] = static_cast<uint8_t>(least - cost.begin());
+      best[c] = *least;
+    }
     const double bits = std::accumulate(best.begin(), best.end(), 0.0) + kTableBits * count * h.symbols;
     const bool settled = split.bits > 0 && bits > split.bits * (1 - 1e-6);
     split.bits = bits;
@@ -148,12 +136,12 @@ Split refine(const Histograms& h, int tables, int threads) {
 
 }  // namespace
 
-ColumnClusters cluster_columns(const ConstMatrices& matrices, Group group, int threads) {
-  const Histograms h = count_columns(matrices, group, threads);
+ColumnClusters cluster_columns(const ConstMatrices& matrices, Group group) {
+  const Histograms h = count_columns(matrices, group);
   Split best;
   for (int tables : kStarts) {
     if (tables > h.columns) break;
-    Split split = refine(h, tables, threads);
+    Split split = refine(h, tables);
     if (split.bits < best.bits) best = std::move(split);
   }
   std::vector<int64_t> columns;

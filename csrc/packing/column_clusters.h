@@ -17,6 +17,6 @@ struct ColumnClusters {
 
 // Splits the columns of a group's matrices so that their codes, the columns' cluster numbers and the tables together
 // cost the fewest bits (entropy-constrained Lloyd iterations on code lengths, from several cluster counts).
-ColumnClusters cluster_columns(const ConstMatrices& matrices, Group group, int threads);
+ColumnClusters cluster_columns(const ConstMatrices& matrices, Group group);
 
 }  // namespace pgolf

@@ -1,6 +1,5 @@
 // The context mode: every group of matrices is a stream of its own, so that groups run on threads of their own.
 #include <algorithm>
-#include <numeric>
 
 #include "packing/binary_coder.h"
 #include "packing/codes.h"
@@ -8,13 +7,6 @@
 
 namespace pgolf {
 namespace {
-
-constexpr int64_t kMostEntries = int64_t{1} << 40;  // sums of squares stay below 2^63
-
-template <class M>
-int64_t group_size(const std::vector<M>& matrices, Group group) {
-  return matrices[group.begin].size() * static_cast<int64_t>(group.end - group.begin);
-}
 
 ContextHeader describe(const ConstMatrices& matrices, Group group) {
   ContextHeader header;
@@ -34,22 +26,6 @@ ContextHeader describe(const ConstMatrices& matrices, Group group) {
   const auto& first = matrices[group.begin];
   if (rows_are_predictable(first.data, first.rows, first.cols)) header.flags |= ContextHeader::kPredicted;
   return header;
-}
-
-// Calls run(group index) for every group, the largest first, on up to `threads` threads.
-template <class M, class Run>
-void for_each_group(const std::vector<M>& matrices, const std::vector<Group>& groups, int threads, const Run& run) {
-  std::vector<size_t> order(groups.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return group_size(matrices, groups[a]) > group_size(matrices, groups[b]);
-  });
-  const int64_t count = static_cast<int64_t>(order.size());
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) \
-    num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count))))
-#endif
-  for (int64_t i = 0; i < count; ++i) run(order[i]);
 }
 
 }  // namespace

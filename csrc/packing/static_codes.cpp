@@ -217,18 +217,18 @@ std::vector<uint8_t> group_header(const ColumnClusters& clusters) {
 
 std::vector<uint8_t> encode_static(const ConstMatrices& matrices, int threads) {
   const std::vector<Group> groups = groups_of(matrices);
-  std::vector<ColumnClusters> clusters;
+  std::vector<ColumnClusters> clusters(groups.size());
+  for_each_group(matrices, groups, threads, [&](size_t g) { clusters[g] = cluster_columns(matrices, groups[g]); });
   std::vector<GroupModel> models;
   std::vector<uint8_t> out(1);
   int64_t codes = 0, indices = 0;
-  for (const Group& group : groups) {
-    clusters.push_back(cluster_columns(matrices, group, threads));
-    const std::vector<uint8_t> header = group_header(clusters.back());
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const std::vector<uint8_t> header = group_header(clusters[g]);
     const uint8_t* read = header.data();
     models.push_back(GroupModel::read(read, header.data() + header.size()));
     out.insert(out.end(), header.begin(), header.end());
-    codes += matrices[group.begin].size() * static_cast<int64_t>(group.end - group.begin);
-    indices += static_cast<int64_t>(clusters.back().cluster.size());
+    codes += group_size(matrices, groups[g]);
+    indices += static_cast<int64_t>(clusters[g].cluster.size());
   }
   const int lanes_log = lanes_log_for(codes);
   out[0] = static_cast<uint8_t>(lanes_log);

@@ -2,7 +2,7 @@
 
 Mutations are drawn with fixed seeds. Plain ones (bits, bytes, cuts, repeats) meet the digests. Signed ones change a
 section or the header's JSON and fit the digests again, so that the decoders and the checks behind them are reached.
-`make fuzz` runs this file under AddressSanitizer.
+scripts/check.sh runs this file under AddressSanitizer.
 """
 
 import random
