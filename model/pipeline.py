@@ -203,7 +203,7 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
                 run.artifact_path,
                 quantized,
                 _portable(dataclasses.replace(config, model=model.config)),
-                {"run": config.train.run_id, "seed": config.train.seed, "data_sha256": dataset.fingerprint},
+                {"seed": config.train.seed, "data_sha256": dataset.fingerprint},
                 tokenizer_sha256=sha256_bytes(dataset.tokenizer.model),
             )
             weights = sum(parameter.numel() for parameter in model.parameters())
@@ -213,7 +213,7 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
 
 
 def _portable(config: Config) -> Config:
-    """`config` without the paths and the name of this run: the same weights give an artifact of the same size."""
+    """`config` without the paths and the name of this run: the same weights give the same artifact, byte for byte."""
     defaults = Config()
     return config.replace(data_dir=defaults.data.data_dir, run_dir=defaults.train.run_dir, run_id="")
 
