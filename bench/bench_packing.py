@@ -1,8 +1,8 @@
 """Byte shuffle beside memcpy, blosc2 and bitshuffle; entropy coders beside general compressors on real codes.
 
 The coders run on the codes of an artifact named by PGOLF_CODES (any run's model.pgolf): codes drawn at random say
-nothing about what a coder can gain. `pytest bench/bench_packing.py --peers` prints one line a coder: bytes, bits a
-code, share of the order-0 entropy, seconds to encode and to decode.
+nothing about what a coder can gain. A row's time is that of encoding; behind it stand bytes, bits a code, what is
+above the order-0 entropy, and the time of decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.common import Absent, Call, Work, peer_package
+from bench.common import Absent, Call, Row, Work, peer_package
+from bench.conftest import TABLE
 from model.artifact import read_artifact
 from model.codecs import CODECS
 from model.size import entropy_of
@@ -146,21 +147,23 @@ def test_codes(codes: list[np.ndarray], name: str, request: pytest.FixtureReques
     if name not in ("context", "static") and not request.config.getoption("--peers"):
         pytest.skip("a peer; --peers times it")
     number = sum(matrix.size for matrix in codes)
+    row = Row("packing/codes", f"{number:,} codes", name)
+    request.config.stash[TABLE].rows.append(row)
     floor = sum(entropy_of(torch.from_numpy(matrix)) * matrix.size / 8 for matrix in codes)
-    decode_time = float("nan")
+    decoding = ""
     if name == "lrzip":
         try:
             size, encode_time = seconds(lambda: lrzip(codes, tmp_path))
         except Absent as absent:
+            row.absent = str(absent)
             pytest.skip(f"absent: {absent}")
     else:
         codec = CODECS[name]
         data, encode_time = seconds(lambda: codec.encode(codes))
         shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in codes]
         decoded, decode_time = seconds(lambda: codec.decode(data, shapes))
+        decoding = f", decoded in {decode_time:.2f} s"
         assert all(np.array_equal(a, b) for a, b in zip(decoded, codes, strict=True))
         size = len(data)
-    print(
-        f"\n{name:<8} {size:>12,} bytes {8 * size / number:.4f} bits a code {size / floor - 1:+.2%} of the order-0 "
-        f"entropy, encode {encode_time:.2f} s, decode {decode_time:.2f} s"
-    )
+    row.seconds = encode_time
+    row.how = f"{size:,} bytes, {8 * size / number:.4f} bits a code, {size / floor - 1:+.2%} of the entropy{decoding}"

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pgolf_kernels import GptqRecipe, gptq_quantize_many
-from pgolf_kernels.packing import decode_codes, encode_codes
+from pgolf_kernels import GptqRecipe, decode_codes, encode_codes, gptq_quantize_many
 
 
 def quantise_and_pack(model: nn.Module, batches: list[Tensor], bits: int) -> tuple[bytes, list[Tensor]]:

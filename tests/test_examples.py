@@ -1,11 +1,16 @@
-"""The examples run as they stand, and do what they say."""
+"""The examples, in their folder and in the documentation, run as they stand and do what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+import pgolf_kernels
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+DOCS = EXAMPLES.parent / "docs"
 
 
 def main_of(name):
@@ -36,3 +41,27 @@ def test_no_example_is_left_out():
         "lora_per_document",
         "quantise_any_model",
     }
+
+
+KERNEL_EXAMPLES = re.findall(r"## ([^\n]+)\n\n```python\n(.*?)```", (DOCS / "kernels.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("title", "code"), KERNEL_EXAMPLES, ids=[title for title, _ in KERNEL_EXAMPLES])
+def test_the_page_of_kernels(title, code, tmp_path):
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    torch.manual_seed(0)
+    runpy.run_path(str(file))
+
+
+def test_every_exported_function_is_on_the_page():
+    page = (DOCS / "kernels.md").read_text()
+    settings = {"attention_backend_info", "set_attention_backend"}
+    assert [name for name in pgolf_kernels.__all__ if name not in settings and name not in page] == []
+
+
+def test_pages_link_to_pages_that_exist():
+    root = DOCS.parent
+    for page in [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
