@@ -31,6 +31,7 @@ HEADLINE = (
     ("fused_mlp", "forward_backward", "fused MLP, forward and backward", None),
     ("batched_lora", "forward_backward", "linear with an adapter a document, forward and backward", None),
     ("attention", "forward_backward", "attention over packed documents, forward and backward", None),
+    ("residual", "forward_backward", "residual sum and norm, forward and backward", None),
     ("adapter_adamw", "step", "AdamW over adapters", None),
     ("gptq", "model", "GPTQ of a whole model", None),
     ("ngram", "stream", "n-gram hints", None),
@@ -85,10 +86,12 @@ def rate(row: dict[str, Any]) -> str:
 
 def machine_line(environment: dict[str, Any]) -> str:
     ceilings = environment["ceilings"]
+    commit = environment["commit"] or "unknown"
+    commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
     return (
         f"{environment['device']}, {environment['threads']} threads, {torch}, commit "
-        f"`{(environment['commit'] or 'unknown')[:12]}`; copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, "
+        f"`{commit}`; copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, "
         f"matrix product {digits(ceilings['flop_per_s'] / 1e12)} TFLOP/s; `{environment['command']}`"
     )
 
@@ -122,7 +125,7 @@ def suite_lines(record: dict[str, Any]) -> list[str]:
                 ]
             )
         header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "result"]
-        lines += ["", ', '.join(filter(None, (part.replace('_', ' '), case))), "", *table(header, cells)]
+        lines += ["", ", ".join(filter(None, (part.replace("_", " "), case))), "", *table(header, cells)]
     return lines
 
 
