@@ -2,6 +2,8 @@
 
 import signal
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,3 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _own_matmul_precision() -> Iterator[None]:
+    """Training lowers the process's precision of fp32 products; the next test must not see it."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
