@@ -1,7 +1,6 @@
 """Skips GPU tests where there is no GPU, and says so."""
 
 import signal
-
 from collections.abc import Iterator
 
 import pytest
