@@ -196,7 +196,8 @@ def test_flags_that_are_not_given_are_left_out():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--preset", "pr9"), ("--loader", "random"), ("--seed", "x"), ("--parallel-lanes", "3"), ("--sed", "1")]
+    "arguments",
+    [("--preset", "pr9"), ("--loader", "random"), ("--seed", "x"), ("--parallel-lanes", "3"), ("--sed", "1")],
 )
 def test_bad_flags_are_refused(arguments):
     with pytest.raises(ConfigError, match="Error"):
