@@ -394,34 +394,15 @@ def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, 
     return losses, hint_log_probs, dlogits, scale, inner, low
 
 
-def _backward_fake(
-    upstream: Tensor,
-    dlogits: Tensor,
-    scale: Tensor,
-    inner: Tensor,
-    low: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Any,
-    b: Any,
-    doc_ids: Any,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    hidden, weight, a, b, _doc_ids, needs = inputs[5:]
     return _gradients_fake((hidden, weight, a, b), needs)
 
 
 def _recompute_fake(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    a: Any,
-    b: Any,
-    doc_ids: Any,
-    sums: Tensor,
-    needs: list[bool],
-    *_: Any,
+    upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    a, b, _doc_ids, _sums, needs = rest[:5]
     return _gradients_fake((hidden, weight, a, b), needs)
 
 
