@@ -68,7 +68,7 @@ def _flash_attention_3() -> Any:
     """The module `flash_attn_interface`, or None (PyPI's `flash_attn_3` is an empty placeholder without it)."""
     try:
         module = importlib.import_module("flash_attn_interface")
-    except (ImportError, OSError):
+    except (ImportError, OSError, RuntimeError):  # a build for another torch fails in any of these ways
         return None
     return module if hasattr(module, "_flash_attn_forward") and hasattr(module, "_flash_attn_backward") else None
 

@@ -1,10 +1,19 @@
 """Varlen attention: every backend against the formula in fp64, its gradients, its contract, no recompiles."""
 
+import types
+
 import pytest
 import torch
 
 from pgolf_kernels import attention_backend_info, set_attention_backend, varlen_attention
-from pgolf_kernels.attention import _flash_attention_3, _forward_op, attention_backend, reference
+from pgolf_kernels.attention import (
+    _fa3_backward,
+    _fa3_forward,
+    _flash_attention_3,
+    _forward_op,
+    attention_backend,
+    reference,
+)
 
 SAME = [0, 3, 4, 4, 9, 21, 21, 21]  # an empty document, two of one length apart, padded ends
 LONGER_KEYS = [0, 5, 7, 8, 19, 31, 31, 31]  # and a document without queries but with keys
@@ -122,6 +131,51 @@ def test_the_choice_of_backend_is_visible_and_checked():
     if _flash_attention_3() is None:
         with pytest.raises(RuntimeError, match="flash_attn_interface"):
             set_attention_backend("fa3")
+
+
+_FA3_FORWARD = (
+    "q k v k_new v_new qv {out} cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k max_seqlen_q "
+    "max_seqlen_k page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale "
+    "v_descale softmax_scale causal"
+)
+_FA3_BACKWARD = (
+    "dout q k v out softmax_lse cu_seqlens_q cu_seqlens_k sequed_q sequed_k max_seqlen_q max_seqlen_k dq dk dv "
+    "softmax_scale {causal}"
+)
+
+
+@pytest.mark.parametrize("names", [{"out": "out", "causal": "causal"}, {"out": "out_", "causal": "is_causal"}])
+def test_flash_attention_3_gets_its_arguments_by_position(monkeypatch, names):
+    """Both published signatures of its two functions, played by a stub: the names differ, the order does not."""
+    seen = {}
+
+    def stub(signature, result):
+        order = signature.format(**names).split()
+
+        def function(*args):
+            bound = dict(zip(order, args, strict=True))
+            seen.update(bound)
+            return result(bound)
+
+        return function
+
+    (q, k, v), (cu_q, cu_k), grad = _case(LONGER_KEYS, torch.bfloat16)
+    module = types.SimpleNamespace(
+        _flash_attn_forward=stub(_FA3_FORWARD, lambda a: (a["q"] + 1, torch.zeros(4, len(q)), None, None)),
+        _flash_attn_backward=stub(_FA3_BACKWARD, lambda a: [a[n].fill_(i) for i, n in enumerate(("dq", "dk", "dv"))]),
+    )
+    monkeypatch.setattr("pgolf_kernels.attention._flash_attention_3", lambda: module)
+    out, lse = _fa3_forward(q, k, v, cu_q, cu_k, 12, 13, True, 0.5)
+    passed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 12, "max_seqlen_k": 13, "softmax_scale": 0.5}
+    expected = {"q": q, "k": k, "v": v, **passed, "causal": True}
+    assert {name: value for name, value in seen.items() if value is not None} == expected
+    assert torch.equal(out, q + 1) and lse.shape == (4, len(q))
+    seen.clear()
+    gradients = _fa3_backward(grad, q, k, v, out, lse, cu_q, cu_k, 12, 13, True, 0.5)
+    assert {name: seen[name] for name in passed} == passed and seen[names["causal"]] is True
+    assert seen["dout"] is grad and seen["out"] is out and seen["softmax_lse"] is lse
+    for i, (gradient, leaf) in enumerate(zip(gradients, (q, k, v), strict=True)):
+        assert gradient.shape == leaf.shape and bool((gradient == i).all())
 
 
 def test_an_unknown_forced_backend_is_named(monkeypatch):
