@@ -347,6 +347,9 @@ def _line(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `pgolf ARGV`. An error is one line on stderr and exit status 1, Ctrl-C one line and 130."""
+    # Before torch loads OpenMP: by default its threads spin for milliseconds at each barrier, which on two cores that
+    # something else uses too made a training step of 0.8 s take 2 to 8 s.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

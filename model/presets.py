@@ -233,7 +233,7 @@ def _demo() -> Config:
         eval=EvalConfig(
             eval_mode="lora-ttt",
             eval_seq_len=512,
-            eval_stride=128,
+            eval_stride=256,
             ttt_lora_rank=8,
             ttt_lora_lr=4e-3,
             ttt_chunk_size=256,
