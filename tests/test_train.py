@@ -238,7 +238,6 @@ def test_a_missing_shard_is_named(data, dataset, tmp_path):
         Trainer(config, dataset, run_of(config), Dist.single())
 
 
-@pytest.mark.long
 def test_attention_pairs_by_real_lengths(data, dataset, tmp_path):
     config = tiny_config(data, tmp_path)
     trainer = Trainer(config, dataset, run_of(config), Dist.single())
