@@ -8,6 +8,7 @@ Nothing here is special to the demo but the preset: each stage is the one that t
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,9 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
     try:
         run_pipeline(config, stages=("train", "quantize"), dataset=dataset)
     except Interrupted as error:
-        raise KeyboardInterrupt from error  # the demo starts anew, it has no --resume
+        if error.number == signal.SIGINT:
+            raise KeyboardInterrupt from error  # the demo starts anew, it has no --resume
+        raise
     _evaluate_in_fresh_processes(run, quiet=quiet)
     gain = paired_gain(run, dataset)
     with _timed(run, "baselines"):
