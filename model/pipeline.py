@@ -333,8 +333,9 @@ def main() -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Another rank may be inside a collective for good: leave without waiting for it, torchrun ends the others.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # After an error another rank may be inside a collective for good, and the library's threads do not always
+        # survive an interpreter that ends: leave at once, torchrun ends the others.
         os._exit(status)
     sys.exit(status)
 

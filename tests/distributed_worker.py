@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -73,14 +74,21 @@ def missing(folder: Path, ranks: Dist) -> None:
 
 
 def main() -> None:
+    """As model.pipeline.main: a rank leaves at once, whatever its library's threads are doing."""
     torch.set_num_threads(1)
     scenario, folder = sys.argv[1], Path(sys.argv[2])
+    status = 1
     try:
         with distributed("cpu", timeout_seconds=60) as ranks:
             {"agreement": agreement, "weights": weights, "killed": killed, "missing": missing}[scenario](folder, ranks)
+        status = 0
     except PgolfError as error:
-        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def test_two_processes_train_as_one(data, tmp_path):
 def test_a_killed_worker_is_replaced_and_training_goes_on(data, tmp_path):
     config = tiny_config(data, tmp_path, checkpoint_every=2, warmup_steps=0)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    done = torchrun("tests.distributed_worker", "killed", tmp_path, restarts=2)
+    # One restart is wanted; more are allowed, since gloo now and then refuses to meet again on a busy machine.
+    done = torchrun("tests.distributed_worker", "killed", tmp_path, restarts=5)
     check(done)
     assert "resumed after step 2" in done.stdout
     steps = [record["step"] for record in RunDir(tmp_path / "run").metrics()]
