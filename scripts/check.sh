@@ -19,7 +19,8 @@ step() { # step NAME COMMAND...
 skip() { printf '== skipped: %s (%s)\n' "$1" "$2" | tee -a "$skipped"; }
 
 # The native tests in a build with AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks by design, so
-# leaks are not looked for; the sanitizers' runtimes must come first in an uninstrumented Python.
+# leaks are not looked for; the sanitizers' runtimes must come first in an uninstrumented Python. Their reports go to the
+# process's own stderr, which pytest must not capture.
 sanitizers() {
     flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
     rm -rf "$work/asan"
@@ -33,11 +34,11 @@ sanitizers() {
         cd "$work/asan"
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
             ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=. \
-            "$python_path" -m pytest -q -p no:cacheprovider -m "not long and not gpu" \
+            "$python_path" -m pytest -q --capture=sys -p no:cacheprovider -m "not long and not gpu" \
             tests/test_softcap_ce.py tests/test_gptq.py tests/test_packing.py tests/test_ngram.py
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
             ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=. \
-            "$python_path" -m pytest -q -p no:cacheprovider tests/fuzz
+            "$python_path" -m pytest -q --capture=sys -p no:cacheprovider tests/fuzz
     )
 }
 

@@ -202,6 +202,17 @@ def test_damage_behind_a_checksum_that_fits_never_harms(mode: str) -> None:
     assert refused > 100
 
 
+def test_a_variance_that_no_int8_codes_have_is_refused() -> None:
+    matrix = np.where(np.arange(6000).reshape(60, 100) % 2, 127, -128).astype(np.int8)
+    data = encode_codes([matrix], mode="context")
+    # 9 bytes of container, then the count, rows, columns and kind of the matrices; flags, centre, variance.
+    assert list(data[9:16]) == [1, 60, 100, 1, 0, 255, 175]
+    body = bytearray(data[9:])
+    body[6] = 177
+    with pytest.raises(ValueError, match="variance"):
+        decode_codes(data[:5] + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
 def test_sizes_are_checked_before_anything_is_allocated() -> None:
     body = bytes([1, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F, 1])
     data = b"PGC1S" + zlib.crc32(body).to_bytes(4, "little") + body

@@ -67,6 +67,8 @@ void decode_context(const uint8_t* data, int64_t size, const Matrices& matrices,
     Stream stream{{data[0], static_cast<int8_t>(data[1]), data[2]}, nullptr, 0};
     data += 3;
     if (stream.header.flags > ContextHeader::kPredicted) throw DamagedData("a group has unknown flags");
+    if (stream.header.variance > ContextHeader::kLargestVariance)
+      throw DamagedData("a group's variance is more than int8 codes can have");
     const auto& first = matrices[group.begin];
     const int64_t rows = first.rows * static_cast<int64_t>(group.end - group.begin);
     if (stream.header.flags && (first.cols > RowPredictor::kMaxColumns || rows > RowPredictor::kMaxRows))

@@ -19,7 +19,7 @@ constexpr int kLearningRate = 16;
 constexpr int kMiddle = 32;  // level of the group's own variance; levels are an eighth of an octave
 constexpr int kProbabilityBits = 22;
 constexpr int kMostObservations = 1023;
-constexpr int32_t kOneWeight = 1 << 24;
+constexpr int32_t kOneWeight = 1 << 24, kLargestWeight = 64 * kOneWeight;
 
 // 2^(i / 16) in 2^-16.
 constexpr uint64_t kSixteenths[16] = {65536, 68438, 71468,  74632,  77936,  81386,  84990,  88752,
@@ -173,7 +173,8 @@ int8_t ContextModel<Coder>::code(int8_t value, const std::array<Counter*, kInput
     const int32_t error = ((bit ? 65536 : 0) - one) * kLearningRate;
     const int32_t target = bit ? (1 << kProbabilityBits) - 1 : 0;
     for (int i = 0; i < kInputs; ++i) {
-      weights[i] += (inputs[i] * error + (1 << 13)) >> 14;
+      const int64_t step = (int64_t{inputs[i]} * error + (1 << 13)) >> 14;
+      weights[i] = static_cast<int32_t>(std::clamp<int64_t>(weights[i] + step, -kLargestWeight, kLargestWeight));
       Counter& counter = contexts[i][place];
       const int32_t observations = static_cast<int32_t>(counter & 1023), p = static_cast<int32_t>(counter >> 10);
       const int32_t moved = p + static_cast<int32_t>(static_cast<int64_t>(target - p) * rates_[observations] >> 16);

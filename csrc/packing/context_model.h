@@ -18,6 +18,7 @@ struct ContextHeader {
   uint8_t variance = 0;  // of the codes around it: (log2 + 8) * 8
 
   static constexpr uint8_t kPredicted = 1;
+  static constexpr uint8_t kLargestVariance = (14 + 8) * 8;
 };
 
 // Binary search over the 256 byte values, split where a bell curve has equal halves. Nodes near the middle of the
