@@ -40,6 +40,7 @@ from model.planes import (
     unpack_scales,
 )
 from model.quantized import PlainTensor, QuantizedMatrix, QuantizedModel
+from pgolf_kernels.packing import can_hold
 
 MAGIC = b"PGOLF\x1a\r\n"
 VERSION = 1
@@ -49,7 +50,7 @@ _PREAMBLE = struct.Struct("<8sHHII")  # magic, version, flags (0), stored and pl
 _DIGEST_BYTES = 16
 _HEADER_LIMIT = 1 << 24
 _ELEMENT_LIMIT = 1 << 31
-_EXPANSION_LIMIT = 1 << 18  # elements a stored byte can stand for; codecs reach less
+_TENSOR_LIMIT = 1 << 11  # the public networks have some 80; a tensor of its own shape takes milliseconds to decode
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CODE_KINDS = tuple(f"int{bits}" for bits in range(2, 9))
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -238,13 +239,17 @@ def build_model(config: Config, state_dict: dict[str, Tensor], device: torch.dev
 
 
 def _check_against(config: Config, state_dict: dict[str, Tensor]) -> None:
-    """The sizes that make a network large, before one is built: the configuration may be anything."""
+    """The sizes that make a network or its list of layers large, before one is built: they may be anything."""
     model = config.model
     wanted = {
         "tok_emb": (model.vocab_size, model.model_dim),
         "qo_bank": (2 * model.num_layers, model.model_dim, model.model_dim),
         "up_bank": (model.num_layers, model.hidden_dim, model.model_dim),
     }
+    passes = model.num_layers
+    if model.loop_form == "inline":
+        passes += model.num_loops * (model.loop_end - model.loop_start + 1)
+    wanted["skip_weights"] = (passes // 2, model.model_dim)
     for name, shape in wanted.items():
         got = tuple(state_dict[name].shape) if name in state_dict else None
         if got != shape:
@@ -410,7 +415,7 @@ def read_document(
     _require(isinstance(provenance, dict), "provenance", provenance)
     _require(tokenizer is None or _is_hex(tokenizer, 64), "tokenizer_sha256", tokenizer)
     for name in ("tensors", "sections"):
-        _require(isinstance(document[name], list), name, document[name])
+        _require(isinstance(document[name], list) and len(document[name]) <= _TENSOR_LIMIT, name, document[name])
     try:
         config = Config.from_dict(document["config"])
     except (ConfigError, TypeError, ValueError) as error:
@@ -453,7 +458,8 @@ def _check_sections(header: Header, file_size: int) -> None:
         with _naming(section.name):
             get_codec(section.codec)
             elements = sum(math.prod(shape) for shape in shapes[section.name])
-            if elements > min(_ELEMENT_LIMIT, section.size * _EXPANSION_LIMIT) or (section.size and not elements):
+            fits = elements <= _ELEMENT_LIMIT and can_hold(section.size, shapes[section.name])
+            if not fits or (elements > 0) != (section.size > 0):
                 raise ArtifactError(f"{section.size} bytes cannot hold the {elements} elements that the header lists")
             if end > file_size:
                 raise ArtifactError(f"it ends at byte {end}, the file at {file_size}; truncated?")

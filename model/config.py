@@ -7,6 +7,7 @@ over a preset. Field names are unique over all sections, so that every field is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -327,7 +328,10 @@ class Config:
                 known = {f.name for f in dataclasses.fields(types[key])}
                 unknown = sorted(set(value) - known)
                 _require(not unknown, f"config section {key!r}", unknown, f"fields of {types[key].__name__}")
-                parts[key] = types[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+                for name, setting in given.items():
+                    _check_type(name, setting)
+                parts[key] = types[key](**given)
             else:
                 raise ConfigError(f"config: got section {key!r}, wanted one of preset, {', '.join(types)}")
         return cls(**parts)
@@ -344,6 +348,19 @@ def _check_literal(section: str, name: str, value: Any) -> None:
         _require(value in allowed, name, value, "one of " + ", ".join(map(str, allowed)))
 
 
+def _check_type(name: str, value: Any) -> None:
+    """Literals are checked by `_check_literal`; an integer is a float, a truth value no number."""
+    kind = field_types()[name]
+    if kind is float:
+        good = type(value) in (int, float) and abs(value) < 1e300
+    elif typing.get_origin(kind) is tuple:
+        good = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
+    else:
+        good = typing.get_origin(kind) is Literal or type(value) is kind
+    _require(good, name, value, f"a value of type {getattr(kind, '__name__', kind)}")
+
+
+@functools.cache
 def field_types() -> dict[str, Any]:
     """The type of every field, by its name."""
     sections = (ModelConfig, DataConfig, TrainConfig, QuantConfig, EvalConfig)

@@ -17,7 +17,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import brotli
@@ -26,7 +25,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from model.codecs import brotli_decompress
+from model.codecs import LZMA_MEMORY_LIMIT, ZSTD_WINDOW_LIMIT, brotli_decompress
 from model.config import ModelConfig
 from model.convert import from_reference
 from model.errors import ArtifactError
@@ -81,7 +80,8 @@ def read_public_artifact(path: str | os.PathLike[str]) -> PublicArtifact:
     Raises ArtifactError for anything that is not one, is damaged, or asks for more than it may.
     """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(SIZE_LIMIT + 1)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
     try:
@@ -92,6 +92,8 @@ def read_public_artifact(path: str | os.PathLike[str]) -> PublicArtifact:
 
 def parse_public_artifact(data: bytes) -> PublicArtifact:
     """`read_public_artifact` of bytes."""
+    if len(data) > SIZE_LIMIT:
+        raise ArtifactError(f"public artifact: it has more than {SIZE_LIMIT:,} bytes")
     content = read_torch_file(_unshuffled(_decompressed(data)))
     if (
         not isinstance(content, dict)
@@ -103,6 +105,8 @@ def parse_public_artifact(data: bytes) -> PublicArtifact:
     for name, value in stored.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ArtifactError(f"public artifact: entry {str(name)[:100]!r} is not a tensor with a name")
+    if sum(tensor.numel() for tensor in stored.values()) > SIZE_LIMIT:
+        raise ArtifactError("public artifact: its entries repeat a tensor to become far more than the file holds")
     codes, scales, tensors = {}, {}, {}
     for name, tensor in stored.items():
         base = name.removesuffix(".q")
@@ -161,29 +165,47 @@ def _smallest_type(value: Tensor) -> Tensor:
 
 
 def _decompressed(data: bytes) -> bytes:
-    def zlib_stream(size: int) -> bytes:
-        return zlib.decompressobj().decompress(data, size + 1)
-
-    def lzma_stream(size: int) -> bytes:
-        return lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=1 << 30).decompress(data, size + 1)
-
-    def zstd_stream(size: int) -> bytes:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data) as reader:
-            return reader.read(size + 1)
-
-    known: tuple[tuple[bytes, Callable[[int], bytes]], ...] = (
-        (b"\xfd7zXZ", lzma_stream),
-        (b"\x5d\x00\x00", lzma_stream),
-        (b"\x28\xb5\x2f\xfd", zstd_stream),
-        (b"\x78", zlib_stream),
+    known: tuple[tuple[bytes, Callable[[bytes, int], bytes]], ...] = (
+        (b"\xfd7zXZ", _lzma_stream),
+        (b"\x5d\x00\x00", _lzma_stream),
+        (b"\x28\xb5\x2f\xfd", _zstd_stream),
+        (b"\x78", _zlib_stream),
     )
-    unpack = next((stream for magic, stream in known if data.startswith(magic)), None)
+    unpack = next((stream for magic, stream in known if data.startswith(magic)), brotli_decompress)
     try:
-        raw = unpack(SIZE_LIMIT) if unpack else brotli_decompress(data, SIZE_LIMIT)
+        raw = unpack(data, SIZE_LIMIT)
     except (brotli.error, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError, MemoryError) as error:
         raise ArtifactError(f"public artifact: cannot be decompressed ({error})") from error
     if len(raw) > SIZE_LIMIT:
         raise ArtifactError(f"public artifact: unpacks to more than {SIZE_LIMIT:,} bytes")
+    return raw
+
+
+# Each gives at most size + 1 bytes, so that the caller sees data that holds more.
+
+
+def _lzma_stream(data: bytes, size: int) -> bytes:
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=LZMA_MEMORY_LIMIT)
+    return _whole(unpacker.decompress(data, size + 1), unpacker.eof, size)
+
+
+def _zlib_stream(data: bytes, size: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    return _whole(unpacker.decompress(data, size + 1), unpacker.eof, size)
+
+
+def _zstd_stream(data: bytes, size: int) -> bytes:
+    unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_LIMIT)
+    pieces: list[bytes] = []
+    with unpacker.stream_reader(data) as reader:
+        while (left := size + 1 - sum(map(len, pieces))) > 0 and (piece := reader.read(min(left, 1 << 24))):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _whole(raw: bytes, ended: bool, size: int) -> bytes:
+    if len(raw) <= size and not ended:
+        raise EOFError("the stream ends early")
     return raw
 
 
@@ -252,7 +274,7 @@ class PickleMachine:
         self.storages: dict[str, Tensor] = {}
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.tensor_bytes = 0
+        self.storage_bytes = self.tensor_bytes = 0
 
     def run(self) -> Any:
         while True:
@@ -384,7 +406,11 @@ class PickleMachine:
         if not isinstance(kind, _Global) or kind.name not in _STORAGES or not isinstance(key, str):
             raise ArtifactError("pickle: a storage of unknown type")
         if key not in self.storages:
-            self.storages[key] = torch.from_numpy(np.frombuffer(bytearray(self.storage(key)), np.uint8))
+            content = bytearray(self.storage(key))
+            self.storage_bytes += len(content)
+            if self.storage_bytes > 2 * SIZE_LIMIT:
+                raise ArtifactError("pickle: its storages overlap to become far more than the file holds")
+            self.storages[key] = torch.from_numpy(np.frombuffer(content, np.uint8))
         raw, dtype = self.storages[key], _STORAGES[kind.name]
         if type(size) is not int or size < 0 or size * dtype.itemsize != raw.numel():
             raise ArtifactError(f"pickle: storage {key[:100]!r} has {raw.numel()} bytes, not {size} numbers of {dtype}")
@@ -448,7 +474,8 @@ def _strided(arguments: tuple[Any, ...]) -> Tensor:
     if not isinstance(storage, Tensor) or not all(type(n) is int and 0 <= n <= SIZE_LIMIT for n in counts):
         raise ArtifactError("pickle: a tensor with arguments of other types than torch writes")
     if len(size) != len(stride) or len(size) > 8 or math.prod(size) > storage.numel():
-        raise ArtifactError(f"pickle: a tensor of shape {size} does not fit its storage of {storage.numel()} numbers")
+        shape = str(size)[:100]
+        raise ArtifactError(f"pickle: a tensor of shape {shape} does not fit its storage of {storage.numel()} numbers")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) and last >= storage.numel():
         raise ArtifactError(f"pickle: a tensor reaches entry {last} of a storage of {storage.numel()} numbers")

@@ -11,8 +11,9 @@ models are integers, so that every machine decodes the same bits.
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,8 +32,8 @@ MAX_STRIDE = 16
 
 _CODES_MAGIC = b"PGC1"
 _MODES = {"static": b"S", "context": b"C"}
-MAX_MATRICES = 1 << 20
-MAX_EXPANSION = 1 << 18  # codes a byte can stand for: beyond what either mode reaches on constant matrices
+MAX_MATRICES = 1 << 12  # a matrix of another shape than the last has models of its own: milliseconds and megabytes
+_FREE_CODES, _CODES_PER_BYTE = 1 << 26, 1 << 10
 
 
 def byte_shuffle_reference(data: bytes, stride: int, tail: Tail = "strided") -> bytes:
@@ -126,10 +127,23 @@ def encode_codes(matrices: Sequence[np.ndarray], *, mode: Mode = "static", threa
     """
     _check_mode(mode)
     arrays = [_int8_matrix(f"matrices[{i}]", m) for i, m in enumerate(matrices)]
+    if len(arrays) > MAX_MATRICES:
+        raise ValueError(f"matrices: got {len(arrays)}, wanted at most {MAX_MATRICES}")
     body = _pack_shapes([a.shape for a in arrays]) + getattr(_native, f"encode_{mode}")(
         _addresses(arrays), _threads(threads)
     )
+    if not can_hold(len(body), (a.shape for a in arrays)):
+        raise ValueError(f"matrices: {len(body)} bytes would stand for all of them; constant ones need no coding")
     return _CODES_MAGIC + _MODES[mode] + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def can_hold(size: int, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether so many bytes of any codec may claim to stand for matrices of these shapes.
+
+    Nearly constant matrices shrink without limit, so that a few bytes could ask a reader for any amount of memory and
+    time: beyond the first 2^26 entries each 1024 want a byte. Rows and columns count as 1 at least.
+    """
+    return sum(math.prod(max(n, 1) for n in shape) for shape in shapes) <= _FREE_CODES + size * _CODES_PER_BYTE
 
 
 def decode_codes(
@@ -155,7 +169,7 @@ def decode_codes(
     found, position = _unpack_shapes(body)
     if shapes is not None and found != [tuple(shape) for shape in shapes]:
         raise ValueError(f"coded matrices: got {len(found)} matrices of other shapes than the {len(shapes)} wanted")
-    if sum(rows * cols for rows, cols in found) > len(body) * MAX_EXPANSION:
+    if not can_hold(len(body), found):
         raise ValueError(f"coded matrices: {len(body)} bytes cannot hold matrices of these shapes")
     arrays = [np.empty(shape, np.int8) for shape in found]
     try:

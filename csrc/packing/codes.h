@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
@@ -52,7 +53,7 @@ int64_t group_size(const std::vector<M>& matrices, Group group) {
   return matrices[group.begin].size() * static_cast<int64_t>(group.end - group.begin);
 }
 
-// Calls run(group index) for every group, the largest first, on up to `threads` threads.
+// Calls run(group index) for every group, the largest first, on up to `threads` threads. Throws what a call threw.
 template <class M, class Run>
 void for_each_group(const std::vector<M>& matrices, const std::vector<Group>& groups, int threads, const Run& run) {
   std::vector<size_t> order(groups.size());
@@ -61,11 +62,22 @@ void for_each_group(const std::vector<M>& matrices, const std::vector<Group>& gr
     return group_size(matrices, groups[a]) > group_size(matrices, groups[b]);
   });
   const int64_t count = static_cast<int64_t>(order.size());
+  std::exception_ptr failure;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic, 1) \
     num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count))))
 #endif
-  for (int64_t i = 0; i < count; ++i) run(order[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    try {
+      run(order[i]);
+    } catch (...) {  // may not leave the parallel region
+#ifdef _OPENMP
+#pragma omp critical(pgolf_for_each_group)
+#endif
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace pgolf

@@ -8,6 +8,12 @@
 namespace pgolf {
 namespace {
 
+template <class M>
+bool may_be_predicted(const std::vector<M>& matrices, Group group) {
+  const M& first = matrices[group.begin];
+  return RowPredictor::takes(static_cast<int64_t>(group.end - group.begin), first.rows, first.cols);
+}
+
 ContextHeader describe(const ConstMatrices& matrices, Group group) {
   ContextHeader header;
   int64_t n = 0, sum = 0, squares = 0;
@@ -24,7 +30,8 @@ ContextHeader describe(const ConstMatrices& matrices, Group group) {
   header.centre = static_cast<int8_t>(centre);
   header.variance = static_cast<uint8_t>(log2_q8((around << 8) / static_cast<uint64_t>(n)) >> 5);
   const auto& first = matrices[group.begin];
-  if (rows_are_predictable(first.data, first.rows, first.cols)) header.flags |= ContextHeader::kPredicted;
+  if (may_be_predicted(matrices, group) && rows_are_predictable(first.data, first.rows, first.cols))
+    header.flags |= ContextHeader::kPredicted;
   return header;
 }
 
@@ -69,10 +76,8 @@ void decode_context(const uint8_t* data, int64_t size, const Matrices& matrices,
     if (stream.header.flags > ContextHeader::kPredicted) throw DamagedData("a group has unknown flags");
     if (stream.header.variance > ContextHeader::kLargestVariance)
       throw DamagedData("a group's variance is more than int8 codes can have");
-    const auto& first = matrices[group.begin];
-    const int64_t rows = first.rows * static_cast<int64_t>(group.end - group.begin);
-    if (stream.header.flags && (first.cols > RowPredictor::kMaxColumns || rows > RowPredictor::kMaxRows))
-      throw DamagedData("a group is too large to be predicted");
+    if (stream.header.flags && !may_be_predicted(matrices, group))
+      throw DamagedData("the rows of a group are none that are predicted");
     for (int shift = 0;; shift += 7) {
       if (data == end || shift > 35) throw DamagedData("a stream's length is damaged");
       stream.size |= static_cast<int64_t>(*data & 127) << shift;

@@ -233,6 +233,8 @@ void ContextModel<Coder>::matrix(T* data, int64_t rows) {
     }
     energy_of_rows += used;
     if (predictor_) predictor_->end_row();
+    if constexpr (!kEncode)
+      if (coder_.overran()) return;  // a short stream does not get to fill a large matrix
   }
   const int64_t kFew = 4;
   for (int64_t j = 0; j < columns_; ++j) reference_[j] = ((energy_[j] << 8) + kFew * variance_) / (rows + kFew);

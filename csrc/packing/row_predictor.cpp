@@ -97,7 +97,8 @@ void RowPredictor::refresh() {
       row[k] = static_cast<int32_t>(std::clamp(minus(correlation * one, dot(row, other, k)) / other[k], -one, one));
     }
     const int64_t pivot = minus(one * one, dot(row, row, j));
-    row[j] = static_cast<int32_t>(std::max<int64_t>(square_root(std::max<int64_t>(pivot, 0)), one >> 8));
+    // Rounding can push columns of tiny variance out of bounds; the factor's diagonal stays within (0, 1].
+    row[j] = static_cast<int32_t>(std::clamp<int64_t>(square_root(std::max<int64_t>(pivot, 0)), one >> 8, one));
     mean_[j] = static_cast<int32_t>(int64_t{sums_[j]} * 256 / (n + kMeanShrink));
     // deviation = sqrt(covariance) in 2^-8: root is sqrt(n^2 cov / 2^shift).
     const uint64_t variance = static_cast<uint64_t>(covariance(j, j)) / static_cast<uint64_t>(n);
@@ -111,8 +112,6 @@ void RowPredictor::refresh() {
 }
 
 bool rows_are_predictable(const int8_t* data, int64_t rows, int64_t columns) {
-  if (rows < 4 * columns || columns < 2 || columns > RowPredictor::kMaxColumns || rows > RowPredictor::kMaxRows)
-    return false;
   // Independent columns have a mean squared correlation of 1 / rows; a tenth of the columns tells.
   const int64_t number = std::min<int64_t>(columns, 64), step = columns / number;
   std::vector<double> sums(number, 0.0), products(number * number, 0.0), picked(number);

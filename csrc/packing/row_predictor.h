@@ -11,6 +11,10 @@ namespace pgolf {
 class RowPredictor {
  public:
   static constexpr int64_t kMaxColumns = 1024, kMaxRows = 65536;
+  // Only tall matrices, since a factor costs columns^3 / 3 multiplications; sums are exact up to kMaxRows in all.
+  static bool takes(int64_t matrices, int64_t rows, int64_t columns) {
+    return 2 <= columns && columns <= kMaxColumns && 4 * columns <= rows && rows <= kMaxRows / matrices;
+  }
 
   explicit RowPredictor(int64_t columns);
 
@@ -35,7 +39,7 @@ class RowPredictor {
   mutable int32_t predicted_ = 0;
 };
 
-// Whether a predictor is likely to pay for the rows of these matrices [rows, columns].
+// Whether a predictor is likely to pay for rows such as these, [rows, columns].
 bool rows_are_predictable(const int8_t* data, int64_t rows, int64_t columns);
 
 }  // namespace pgolf

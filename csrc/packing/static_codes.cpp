@@ -186,17 +186,22 @@ struct GroupModel {
   Tables codes;
   Tables clusters;
 
-  static GroupModel read(const uint8_t*& data, const uint8_t* end) {
+  // The bytes of the part that begins at `data`, which `read` may then take.
+  static int64_t size(const uint8_t* data, const uint8_t* end) {
     if (end - data < 3) throw DamagedData("it ends within its tables");
+    const int64_t symbols = data[1] + 1, tables = data[2] + 1;
+    const int64_t bytes = 3 + symbols * tables + (tables > 1 ? tables : 0);
+    if (end - data < bytes) throw DamagedData("it ends within its tables");
+    if (static_cast<int8_t>(data[0]) + symbols > 128) throw DamagedData("a table has codes above 127");
+    return bytes;
+  }
+
+  static GroupModel read(const uint8_t* data) {
     const int lowest = static_cast<int8_t>(data[0]), symbols = data[1] + 1, tables = data[2] + 1;
-    data += 3;
-    const int64_t weights = static_cast<int64_t>(symbols) * tables, size = weights + (tables > 1 ? tables : 0);
-    if (end - data < size) throw DamagedData("it ends within its tables");
-    if (lowest + symbols > 128) throw DamagedData("a table has codes above 127");
     static const uint8_t kOne = 1;
-    GroupModel model{lowest, Tables(symbols, tables, data), Tables(tables, 1, tables > 1 ? data + weights : &kOne)};
-    data += size;
-    return model;
+    const uint8_t* weights = data + 3;
+    return {lowest, Tables(symbols, tables, weights),
+            Tables(tables, 1, tables > 1 ? weights + symbols * tables : &kOne)};
   }
 };
 
@@ -224,8 +229,7 @@ std::vector<uint8_t> encode_static(const ConstMatrices& matrices, int threads) {
   int64_t codes = 0, indices = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const std::vector<uint8_t> header = group_header(clusters[g]);
-    const uint8_t* read = header.data();
-    models.push_back(GroupModel::read(read, header.data() + header.size()));
+    models.push_back(GroupModel::read(header.data()));
     out.insert(out.end(), header.begin(), header.end());
     codes += group_size(matrices, groups[g]);
     indices += static_cast<int64_t>(clusters[g].cluster.size());
@@ -259,12 +263,15 @@ void decode_static(const uint8_t* data, int64_t size, const Matrices& matrices) 
   if (size < 1 || data[0] > kMaxLanesLog) throw DamagedData("its number of lanes is damaged");
   const int lanes_log = *data++;
   const std::vector<Group> groups = groups_of(matrices);
-  std::vector<GroupModel> models;
-  for (size_t g = 0; g < groups.size(); ++g) models.push_back(GroupModel::read(data, end));
+  std::vector<const uint8_t*> headers;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    headers.push_back(data);
+    data += GroupModel::size(data, end);
+  }
   Decoder decoder(lanes_log, data, end);
   static const uint8_t kOnly = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
-    const GroupModel& model = models[g];
+    const GroupModel model = GroupModel::read(headers[g]);  // one at a time: a few bytes ask for megabytes of tables
     const int64_t cols = matrices[groups[g].begin].cols;
     const int64_t columns = cols * static_cast<int64_t>(groups[g].end - groups[g].begin);
     std::vector<uint8_t> cluster(columns, 0);
