@@ -114,8 +114,13 @@ def test_the_page_is_in_the_runs_folder_and_says_what_the_run_says(run, page):
         assert f"{result['evaluation'][mode]['val_loss']:.5f}" in page.text
     assert f"{(run / 'model.pgolf').stat().st_size:,} bytes in all" in page.text
     assert json.loads((run / "provenance.json").read_text())["data_sha256"] in page.text
-    for title in ("Training", "Score", "An example text", "Artifact", "Time", "Legality", "Where it comes from"):
+    for title in ("Budgets", "Training", "Score", "An example text", "Artifact", "Legality", "Where it comes from"):
         assert title in page.text
+    seconds = result["seconds"]["train"] + result["seconds"]["quantize"]
+    words = [image["alt"] for image in page.images]
+    assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0] and "of 16 MB" in words[0]
+    gain = result["bpb"]["lora_ttt"] - result["bpb"]["plain"]
+    assert f"{gain:+.5f}" in page.text
     assert page.text.count("legal") >= 2 and "not a legal score" not in page.text
 
 
@@ -192,6 +197,14 @@ def test_runs_that_differ_by_seed_are_one_group(run, tmp_path):
     assert all(reference.startswith(("data:", "#")) for reference in page.references)
 
 
+def test_runs_of_other_code_are_another_group(run, tmp_path):
+    other = copy_run(run, tmp_path / "other", seed=5)
+    provenance = json.loads((other / "provenance.json").read_text())
+    (other / "provenance.json").write_text(json.dumps(provenance | {"source_sha256": "f" * 64}))
+    page = comparison(run, other)
+    assert "2 runs in 2 groups" in page.text and "source code (hash)" in page.text and "f" * 12 in page.text
+
+
 def test_a_gain_below_the_threshold_is_no_record(run, tmp_path):
     shifts = {1: 0.0, 2: 0.002, 3: 0.001}
     ratio = load_run(run).nats["lora_ttt"] / load_run(run).bpb["lora_ttt"]
@@ -216,7 +229,7 @@ def test_what_a_run_lacks_is_said(run, tmp_path):
     shutil.copy(run / "config.json", bare)
     page = report(bare)
     assert "There is no artifact" in page.text and "No ledger was kept" in page.text
-    assert not page.images
+    assert not page.images and "There is no provenance.json" in page.text
     without_data = copy_run(run, tmp_path / "moved", data_dir=str(tmp_path / "nowhere"))
     page = report(without_data)
     assert "The data set was not found" in page.text and "An example text" not in page.text
@@ -293,6 +306,7 @@ def test_a_browser_shows_it_all(run, page, tmp_path):
         for path in (run / "report.html", both):
             for width in (1100, 390):
                 browser.open(path, width, 900)
+                browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
                 sizes = browser.evaluate(
                     "Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.clientWidth])))"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from model.report import plots
-from model.report.html import Markup, figure, join, table, tag
+from model.report.html import Markup, details, figure, join, pictures, table, tag
 from model.report.load import Run
 from model.report.stats import RECORD_NATS, RECORD_P, summarize, welch
 
@@ -16,31 +16,45 @@ def compare_runs(runs: list[Run]) -> Iterator[Markup]:
     """The comparison, without the runs' own sections. The first run's group is what the others are compared with."""
     groups = _group(runs)
     different = _differences(groups)
-    yield tag("p", f"{len(runs)} runs in {len(groups)} groups. Runs that differ by their seed alone form a group.")
+    words = f"{len(runs)} runs in {len(groups)} group{'s' if len(groups) > 1 else ''}. "
+    words += "Runs that differ by their seed alone form a group. "
+    if len(groups) > 1:
+        words += f"The other groups are compared with {next(iter(groups))}, that of the first run named."
+    yield tag("p", words)
     yield table(*_group_table(groups), numbers=(1,))
     if different:
         yield tag("h2", "What differs between the groups")
         yield table(["setting", *groups], different)
     labels = [name for name, members in groups.items() for _ in members]
     ordered = [run for members in groups.values() for run in members]
-    colours = plots.group_colours(list(groups))
+    looks = plots.looks_of(list(groups))
+    modes = _modes(groups)
+    final = [mode for mode in modes if mode == next((run.final_mode for run in runs if run.final_mode), None)]
+    for mode in final:
+        yield tag("h2", f"Score: {mode}")
+        yield from _compare_mode(groups, mode, looks)
+    for mode in modes:
+        if mode not in final:
+            yield details(f"Score: {mode}", join(_compare_mode(groups, mode, looks)))
     if any(run.steps for run in runs):
+        shown = (ordered, labels, [looks[label] for label in labels])
         yield tag("h2", "Training")
-        yield figure(
-            plots.loss_curves(ordered, labels, [colours[label] for label in labels]),
-            "Training by step, a colour for each group",
+        validated = any(run.validations for run in runs)
+        right = (plots.validation, "Validation") if validated else (plots.gradient_norm, "Gradient norm")
+        yield pictures(
+            figure(plots.training_loss(*shown), "Training loss by step, one look for each group"),
+            figure(right[0](*shown), f"{right[1]} by step, one look for each group"),
         )
-    for mode in _modes(groups):
-        yield from _compare_mode(groups, mode)
     yield tag("h2", "Every run")
     yield _run_table(groups)
 
 
 def _group(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs of one configuration and data set under one name: the preset, with a letter where that is not enough."""
+    """Runs of one configuration, data and source code by name: the preset, with a letter where there are several."""
     by_signature: dict[Any, list[Run]] = {}
     for run in runs:
-        key = (run.config.preset, run.signature, run.provenance.get("data_sha256"))
+        origin = (run.provenance.get("data_sha256"), run.provenance.get("source_sha256"))
+        key = (run.config.preset, run.signature, origin)
         by_signature.setdefault(key, []).append(run)
     presets = [key[0] for key in by_signature]
     named = {}
@@ -65,35 +79,38 @@ def _differences(groups: dict[str, list[Run]]) -> list[list[Any]]:
         for name in settings[0]
         if len({repr(values.get(name)) for values in settings}) > 1
     ]
-    data = [members[0].provenance.get("data_sha256") or "unknown" for members in groups.values()]
-    if len(set(data)) > 1:
-        rows.append(["data set (hash)", *(tag("code", digest[:12]) for digest in data)])
+    for label, name in (("data set (hash)", "data_sha256"), ("source code (hash)", "source_sha256")):
+        digests = [members[0].provenance.get(name) or "unknown" for members in groups.values()]
+        if len(set(digests)) > 1:
+            rows.append([label, *(tag("code", digest[:12]) for digest in digests)])
     return rows
 
 
 def _modes(groups: dict[str, list[Run]]) -> list[str]:
-    """Evaluation modes that at least two groups have, or one group with several runs; the final ones last."""
+    """Evaluation modes that at least two runs have, in the order of the evaluations."""
     modes = dict.fromkeys(mode for members in groups.values() for run in members for mode in run.bpb)
     return [m for m in modes if sum(m in run.bpb for members in groups.values() for run in members) > 1]
 
 
-def _compare_mode(groups: dict[str, list[Run]], mode: str) -> Iterator[Markup]:
+def _compare_mode(groups: dict[str, list[Run]], mode: str, looks: dict[str, plots.Look]) -> Iterator[Markup]:
     bpb = {name: [run.bpb[mode] for run in members if mode in run.bpb] for name, members in groups.items()}
     nats = {name: [run.nats[mode] for run in members if mode in run.nats] for name, members in groups.items()}
     bpb = {name: values for name, values in bpb.items() if values}
-    yield tag("h2", f"Score: {mode}")
-    yield figure(
-        plots.strip(bpb, "bits per byte (less is better)"),
-        f"Bits per byte in mode {mode}: " + ", ".join(f"{n} {summarize(v).mean:.4f}" for n, v in bpb.items()),
-        "Each dot a run, the bar the group's mean. The table has mean and standard deviation.",
+    yield pictures(
+        figure(
+            plots.strip(bpb, "bits per byte (less is better)", looks),
+            f"Bits per byte in mode {mode}: " + ", ".join(f"{n} {summarize(v).mean:.4f}" for n, v in bpb.items()),
+            "Each dot a run, the bar the group's mean.",
+        )
     )
     first = next(iter(bpb))
     columns = ["group", "runs", "bits per byte", "nats per token", f"bpb minus {first}", f"nats minus {first}"]
-    rows = []
+    rows: list[list[Any]] = []
     for name, values in bpb.items():
         row = [name, len(values), _mean(values), _mean(nats[name])]
         others = [] if name == first else [(values, bpb[first]), (nats[name], nats[first])]
         rows.append(row + ([_difference(*pair) for pair in others] or ["", ""]))
+    yield tag("p", "Mean ± sample standard deviation over the seeds; differences are of means.", class_="soft")
     yield table(columns, rows, numbers=range(1, len(columns)))
     yield from _tests(bpb, nats, first)
 
@@ -110,18 +127,24 @@ def _tests(bpb: dict[str, list[float]], nats: dict[str, list[float]], first: str
         if record is not None:
             better = record.p < RECORD_P
             word = tag("span", "is" if better else "is not shown to be", class_="good" if better else "bad")
-            line = f" better than {first} by at least {RECORD_NATS} nats per token (p < {RECORD_P}). "
-            verdicts.append(join([name, " ", word, line]))
+            line = f" better than {first} by at least {RECORD_NATS} nats per token (p < {RECORD_P})."
+            verdicts.append(tag("p", join([name, " ", word, line])))
     if rows:
         columns = [
             f"Welch's test against {first}",
             "t",
-            "df",
-            "p of no difference",
-            f"p of under {RECORD_NATS} nats better",
+            "degrees of freedom",
+            "p: no difference (two-sided)",
+            f"p: gain under {RECORD_NATS} nats (one-sided)",
         ]
         yield table(columns, rows, numbers=range(1, len(columns)))
-        yield tag("p", join(verdicts))
+        yield tag(
+            "p",
+            f"A record must be better by at least {RECORD_NATS} nats per token with p < {RECORD_P}. t and the first p "
+            "are of the bits per byte. Welch's test gives each group a variance of its own.",
+            class_="soft",
+        )
+        yield from verdicts
     elif len(bpb) > 1:
         yield tag("p", "Whether the groups differ cannot be tested: that needs two runs in each, and some variance.")
 
@@ -133,7 +156,7 @@ def _run_table(groups: dict[str, list[Run]]) -> Markup:
         for run in members:
             train = run.result.get("train", {})
             seconds = run.result.get("seconds", {}).get("train")
-            row = [run.name, name, run.seed, f"{train['steps']:,}" if "steps" in train else ""]
+            row = [run.name, name.replace(" ", "\u00a0"), run.seed, f"{train['steps']:,}" if "steps" in train else ""]
             row.append("" if seconds is None else f"{seconds:,.1f}")
             row += [f"{run.bpb[mode]:.5f}" if mode in run.bpb else "" for mode in modes]
             rows.append([*row, f"{run.artifact.size:,}" if run.artifact else ""])

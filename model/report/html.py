@@ -16,7 +16,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <title>$title</title>
 <style>
-:root { --ink: #1d2733; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2b6cb0; }
+:root { color-scheme: light; --ink: #1d2733; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2b6cb0; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
@@ -32,19 +32,24 @@ nav { margin: 1rem 0 0; font-size: .93rem; display: flex; flex-wrap: wrap; gap: 
 .tile { background: var(--tint); border-radius: .5rem; padding: .75rem .9rem; }
 .tile b { display: block; font-size: 1.4rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .83rem; }
-figure { margin: 1rem 0 1.4rem; }
+figure { margin: 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.4rem 1.6rem;
+  align-items: start; margin: 1rem 0 1.4rem; }
 figure img { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .8rem 0 1.2rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+td.n, th.n { text-align: right; }
+td.n { white-space: nowrap; }
 td:first-child { white-space: nowrap; }
 tr.on td { background: #fff7e6; }
 .good { color: #1b6e3c; font-weight: 600; }
 .bad { color: #b3261e; font-weight: 600; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+summary h2 { display: inline; border: 0; padding: 0; }
+.run { border-top: 1px solid var(--line); padding-top: .7rem; }
 code, .text { font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { overflow-wrap: anywhere; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; border: 1px solid var(--line);
@@ -115,5 +120,11 @@ def figure(uri: str, description: str, caption: Any = "") -> Markup:
     return Markup(f'<figure><img src="{uri}" alt="{escape(description)}">{below}</figure>')
 
 
-def details(summary: str, content: Any, *, open_: bool = False) -> Markup:
-    return Markup(f"<details{' open' if open_ else ''}><summary>{text(summary)}</summary>{text(content)}</details>")
+def pictures(*figures: str) -> Markup:
+    """Figures side by side where there is room."""
+    return tag("div", join(figures), class_="pictures")
+
+
+def details(summary: Any, content: Any, **attributes: str) -> Markup:
+    """Content that is shown when its summary is chosen, or when a link leads into it."""
+    return tag("details", join([tag("summary", summary), content]), **attributes)

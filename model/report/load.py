@@ -119,7 +119,8 @@ class Run:
     @cached_property
     def by_token(self) -> ByToken | None:
         """What can be said of single tokens; None without the data set or without a finished evaluation's ledger."""
-        finished = {mode: self.ledgers[mode].nll for mode in self.bpb if mode in self.ledgers}
+        found = {mode: self.ledgers[mode].nll for mode in self.bpb if mode in self.ledgers}
+        finished = {mode: nll for mode, nll in found.items() if np.isfinite(nll[1:]).all()}
         return ByToken(self.dataset, finished) if self.dataset is not None and finished else None
 
 
@@ -130,7 +131,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     origin = run_dir.path / "provenance.json"
     provenance = _read_json(origin) if origin.is_file() else {}
     records = list(run_dir.metrics())
-    missing: list[str] = []
+    missing: list[str] = [] if provenance else ["There is no provenance.json: nothing on machine, versions and data."]
     dataset = _find_dataset(run_dir.path, config, provenance, missing)
     ledgers = {}
     for file in sorted(run_dir.path.rglob("ledger*.npz")):
@@ -180,6 +181,8 @@ def _read_verified(path: Path) -> dict[str, Any]:
 
 def _find_dataset(run: Path, config: Config, provenance: dict[str, Any], missing: list[str]) -> Dataset | None:
     """The run's data set, if it is still where it was (or beside the run's results) and what it was."""
+    if not provenance:
+        return None
     problems = []
     for folder in (Path(config.data.data_dir), run / "data"):
         try:

@@ -11,23 +11,36 @@ from model.errors import ConfigError
 from model.presets import get_preset
 from model.report import plots
 from model.report.example import example_text
-from model.report.html import Markup, details, figure, join, table, tag, tiles
+from model.report.html import Markup, details, figure, join, pictures, table, tag, tiles
 from model.report.load import Run
 
 SIZE_LIMIT = 16_000_000  # bytes, code included
 STAGE_BUDGET = 600.0  # seconds for training, and again for evaluation
+MODES = {
+    "float": "the averaged weights, before quantisation",
+    "plain": "the artifact, windows that do not overlap",
+    "sliding": "overlapping windows: each token is scored with more text before it",
+    "sgd_ttt": "chunk by chunk: score it, then train all weights on it",
+    "lora_ttt": "adapters for each document, trained on each chunk once it is scored",
+    "phased": "lora_ttt, and between groups of documents training of all weights on what was scored",
+    "sliding_cache": "sliding, with shared adapters and an n-gram cache",
+}
 
 
 def describe_run(run: Run, level: str = "h2") -> Iterator[Markup]:
     """Everything about `run`, under headings of this level."""
     yield tag("p", _subtitle(run), class_="soft")
-    yield tiles(_headline(run))
+    facts = list(_headline(run))
+    if facts:
+        yield tiles(facts)
+    if run.missing:
+        yield tag("p", " ".join(dict.fromkeys(run.missing)), class_="soft")
     for title, part in (
+        ("Budgets and time", _budgets),
         ("Training", _training),
         ("Score", _score),
         ("An example text, token by token", example_text),
         ("Artifact", _artifact),
-        ("Time", _time),
         ("Legality", _legality),
         ("Where it comes from", _origin),
     ):
@@ -35,15 +48,18 @@ def describe_run(run: Run, level: str = "h2") -> Iterator[Markup]:
         if content:
             yield tag(level, title)
             yield from content
-    if run.missing:
-        yield tag("p", " ".join(dict.fromkeys(run.missing)), class_="soft")
 
 
 def _subtitle(run: Run) -> str:
-    where = ", ".join(sorted(set(run.provenance.get("gpus", [])))) or run.provenance.get("cpu") or "unknown hardware"
-    ranks = run.provenance.get("world_size", 1)
-    hardware = f"{ranks} x {where}" if ranks > 1 else where
-    return f"preset {run.config.preset}, seed {run.seed}, {run.provenance.get('started', 'unknown time')}, {hardware}"
+    when = run.provenance.get("started", "unknown time")
+    return f"preset {run.config.preset}, seed {run.seed}, {when}, {_machine(run)}"
+
+
+def _machine(run: Run) -> str:
+    origin = run.provenance
+    ranks = origin.get("world_size", 1)
+    where = ", ".join(sorted(set(origin.get("gpus", [])))) or origin.get("cpu") or "unknown hardware"
+    return f"{ranks} x {where}" if ranks > 1 else where
 
 
 def _headline(run: Run) -> Iterator[tuple[str, str]]:
@@ -70,40 +86,77 @@ def _training(run: Run) -> Iterator[Markup]:
     if not run.steps:
         return
     first, last = run.steps[0], run.steps[-1]
-    yield figure(
-        plots.loss_curves([run], [run.name], plots.COLOURS[:1]),
-        f"Training loss by step, from {first['loss']:.3f} to {last['loss']:.3f}",
-        "Bold: a running mean over a fiftieth of the run.",
+    one = ([run], [run.name], [plots.looks_of([run.name])[run.name]])
+    yield pictures(
+        figure(
+            plots.training_loss(*one),
+            f"Training loss by step, from {first['loss']:.3f} to {last['loss']:.3f}",
+            "Pale: each step. Strong: a running mean over a fiftieth of the run.",
+        ),
+        *([figure(plots.validation(*one), "Validation bits per byte during training")] if run.validations else []),
+        figure(plots.gradient_norm(*one), "Gradient norm before clipping, by step"),
+        figure(plots.learning_rates(run), "Learning rates by step"),
+        figure(plots.momentum(run), "Muon's momentum by step"),
+        figure(plots.tokens_per_second(run), "Tokens per second by step"),
+        figure(plots.utilisation(run), "Use of the hardware, or time of a step, by step"),
     )
-    yield figure(plots.learning_rates(run), "Learning rates and Muon's momentum by step")
-    yield figure(plots.speed(run), "Tokens per second and use of the hardware by step")
 
 
 def _score(run: Run) -> Iterator[Markup]:
     if not run.bpb:
         return
-    baselines = {k: v for k, v in run.result.get("baselines", {}).items() if isinstance(v, float)}
-    yield figure(
-        plots.bpb_by_mode(run.bpb, baselines),
-        "Bits per byte by evaluation mode: " + ", ".join(f"{mode} {value:.4f}" for mode, value in run.bpb.items()),
-        "float: the weights before quantisation. Everything below it is scored from the artifact."
-        + (" Grey: general compressors on the same text, having read the training text." if baselines else ""),
+    yield tag(
+        "p",
+        "Bits per byte: what the model needs on average to code a byte of text that it was not trained on. "
+        "Nats per token: the same loss per token of this vocabulary, in natural logarithms.",
     )
+    baselines = {k: v for k, v in run.result.get("baselines", {}).items() if isinstance(v, float)}
+    shown = [
+        figure(
+            plots.bpb_by_mode(run.bpb, baselines),
+            "Bits per byte by evaluation mode: " + ", ".join(f"{mode} {value:.4f}" for mode, value in run.bpb.items()),
+            "Grey: general compressors on the same text, having read the training text." if baselines else "",
+        )
+    ]
+    if run.by_token is not None:
+        documents = {mode: run.by_token.per_document(mode) for mode in run.by_token.nll}
+        count = f"{len(run.by_token.documents):,} validation documents in groups of about equal number."
+        shown.append(figure(plots.bpb_by_length(documents), "Bits per byte by document length and mode", count))
+        if "plain" in documents and len(documents) > 1:
+            difference = plots.bpb_by_length(documents, "plain")
+            words = "The same documents: what each mode gains (below zero) or loses against the plain score."
+            shown.append(figure(difference, "Bits per byte minus the plain score, by document length and mode", words))
+    yield pictures(*shown)
+    plain = run.bpb.get("plain")
     rows = []
     for mode, bpb in run.bpb.items():
         facts = run.result.get("evaluation", {}).get(mode, {})
+        against = "" if plain is None or mode == "plain" else f"{bpb - plain:+.5f}"
         rows.append(
-            [mode, f"{bpb:.5f}", _number(facts.get("val_loss"), ".5f"), _number(facts.get("tokens"), ","),
-             _number(facts.get("bytes"), ","), _number(facts.get("seconds"), ",.1f")]
+            [mode, f"{bpb:.5f}", against, _number(facts.get("val_loss"), ".5f"), _number(facts.get("tokens"), ","),
+             _number(facts.get("bytes"), ","), _number(facts.get("seconds"), ",.1f"), _describe_mode(mode)]
         )  # fmt: skip
-    yield table(["mode", "bits per byte", "nats per token", "tokens", "bytes", "seconds"], rows, numbers=range(1, 6))
-    if run.by_token is not None:
-        count = len(run.by_token.documents)
-        yield figure(
-            plots.bpb_by_length({mode: run.by_token.per_document(mode) for mode in run.by_token.nll}),
-            "Bits per byte by document length and evaluation mode",
-            f"The {count:,} validation documents in groups of about equal number, from the shortest to the longest.",
+    columns = ["mode", "bits per byte", "minus plain", "nats per token", "tokens", "bytes", "seconds", "what it is"]
+    yield table(columns, rows, numbers=range(1, 7))
+    gain = run.result.get("ttt_gain")
+    if gain is not None:
+        yield tag(
+            "p",
+            f"Test-time training gains {gain['bpb']:.4f} ± {gain['standard_error']:.4f} bits per byte over the same "
+            f"windows with learning rate 0 (mean and standard error, paired over {gain['documents']:,} documents).",
         )
+
+
+def _describe_mode(mode: str) -> str:
+    """What a mode does; endings say what was changed."""
+    base = next((name for name in sorted(MODES, key=len, reverse=True) if mode.startswith(name)), None)
+    if base is None:
+        return ""
+    ending = mode.removeprefix(base)
+    tail = {"": "", "_lr0": "; learning rate 0, so that nothing is learnt", "_ngram_tilt": "; n-gram hints"}.get(
+        ending, f"; {ending.strip('_')}"
+    )
+    return MODES[base] + tail
 
 
 def _artifact(run: Run) -> Iterator[Markup]:
@@ -114,35 +167,57 @@ def _artifact(run: Run) -> Iterator[Markup]:
     parts = shares | {"row scales": facts.parts["scales"], "other tensors": facts.parts["tensors"]}
     parts["header"] = facts.parts["header"]
     room = SIZE_LIMIT - facts.size
-    verdict = f"{room:,} bytes of the 16,000,000 are left for code" if room >= 0 else f"{-room:,} bytes too many"
-    yield figure(
-        plots.artifact_bytes(parts, SIZE_LIMIT),
-        "Bytes of the artifact: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items()),
-        f"{facts.size:,} bytes in all: {verdict}. The codes share one stream, divided here by their entropy.",
-    )
+    verdict = f"{room:,} of the 16,000,000 are left for code" if room >= 0 else f"{-room:,} over the 16,000,000"
     weights = sum(c.weights for c in facts.classes)
     entropy = sum(c.weights * c.entropy for c in facts.classes)
     stored = 8 * facts.parts["codes"]
-    yield figure(
-        plots.bits_per_weight(
-            [c.name for c in facts.classes], [c.bits for c in facts.classes], [c.entropy for c in facts.classes]
+    yield pictures(
+        figure(
+            plots.artifact_bytes(parts),
+            "Bytes of the artifact: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items()),
+            f"{facts.size:,} bytes in all, {verdict}. The codes share one stream, divided here by their entropy.",
         ),
-        "Bits per weight and order-0 entropy: " + ", ".join(f"{c.name} {c.entropy:.3f}" for c in facts.classes),
-        f"Stored codes: {stored / weights:.4f} bits a weight over {weights:,} quantised weights, "
-        f"{100 * (stored / entropy - 1):+.2f} % against the order-0 entropy of the classes ({entropy / weights:.4f}).",
+        figure(
+            plots.bits_per_weight(
+                [c.name for c in facts.classes], [c.bits for c in facts.classes], [c.entropy for c in facts.classes]
+            ),
+            "Bits per weight and order-0 entropy: " + ", ".join(f"{c.name} {c.entropy:.3f}" for c in facts.classes),
+            f"Stored codes: {stored / weights:.4f} bits a weight over {weights:,} quantised weights, "
+            f"{100 * (stored / entropy - 1):+.2f} % against the order-0 entropy of the classes "
+            f"({entropy / weights:.4f}).",
+        ),
     )
 
 
-def _time(run: Run) -> Iterator[Markup]:
-    seconds = {n.replace("_", " "): v for n, v in run.result.get("seconds", {}).items() if isinstance(v, int | float)}
+def _budgets(run: Run) -> Iterator[Markup]:
+    seconds = {
+        n.replace("_", " ", 1): v for n, v in run.result.get("seconds", {}).items() if isinstance(v, int | float)
+    }
     total = seconds.pop("total", None)
-    if seconds:
-        yield figure(
-            plots.stage_times(seconds, STAGE_BUDGET),
-            "Seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
-            "The benchmark allows 600 s for training, which counts whatever reads training data, and 600 s for "
-            "evaluation, each on 8 H100 GPUs." + (f" In all: {total:,.1f} s." if total is not None else ""),
+    used = {}
+    if "train" in seconds:
+        training = seconds["train"] + seconds.get("quantize", 0.0)
+        used["training"] = (training / STAGE_BUDGET, f"{training:,.1f} of {STAGE_BUDGET:g} s")
+    evaluation = run.result.get("evaluation", {}).get(run.final_mode, {}).get("seconds")
+    if evaluation is not None:
+        used["evaluation"] = (evaluation / STAGE_BUDGET, f"{evaluation:,.1f} of {STAGE_BUDGET:g} s")
+    if run.artifact is not None:
+        used["artifact"] = (run.artifact.size / SIZE_LIMIT, f"{run.artifact.size / 1e6:.2f} of {SIZE_LIMIT / 1e6:g} MB")
+    shown = []
+    if used:
+        words = "; ".join(f"{name} {text}" for name, (_, text) in used.items())
+        caption = (
+            "Training counts the calibration of the quantiser, which reads training data; evaluation is that of "
+            f"{run.final_mode or 'no mode'}. The benchmark's 600 s are meant for 8 H100 GPUs, and its 16,000,000 "
+            "bytes include the code."
         )
+        shown.append(figure(plots.budgets(used), f"Budgets: {words}", caption))
+    if seconds:
+        stages = "Seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        in_all = f"In all: {total:,.1f} s." if total is not None else ""
+        shown.append(figure(plots.stage_times(seconds), stages, in_all))
+    if shown:
+        yield pictures(*shown)
 
 
 def _legality(run: Run) -> Iterator[Markup]:
@@ -159,6 +234,8 @@ def _legality(run: Run) -> Iterator[Markup]:
             "p", "From each evaluation's ledger: is every token scored, once, and before anything learned from it?"
         )
         yield table(["mode", "verdict", "tokens scored", "updates", "rules it may break"], rows, numbers=(2, 3))
+    if rows and not run.verified:
+        yield tag("p", "The scorer itself was not verified; pgolf verify does it.", class_="soft")
     for name, report in run.verified.items():
         verdict = tag("span", "legal" if report["legal"] else "not legal", class_="good" if report["legal"] else "bad")
         yield tag("p", join([f"Verified independently ({name}): ", verdict, "."]))
@@ -173,22 +250,26 @@ def _status(status: str) -> Markup:
 
 def _origin(run: Run) -> Iterator[Markup]:
     origin = run.provenance
-    packages = origin.get("packages", {})
-    rows = [
-        ["command", tag("code", " ".join(origin.get("command", [])))],
-        ["commit", tag("code", origin.get("commit") or "not a checkout")],
-        ["sources", tag("code", origin.get("source_sha256", "unknown"))],
-        ["data", tag("code", origin.get("data_sha256", "unknown"))],
-        ["machine", _subtitle(run).split(", ", 3)[-1]],
-        ["versions", ", ".join(f"{n} {v}" for n, v in {"Python": origin.get("python"), **packages}.items() if v)],
-        ["folder", tag("code", run.path)],
-    ]
-    yield table(["", ""], rows)
+    versions = {"Python": origin.get("python"), **origin.get("packages", {})}
+    facts = {
+        "command": tag("code", " ".join(origin["command"])) if "command" in origin else None,
+        "commit": tag("code", origin.get("commit") or "not a checkout") if origin else None,
+        "sources": _hash("source.zip, SHA-256", origin.get("source_sha256")),
+        "data": _hash("fingerprint", origin.get("data_sha256")),
+        "machine": f"{_machine(run)}, {origin['threads']} threads" if "threads" in origin else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "folder": tag("code", run.path),
+    }
+    yield table(["", ""], [[name, value] for name, value in facts.items() if value])
     changed = _changed(run)
     values = [(section, name, value) for section, name, value in run.config.items()]
     marked = [i for i, (_, name, _) in enumerate(values) if name in changed]
     content = table(["section", "setting", "value"], [[s, n, tag("code", v)] for s, n, v in values], marked=marked)
     yield details(f"Configuration ({len(marked)} settings differ from the preset)", content)
+
+
+def _hash(what: str, digest: str | None) -> Markup | None:
+    return join([what, " ", tag("code", digest)]) if digest else None
 
 
 def _changed(run: Run) -> set[str]:
