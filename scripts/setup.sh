@@ -2,10 +2,11 @@
 # Makes .venv and installs the package into it with everything that the tests need. A second run installs nothing and
 # needs no network: stamps in .venv say what was installed and built from which files.
 #
-#   PYTHON        the interpreter to use (default: the first of python3, python3.11 ... python3.14 that is new enough)
-#   PGOLF_VENV    the environment's folder (default: .venv)
-#   PGOLF_EXTRAS  extras to install (default: test)
-#   PGOLF_CUDA, PGOLF_CUDA_ARCHS, CUDA_HOME, CXX   as setup.py reads them
+#   PYTHON           the interpreter to use (default: the first of python3, python3.11 ... python3.14 that is new enough)
+#   PGOLF_VENV       the environment's folder (default: .venv)
+#   PGOLF_EXTRAS     extras to install (default: test)
+#   PGOLF_CPU_INDEX  where PyTorch's CPU wheels are (default: PyTorch's own index)
+#   PGOLF_CUDA, PGOLF_CUDA_ARCHS, PGOLF_CXXFLAGS, CUDA_HOME, CUDA_PATH, CXX   as setup.py reads them
 #   PGOLF_SETUP_CHECK=1   only look for what the install needs
 set -eu
 cd "$(dirname "$0")/.."
@@ -71,7 +72,7 @@ done
 if [ -n "$missing" ]; then
     sudo=""
     [ "$(id -u)" = 0 ] || sudo="sudo "
-    printf '%s\n' "setup: missing: $missing. Install with (Debian's and Ubuntu's names):" "    ${sudo}apt-get install -y $packages" >&2
+    printf '%s\n' "setup: missing: $missing. Install with (Debian's and Ubuntu's names):" "    ${sudo}apt-get update && ${sudo}apt-get install -y $packages" >&2
     exit 1
 fi
 [ "${PGOLF_SETUP_CHECK:-0}" = 0 ] || { say "Python $python, compiler $CXX: all there"; exit 0; }
@@ -79,7 +80,7 @@ fi
 # 2. CUDA: with a GPU and no nvcc, NVIDIA's compiler comes from PyPI; without either, a CPU build.
 
 has_gpu() { have nvidia-smi && nvidia-smi -L 2>/dev/null | grep -q GPU; }
-has_nvcc() { have nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; }
+has_nvcc() { have nvcc || have "${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}/bin/nvcc"; }
 gpu=no
 has_gpu && gpu=yes
 nvidia_packages=""
@@ -98,9 +99,9 @@ if [ -d "$venv" ] && ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
     say "$venv does not work any more (interrupted, or its Python is gone): making it anew"
     rm -rf "$venv"
 fi
-wanted_packages=$({ "$python" -V; echo "$gpu"; cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum)
+wanted_packages=$({ "$python" -V; echo "$gpu $nvidia_packages"; cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum)
 wanted_native=$({
-    echo "${PGOLF_CUDA:-auto} ${PGOLF_CUDA_ARCHS:-} ${PGOLF_CXXFLAGS:-} ${CUDA_HOME:-} $CXX"
+    echo "${PGOLF_CUDA:-auto} ${PGOLF_CUDA_ARCHS:-} ${PGOLF_CXXFLAGS:-} ${CUDA_HOME:-} ${CUDA_PATH:-} $CXX"
     cat setup.py
     find csrc -type f | LC_ALL=C sort | while read -r file; do cksum "$file"; done
 } | cksum)
@@ -111,16 +112,18 @@ for extra in $(echo "$extras" | tr , ' '); do
     stamped "extra-$extra" "$wanted_packages" || installed=no
 done
 
+built() { stamped native "$wanted_native" && [ -n "$(find pgolf_kernels -name '_native*.so')" ]; }
+
 if [ $installed = no ]; then
     rm -f "$venv/.pgolf-native"
     [ -d "$venv" ] || "$python" -m venv "$venv"
     index=""
     if [ $gpu = yes ]; then
-        say "installing into $venv: downloads about 3 GB (PyTorch with CUDA, Triton, and the rest)"
+        say "installing into $venv: downloads about 3 GB, PyTorch with CUDA among it; takes 7 GB of disk"
     else
         index=$("$venv/bin/python" scripts/cpu_index.py)
-        say "installing into $venv: downloads about 0.6 GB (PyTorch for CPU, Triton, and the rest)," \
-            "3 GB where only PyTorch's CUDA build can be had"
+        say "installing into $venv: downloads about 0.6 GB, PyTorch for CPUs among it; takes 2 GB of disk" \
+            "(3 and 7 GB where only PyTorch with CUDA can be had)"
     fi
     quiet=--quiet
     [ ! -t 1 ] || quiet=""
@@ -131,11 +134,17 @@ if [ $installed = no ]; then
         "$venv/bin/python" -m pip install $quiet -c constraints.txt $index -e ".[$extras]"
     }
     for extra in $(echo "$extras" | tr , ' '); do stamp "extra-$extra" "$wanted_packages"; done
-    stamp native "$wanted_native"
-    say "done"
-elif ! stamped native "$wanted_native"; then
+elif ! built; then
     say "the native sources or their settings changed: building again"
     rm -f "$venv/.pgolf-native"
     "$venv/bin/python" setup.py -q build_ext --inplace
-    stamp native "$wanted_native"
+else
+    exit 0
+fi
+stamp native "$wanted_native"
+say "done"
+# pip hides what a build prints, so that setup.py's own warning is not seen.
+if [ "${PGOLF_CUDA:-auto}" != 0 ] && ! "$venv/bin/python" -c 'import sys, pgolf_kernels._native as n; sys.exit(not n.has_cuda())'; then
+    printf '%s\n' "setup: *** built WITHOUT CUDA, because nvcc failed. Its lines:" \
+        "    PGOLF_CUDA=1 $venv/bin/python setup.py build_ext --inplace" >&2
 fi
