@@ -10,7 +10,6 @@ import torch
 import pgolf_kernels
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-DOCS = EXAMPLES.parent / "docs"
 
 
 def main_of(name):
@@ -43,25 +42,19 @@ def test_no_example_is_left_out():
     }
 
 
-KERNEL_EXAMPLES = re.findall(r"## ([^\n]+)\n\n```python\n(.*?)```", (DOCS / "kernels.md").read_text(), re.DOTALL)
+README = (EXAMPLES.parent / "README.md").read_text()
+KERNEL_EXAMPLES = re.findall(r"<summary>([^\n]+)</summary>\n\n```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(("title", "code"), KERNEL_EXAMPLES, ids=[title for title, _ in KERNEL_EXAMPLES])
-def test_the_page_of_kernels(title, code, tmp_path):
+def test_the_readmes_examples(title, code, tmp_path):
+    assert len(code.splitlines()) <= 24, "a reader wants to see it at a glance"
     file = tmp_path / "example.py"
     file.write_text(code)
     torch.manual_seed(0)
     runpy.run_path(str(file))
 
 
-def test_every_exported_function_is_on_the_page():
-    page = (DOCS / "kernels.md").read_text()
+def test_every_exported_function_is_in_the_readme():
     settings = {"attention_backend_info", "set_attention_backend"}
-    assert [name for name in pgolf_kernels.__all__ if name not in settings and name not in page] == []
-
-
-def test_pages_link_to_pages_that_exist():
-    root = DOCS.parent
-    for page in [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md")]:
-        for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    assert [name for name in pgolf_kernels.__all__ if name not in settings and name not in README] == []
