@@ -7,13 +7,14 @@ Nothing here is special to the demo but the preset: each stage is the one that t
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ ADAPTED, FROZEN = "lora_ttt", "lora_ttt_lr0"  # test-time training, and the same
 def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, quiet: bool = False) -> RunDir:
     """Runs everything in a new folder under `runs` and returns it.
 
-    `seed` and `steps` go over the preset's. Raises PgolfError and its kinds.
+    `seed` and `steps` go over the preset's. Raises PgolfError and its kinds, KeyboardInterrupt after Ctrl-C.
     """
     started = time.perf_counter()
     changes: dict[str, Any] = {"run_dir": str(runs)}
@@ -51,31 +52,43 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
     config = config.replace(run_id=f"demo-seed{config.train.seed}-{time.strftime('%m%d-%H%M%S')}")
     run = RunDir(runs / config.train.run_id)
     config = config.replace(data_dir=str(run.path / "data"))
+    # The steps' own lines go to the run's log.txt in any case.
+    with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+        run.say(f"1/5  data set from the bundled text, in {run.path}")
+        with _timed(run, "data"):
+            build_sample(config, quiet=quiet)
+            dataset = open_dataset(config.data.data_dir)
+        run.say("2/5  training, quantising, packing")
+        _train(config, dataset)
+        run.say("3/5  scoring the artifact in a fresh process")
+        _evaluate_in_fresh_processes(run, quiet=quiet)
+        run.say("4/5  general compressors on the same text")
+        with _timed(run, "baselines"):
+            general = baselines(dataset)
+        gain = paired_gain(run, dataset)
+        run.merge_result(
+            {
+                "val_loss": run.result()["evaluation"][ADAPTED]["val_loss"],
+                "baselines": general,
+                "ttt_gain": dict(zip(("bpb", "standard_error", "documents"), gain, strict=True)),
+            }
+        )
+        run.say("5/5  report page")
+        with _timed(run, "report"):
+            write_report([run.path])
+    run.merge_result({"seconds": {"total": time.perf_counter() - started}})
+    return run
 
-    with _timed(run, "data"):
-        build_sample(config, quiet=quiet)
-        dataset = open_dataset(config.data.data_dir)
+
+def _train(config: Config, dataset: Dataset) -> None:
+    """The stages that the large presets run in one process, too."""
     try:
         run_pipeline(config, stages=("train", "quantize"), dataset=dataset)
     except Interrupted as error:
+        # Training has ended by itself and saved a checkpoint, but the demo starts anew: it has no --resume.
         if error.number == signal.SIGINT:
-            raise KeyboardInterrupt from error  # the demo starts anew, it has no --resume
-        raise
-    _evaluate_in_fresh_processes(run, quiet=quiet)
-    gain = paired_gain(run, dataset)
-    with _timed(run, "baselines"):
-        general = baselines(dataset)
-    run.merge_result(
-        {
-            "val_loss": run.result()["evaluation"][ADAPTED]["val_loss"],
-            "baselines": general,
-            "ttt_gain": dict(zip(("bpb", "standard_error", "documents"), gain, strict=True)),
-        }
-    )
-    with _timed(run, "report"):
-        write_report([run.path])
-    run.merge_result({"seconds": {"total": time.perf_counter() - started}})
-    return run
+            raise KeyboardInterrupt from error
+        raise SystemExit(128 + error.number) from error
 
 
 def build_sample(config: Config, *, quiet: bool = False) -> None:
@@ -97,10 +110,16 @@ def _evaluate_in_fresh_processes(run: RunDir, *, quiet: bool) -> None:
         ["--mode", "plain", "--mode", "sliding", "--mode", "lora-ttt"],
         ["--mode", "lora-ttt", "--ttt-lora-lr", "0", "--label", FROZEN],
     ):
-        # A process group of its own: Ctrl-C reaches this process alone, which ends the other.
-        done = subprocess.run([*common, *arguments], process_group=0)
-        if done.returncode:
-            raise PgolfError(f"{run.path}: evaluation ended with exit status {done.returncode}, its message is above")
+        # A process group of its own: Ctrl-C reaches this process alone, which ends the other. Its table is left out,
+        # the demo's holds the same figures.
+        with subprocess.Popen([*common, *arguments], stdout=subprocess.DEVNULL, process_group=0) as process:
+            try:
+                status = process.wait()
+            except BaseException:
+                process.terminate()  # it removes what it was writing
+                raise
+        if status:
+            raise PgolfError(f"{run.path}: evaluation ended with exit status {status}, its message is above")
 
 
 def paired_gain(run: RunDir, dataset: Dataset) -> tuple[float, float, int]:
@@ -122,38 +141,40 @@ def _document_losses(path: Path, dataset: Dataset) -> np.ndarray:
 
 
 def print_result(run: RunDir, console: Console | None = None) -> None:
-    """The table that the demo ends with."""
+    """The tables that the demo ends with."""
     console = console or Console()
     result = run.result()
-    bpb, artifact = result["bpb"], result["artifact"]
-    table = Table(title="bits per byte on the held-out text", title_justify="left", box=None, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    rows = [
+    bpb, artifact, general = result["bpb"], result["artifact"], result["baselines"]
+    scores = Table("on the held-out text", box=None, pad_edge=False)
+    scores.add_column("bits per byte", justify="right")
+    scores.add_column("of xz", justify="right")
+    for name, value in (
         ("model before quantisation", bpb["float"]),
         ("artifact", bpb["plain"]),
         ("artifact, sliding window", bpb["sliding"]),
         ("artifact, test-time training", bpb[ADAPTED]),
-        ("  the same, learning rate 0", bpb[FROZEN]),
-        ("gzip -9, primed", result["baselines"]["gzip"]),
-        ("xz -9e, primed", result["baselines"]["xz"]),
-        ("brotli -11, primed", result["baselines"]["brotli"]),
-    ]
-    for name, value in rows:
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
+        ("  with learning rate 0", bpb[FROZEN]),
+        ("gzip -9, primed", general["gzip"]),
+        ("xz -9e, primed", general["xz"]),
+        ("brotli -11, primed", general["brotli"]),
+    ):
+        scores.add_row(name, f"{value:.4f}", f"{value / general['xz']:.3f}")
+    stages = Table("stage", box=None, pad_edge=False)
+    stages.add_column("seconds", justify="right")
+    for name, value in result["seconds"].items():
+        stages.add_row(name.replace("_", " ", 1), f"{value:.1f}")
+    both = Table.grid(padding=(0, 4))
+    both.add_row(scores, stages)
+    console.print("", both, "")
     gain = result["ttt_gain"]
-    console.print(
-        f"test-time training: {bpb[ADAPTED] / result['baselines']['xz']:.3f} of xz; gains {gain['bpb']:.4f} "
-        f"± {gain['standard_error']:.4f} over learning rate 0 (paired over {gain['documents']} documents)",
-        highlight=False,
+    lines = (
+        f"artifact: {artifact['bytes']:,} bytes, {artifact['bits_per_weight']:.3f} bits a weight",
+        f"test-time training: {gain['bpb']:.4f} ± {gain['standard_error']:.4f} bits per byte better than with learning "
+        f"rate 0 (paired over {gain['documents']} documents)",
+        f"report: {run.path / 'report.html'}",
     )
-    console.print(
-        f"artifact: {artifact['bytes']:,} bytes, {artifact['bits_per_weight']:.3f} bits a weight", highlight=False
-    )
-    seconds = [f"{name} {value:.1f}" for name, value in result["seconds"].items()]
-    console.print(f"seconds: {', '.join(seconds)}", highlight=False)
-    console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager

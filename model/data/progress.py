@@ -47,12 +47,19 @@ class _LineTask(Task):
     def __init__(self, title: str, total: float | None, unit: str) -> None:
         super().__init__(title, total, unit)
         self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._printed = ""
 
     def advance(self, amount: float = 1) -> None:
         super().advance(amount)
         if time.monotonic() >= self._next:
-            print(self.describe(), file=sys.stderr, flush=True)
-            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+            self.print()
+
+    def print(self) -> None:
+        """Where the job is, unless the last line said just that."""
+        if self.describe() != self._printed:
+            self._printed = self.describe()
+            print(self._printed, file=sys.stderr, flush=True)
+        self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
 
 
 @contextmanager
@@ -72,9 +79,9 @@ def progress(title: str, total: float | None = None, unit: str = "documents", *,
             yield task
         print(task.describe(), file=sys.stderr, flush=True)
     else:
-        task = _LineTask(title, total, unit)
-        yield task
-        print(task.describe(), file=sys.stderr, flush=True)
+        lines = _LineTask(title, total, unit)
+        yield lines
+        lines.print()
 
 
 def _amount(value: float) -> str:
