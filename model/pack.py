@@ -1,23 +1,22 @@
 """What a size-limited submission ships: one self-extracting script, the artifact, and papers.
 
-    train_gpt.py     every module that training and scoring need, minified, LZMA, base 85; unpacks itself and runs
+    train_gpt.py     every module that training and scoring need, minified, LZMA; unpacks itself and runs
     model.pgolf      the artifact, in the static mode, which the script decodes with NumPy alone
     submission.json  sizes and results        README.md  how to run it        train.log  what the run printed
 
 The script needs Python, PyTorch and the libraries in requirements.txt, and no compiled part of this project: native
-kernels are replaced by their PyTorch references. Every file in the folder counts against the budget.
+kernels are replaced by their PyTorch references. The script of a run that scores with n-gram hints carries their C++
+sources and compiles them where it runs. Every file in the folder counts against the budget.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import functools
-import io
 import json
 import lzma
 import os
-import zipfile
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import Any
 import python_minifier
 
 from model.artifact import encode_artifact, read_artifact
+from model.config import Config
+from model.errors import PgolfError
 from model.files import atomic_folder
 from model.run import RunDir
 from model.size import BUDGET
@@ -35,14 +36,19 @@ ROOT_MODULES = ("model.packed_entry", "model.packed_native")
 LIBRARIES = ("torch", "numpy", "sentencepiece", "brotli", "zstandard", "safetensors", "click", "rich")
 _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
-_ZIP_TIME = (2020, 1, 1, 0, 0, 0)  # fixed, so that equal sources give equal scripts
+_LZMA: list[dict[str, int]] = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
 _NATIVE = "pgolf_kernels._native"
 
-_STUB = '''"""Self-extracting: python train_gpt.py --help"""
-import atexit,base64,io,lzma,shutil,sys,tempfile,zipfile
+_STUB = b'''# coding: latin-1
+"""Self-extracting: python train_gpt.py --help"""
+import atexit,lzma,pathlib,shutil,sys,tempfile
 d=tempfile.mkdtemp()
 atexit.register(shutil.rmtree,d,True)
-zipfile.ZipFile(io.BytesIO(lzma.decompress(base64.b85decode(%r)))).extractall(d)
+f=lzma.decompress("%s".encode("latin-1")).split(b"\\0")
+for n,t in zip(f[::2],f[1::2]):
+ p=pathlib.Path(d,n.decode())
+ p.parent.mkdir(parents=True,exist_ok=True)
+ p.write_bytes(t)
 sys.path.insert(0,d)
 from model.packed_entry import main
 if __name__=="__main__":main(__file__)
@@ -90,7 +96,7 @@ def pack_submission(
     )
     log = run.path / "log.txt"
     files = {
-        SCRIPT: entry_script(),
+        SCRIPT: entry_script(ngram=uses_ngram(artifact.config)),
         ARTIFACT: data,
         "requirements.txt": "".join(f"{library}\n" for library in LIBRARIES).encode(),
         "train.log": log.read_bytes() if log.is_file() else b"",
@@ -113,31 +119,74 @@ def pack_submission(
 
 
 @functools.cache
-def entry_script() -> bytes:
-    """train_gpt.py: the modules that ROOT_MODULES reach, minified and compressed, and what unpacks them."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        for name, path in sorted(reachable_modules(_roots()).items()):
-            target = _NATIVE if name == "model.packed_native" else name
-            place = target.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
-            file.writestr(zipfile.ZipInfo(place, _ZIP_TIME), minified(path))
-    packed = lzma.compress(archive.getvalue(), format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME)
-    return (_STUB % base64.b85encode(packed)).encode()
+def entry_script(*, ngram: bool = False) -> bytes:
+    """train_gpt.py: the modules that ROOT_MODULES reach, minified and compressed, and what unpacks them.
+
+    ngram: with the C++ sources of the n-gram hints, which the script compiles when a mode asks for hints. Raises
+    PgolfError when they are not there (an installation without the sources).
+    """
+    files = packed_files(ngram=ngram)
+    content = "\0".join(part for name in sorted(files) for part in (name, files[name])).encode()
+    packed = lzma.compress(content, format=lzma.FORMAT_ALONE, filters=_LZMA)
+    return _STUB % latin1_literal(packed)
+
+
+def packed_files(*, ngram: bool) -> dict[str, str]:
+    """What `entry_script` unpacks: path -> text."""
+    files = {}
+    for name, path in reachable_modules(_roots()).items():
+        target = _NATIVE if name == "model.packed_native" else name
+        files[target.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")] = minified(path)
+    if ngram:
+        files |= {path.relative_to(_SOURCE).as_posix(): without_comments(path) for path in _ngram_sources()}
+    return files
+
+
+def uses_ngram(config: Config) -> bool:
+    """Whether the run's own evaluation mode asks for n-gram hints."""
+    return config.eval.eval_mode.endswith("+ngram-tilt")
+
+
+def latin1_literal(data: bytes) -> bytes:
+    """What stands between the quotes of a string literal whose Latin-1 bytes are `data`, in a file of that encoding.
+
+    One byte in fifty grows, where base 85 makes every four bytes five.
+    """
+    for byte, escape in ((b"\\", b"\\\\"), (b"\0", b"\\x00"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
+        data = data.replace(byte, escape)
+    return data
 
 
 def minified(path: Path) -> str:
-    """A module's source without comments, docstrings and annotations of functions; names stay as they are.
+    """A module's source without comments, docstrings and annotations of functions, with short names of locals.
 
-    Names stay because modules refer to each other's, and because Triton kernels are read from their source.
+    Names of modules stay because others refer to them. Triton kernels are read from their source: theirs stay, too.
     """
     return python_minifier.minify(
         path.read_text(encoding="utf-8"),
         str(path),
         remove_literal_statements=True,
-        rename_locals=False,
+        rename_locals=not path.stem.endswith(("_triton", "_triton_tile")),
         rename_globals=False,
         hoist_literals=False,
     )
+
+
+def without_comments(path: Path) -> str:
+    """C++ without comments and indentation. Only for sources whose literals hold no double slash."""
+    lines = (re.sub("//.*", "", line).strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _ngram_sources() -> list[Path]:
+    """csrc/ngram with what it includes, without Python's bindings."""
+    folder = _SOURCE / "csrc"
+    common = [folder / "common" / name for name in ("isa.cpp", "parallel.h", "system.h")]
+    sources = [path for path in folder.glob("ngram/*") if path.name != "bindings.cpp"]
+    missing = next((path for path in common if not path.is_file()), None)
+    if missing or not sources:
+        raise PgolfError(f"{folder}: the sources of the n-gram hints are not here; pack this run from a checkout")
+    return [*common, *sources]
 
 
 def reachable_modules(roots: Iterable[str]) -> dict[str, Path]:

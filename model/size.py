@@ -83,9 +83,9 @@ def size_report(path: str | os.PathLike[str], *, code: bool = True) -> SizeRepor
         header, quantized = artifact.header, artifact.quantized
     code_bytes = 0
     if code:
-        from model.pack import entry_script
+        from model.pack import entry_script, uses_ngram
 
-        code_bytes = len(entry_script())
+        code_bytes = len(entry_script(ngram=uses_ngram(header.config)))
     return SizeReport(tuple(size_rows(quantized, header)), predicted, header.file_size, code_bytes)
 
 

@@ -1,5 +1,6 @@
 """Sizes before and after packing, and a submission that runs without this repository."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,14 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from model import packed_native
 from model.artifact import decode_artifact, encode_artifact, read_artifact
 from model.errors import ArtifactError, ConfigError, PgolfError
-from model.pack import ARTIFACT, ROOT_MODULES, SCRIPT, entry_script, pack_submission, reachable_modules
+from model.pack import (
+    ARTIFACT,
+    ROOT_MODULES,
+    SCRIPT,
+    Submission,
+    entry_script,
+    latin1_literal,
+    pack_submission,
+    packed_files,
+    reachable_modules,
+)
 from model.pipeline import run_pipeline
 from model.run import RunDir
 from model.size import print_table, size_report
+from pgolf_kernels import ngram_hints
 from tests.artifacts import same
 from tests.tiny import tiny_config, tiny_data
 
@@ -63,7 +77,43 @@ def test_the_packed_modules_are_complete_and_need_nothing_else() -> None:
     modules = reachable_modules(ROOT_MODULES)
     assert {"model.packed_entry", "model.gpt", "model.evaluate.lora_ttt", "model.train"} <= set(modules)
     assert not {"model.report", "model.demo", "model.doctor", "pgolf_kernels._native"} & set(modules)
-    assert len(entry_script()) < 160_000
+    assert len(entry_script()) < 100_000 and len(entry_script(ngram=True)) < 110_000
+
+
+def test_any_bytes_as_a_literal() -> None:
+    data = bytes(range(256)) * 3 + b'\\x00\\\n"\r\n0' + b"\0" + b"7"
+    source = b'# coding: latin-1\nvalue = "%s".encode("latin-1")\n' % latin1_literal(data)
+    assert ast.literal_eval(ast.parse(source).body[0].value.func.value).encode("latin-1") == data
+    assert len(latin1_literal(data)) < 1.05 * len(data)
+
+
+@pytest.mark.long
+def test_hints_compiled_from_the_sources_that_a_submission_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    passage = torch.randint(0, 400, (300,), generator=draw)
+    tokens = torch.cat([passage, torch.randint(0, 400, (500,), generator=draw), passage[50:], passage])
+    flags = {name: torch.rand(400, generator=draw) < 0.3 for name in ("has_leading_space", "is_boundary")}
+    settings = {"table_bits": 12, "within_beta": 0.5, "word_beta": 0.25, **flags}
+    wanted = [ngram_hints(tokens, hash=form, **settings) for form in ("compatible", "full")]
+    monkeypatch.setattr(packed_native, "_SOURCES", tmp_path / "csrc")
+    monkeypatch.setattr("pgolf_kernels.ngram._native", packed_native)
+    packed_native._ngram_library.cache_clear()
+    with pytest.raises(PgolfError, match="packed from a run that does not use them"):
+        ngram_hints(tokens)
+    files = packed_files(ngram=True)
+    for name in (name for name in files if name.startswith("csrc/")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(files[name])
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(PgolfError, match=r"no C\+\+ compiler"):
+            ngram_hints(tokens)
+    for form, (hints, betas) in zip(("compatible", "full"), wanted, strict=True):
+        assert (hints >= 0).sum() > 300
+        got = ngram_hints(tokens, hash=form, **settings)
+        assert torch.equal(got[0], hints) and torch.equal(got[1], betas)
 
 
 def test_pack_submission(run: RunDir, tmp_path: Path) -> None:
@@ -82,20 +132,35 @@ def test_pack_submission(run: RunDir, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_submission_with_hints_gives_its_own_modes_bpb(tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_data(tmp_path), tmp_path / "runs", eval_mode="sgd-ttt+ngram-tilt", sgd_ttt_chunk_tokens=256,
+        sgd_ttt_batch_seqs=4, ngram_table_bits=12,
+    )  # fmt: skip
+    run_pipeline(config)
+    run = RunDir(tmp_path / "runs" / "tiny", writes=False)
+    submission = pack_submission(run.path, tmp_path / "out")
+    bpb = scores_of(submission, "--data", config.data.data_dir, "--device", "cpu")
+    assert bpb == {name: pytest.approx(run.result()["bpb"][name], abs=2e-6) for name in ["sgd_ttt_ngram_tilt"]}
+    assert sorted(path.name for path in submission.path.iterdir()) == sorted(submission.sizes)
+
+
+def scores_of(submission: Submission, *arguments: str) -> dict[str, float]:
+    """Runs the script in its folder, without this repository on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, SCRIPT, *arguments]
+    done = subprocess.run(command, cwd=submission.path, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["bpb"]
+    return result
+
+
+@pytest.mark.long
 def test_a_submission_runs_without_this_repository_and_gives_the_same_bpb(run: RunDir, tmp_path: Path) -> None:
     submission = pack_submission(run.path, tmp_path / "out")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     data = run.config().data.data_dir
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--data", data, "--mode", "plain", "--mode", "lora-ttt", "--device", "cpu"],
-        cwd=submission.path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
-    bpb = json.loads(done.stdout.splitlines()[-1])["bpb"]
+    bpb = scores_of(submission, "--data", data, "--mode", "plain", "--mode", "lora-ttt", "--device", "cpu")
     assert bpb["plain"] == pytest.approx(run.result()["bpb"]["plain"], abs=2e-6)
     assert sorted(path.name for path in submission.path.iterdir()) == sorted(submission.sizes)
     broken = subprocess.run(
