@@ -146,7 +146,7 @@ def print_result(run: RunDir, console: Console | None = None) -> None:
     result = run.result()
     bpb, artifact, general = result["bpb"], result["artifact"], result["baselines"]
     scores = Table("on the held-out text", box=None, pad_edge=False)
-    scores.add_column("bits per byte", justify="right")
+    scores.add_column("bits/byte", justify="right")
     scores.add_column("of xz", justify="right")
     for name, value in (
         ("model before quantisation", bpb["float"]),
@@ -163,7 +163,7 @@ def print_result(run: RunDir, console: Console | None = None) -> None:
     stages.add_column("seconds", justify="right")
     for name, value in result["seconds"].items():
         stages.add_row(name.replace("_", " ", 1), f"{value:.1f}")
-    both = Table.grid(padding=(0, 4))
+    both = Table.grid(padding=(0, 3))
     both.add_row(scores, stages)
     console.print("", both, "")
     gain = result["ttt_gain"]
