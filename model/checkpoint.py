@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.errors import ArtifactError
+from model.errors import ArtifactError, PgolfError
 from model.files import atomic_folder, sha256_file
 
 FORMAT_VERSION = 1
@@ -39,10 +39,16 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes checkpoint `step` into `folder` and removes all but the newest `keep`. `state` holds JSON types."""
+    """Writes checkpoint `step` into `folder` and removes all but the newest `keep`. `state` holds JSON types.
+
+    Raises PgolfError when it cannot be written.
+    """
     path = folder / f"step_{step:08d}"
     with atomic_folder(path, replace=True) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / _TENSORS)
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise PgolfError(f"{path}: cannot be written ({error}), wanted a disk with enough space") from error
         header = {"format": FORMAT_VERSION, "step": step, "sha256": sha256_file(temporary / _TENSORS), "state": state}
         (temporary / _STATE).write_text(json.dumps(header), encoding="utf-8")
     for old in list_checkpoints(folder)[: -max(keep, 1)]:

@@ -56,6 +56,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
             temporary.unlink()
 
 
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Adds `text` to the end of a file, all of it or nothing. Raises PgolfError when it cannot be written."""
+    left = memoryview(text.encode())
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except BaseException:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise _cannot_write(Path(path), error) from error
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends without an error.

@@ -14,6 +14,7 @@ Only the main process writes; in the others every method does nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -34,11 +35,11 @@ from torch import Tensor
 
 from model.config import Config
 from model.errors import ConfigError
-from model.files import atomic_write
+from model.files import append_text, atomic_write
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("model", "pgolf_kernels", "csrc")
-_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
+_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inl"}
 _PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors", "brotli", "pgolf_kernels")
 _ZIP_TIME = (2020, 1, 1, 0, 0, 0)  # fixed, so that equal sources give equal archives
 # Settings that may change when a run goes on from a checkpoint: none of them changes what a training step does.
@@ -91,8 +92,7 @@ class RunDir:
 
     def append_metrics(self, records: list[dict[str, Any]]) -> None:
         if self.writes and records:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            append_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -123,8 +123,7 @@ class RunDir:
         """One line to the log and to standard output."""
         if self.writes:
             print(text, flush=True)
-            with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            append_text(self.path / "log.txt", f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def save_model(self, state: dict[str, Tensor], config: Config) -> None:
         """Weights as fp32 safetensors, with the configuration in the metadata."""
@@ -212,6 +211,7 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
+@functools.cache  # what this process has imported: several runs of one process share it
 def _source_archive() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
