@@ -22,7 +22,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from pgolf_kernels import _native
-from pgolf_kernels._native_op import has_native_cuda, num_threads, reference_on_cuda, register_op, stream_of
+from pgolf_kernels._native_op import (
+    has_native_cuda,
+    num_threads,
+    reference_on_cuda,
+    register_op,
+    runs_native,
+    stream_of,
+)
 
 ScaleRule = Literal["sigma", "absmax", "search"]
 RoundScales = Literal["before", "after"]
@@ -168,6 +175,8 @@ def _check_permutation(name: str, order: torch.Tensor) -> None:
 
 def _factor_cpu(hessian, diagonal, order):
     _check_factor(hessian, diagonal, order)
+    if not runs_native(hessian):
+        return gptq_factor_reference(hessian, diagonal, order)
     factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     status = torch.zeros(len(hessian), dtype=torch.int32)
     for i in range(len(hessian)):
@@ -259,6 +268,8 @@ def _columns_cpu(weights, factors, orders, scales, status, max_codes, residual, 
     _check_columns(weights, factors, orders, scales, status, max_codes, residual, block_size)
     for i, order in enumerate(orders):
         _check_permutation(f"orders[{i}]", torch.where(order < 0, -1 - order, order))
+    if len(weights) > 0 and not runs_native(weights[0]):
+        return gptq_columns_reference(weights, factors, orders, scales, status, max_codes, residual, block_size)
     table, codes, inputs = _column_table(weights, factors, orders, scales, status, max_codes)
     double = len(weights) > 0 and weights[0].dtype == torch.float64
     _native.gptq_columns_cpu(table.data_ptr(), len(table), double, residual, block_size, num_threads())

@@ -145,6 +145,24 @@ def test_a_submission_with_hints_gives_its_own_modes_bpb(tmp_path: Path) -> None
     assert sorted(path.name for path in submission.path.iterdir()) == sorted(submission.sizes)
 
 
+@pytest.mark.long
+def test_a_submission_trains(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean" / SCRIPT).write_bytes(entry_script())
+    flags = (
+        f"--preset demo --data-dir {data} --run-dir {tmp_path / 'runs'} --run-id x --vocab-size 512 --iterations 2 "
+        "--warmup-steps 1 --train-batch-tokens 512 --micro-batches 2 --train-seq-len 64 --calibration-tokens 256 "
+        "--calibration-batches 1 --eval-mode plain --eval-seq-len 64"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, SCRIPT, "train", *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path / "clean", env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    run = RunDir(tmp_path / "runs" / "x", writes=False)
+    assert read_artifact(run.artifact_path).config.preset == "demo" and "plain" in run.result()["bpb"]
+
+
 def scores_of(submission: Submission, *arguments: str) -> dict[str, float]:
     """Runs the script in its folder, without this repository on the path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
