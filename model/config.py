@@ -313,27 +313,20 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """The inverse of to_dict (also after a trip through JSON); unknown fields are an error."""
-        types = {
-            "model": ModelConfig,
-            "data": DataConfig,
-            "train": TrainConfig,
-            "quant": QuantConfig,
-            "eval": EvalConfig,
-        }
         parts: dict[str, Any] = {}
         for key, value in values.items():
             if key == "preset":
                 parts[key] = str(value)
-            elif key in types and isinstance(value, dict):
-                known = {f.name for f in dataclasses.fields(types[key])}
-                unknown = sorted(set(value) - known)
-                _require(not unknown, f"config section {key!r}", unknown, f"fields of {types[key].__name__}")
+            elif key in _SECTIONS and isinstance(value, dict):
+                section = _SECTIONS[key]
+                unknown = sorted(set(value) - {f.name for f in dataclasses.fields(section)})
+                _require(not unknown, f"config section {key!r}", unknown, f"fields of {section.__name__}")
                 given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
                 for name, setting in given.items():
                     _check_type(name, setting)
-                parts[key] = types[key](**given)
+                parts[key] = section(**given)
             else:
-                raise ConfigError(f"config: got section {key!r}, wanted one of preset, {', '.join(types)}")
+                raise ConfigError(f"config: got section {key!r}, wanted one of preset, {', '.join(_SECTIONS)}")
         return cls(**parts)
 
 
@@ -360,11 +353,19 @@ def _check_type(name: str, value: Any) -> None:
     _require(good, name, value, f"a value of type {getattr(kind, '__name__', kind)}")
 
 
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "quant": QuantConfig,
+    "eval": EvalConfig,
+}
+
+
 @functools.cache
 def field_types() -> dict[str, Any]:
     """The type of every field, by its name."""
-    sections = (ModelConfig, DataConfig, TrainConfig, QuantConfig, EvalConfig)
-    return {name: kind for section in sections for name, kind in typing.get_type_hints(section).items()}
+    return {name: kind for section in _SECTIONS.values() for name, kind in typing.get_type_hints(section).items()}
 
 
 _LITERALS = {name: typing.get_args(kind) for name, kind in field_types().items() if typing.get_origin(kind) is Literal}

@@ -6,12 +6,16 @@ memory: they go through a second, gloo group, so that agreeing never waits for a
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -114,33 +118,35 @@ class Dist:
                 raise TrainError(f"{what}: rank {rank} failed: {message}")
 
 
+class Terminated(SystemExit):
+    """SIGTERM, as an exception: what a rank has open is closed, and it can say which other rank failed."""
+
+
 @contextmanager
 def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> Iterator[Dist]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without it.
 
     `device` is "cuda" or "cpu"; None takes CUDA where there is one. Groups are torn down at the end, unless by an
-    error. Raises TrainError when there are more ranks on this machine than GPUs.
+    error. Raises TrainError when there are more ranks on this machine than GPUs, and when a collective fails or
+    torchrun ends this process because another rank failed: with that rank's message.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     target = torch.device(device)
     if target.type == "cuda":
-        if not torch.cuda.is_available():
-            raise TrainError("device: got 'cuda', but this process sees no GPU; `pgolf doctor` says why")
-        if local_rank >= torch.cuda.device_count():
-            raise TrainError(
-                f"device: local rank {local_rank} has no GPU, this machine shows {torch.cuda.device_count()}; "
-                f"wanted --nproc_per_node={torch.cuda.device_count()} or less"
-            )
-        target = torch.device("cuda", local_rank)
+        target = _own_gpu(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
         torch.cuda.set_device(target)
     if world == 1:
         yield Dist(0, 1, local_rank, target)
         return
+    # Some functions there have the default group of the time of their import as default arguments, and torch.optim
+    # imports them. Imported with a group present they would keep it, and gloo's threads with it, beyond
+    # destroy_process_group: one that frees its last tensor while the interpreter ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     timeout = timedelta(seconds=timeout_seconds)
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-    # After a restart torchrun's store still has the addresses of the processes before: each attempt has its own keys.
+    # After a restart torchrun's store still has the keys of the processes before: each attempt has its own.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_gpu = target.type == "cuda"
     dist.init_process_group(
@@ -152,9 +158,58 @@ def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> It
         device_id=target if on_gpu else None,
     )
     host_group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-    # Not torn down after an error: another rank may be inside a collective, and tearing down would wait for it.
-    yield Dist(rank, world, local_rank, target, host_group)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield Dist(rank, world, local_rank, target, host_group)
+    except (Exception, Terminated) as error:
+        # Groups stay: another rank may be inside a collective, and tearing down would wait for it.
+        failure = _failure_elsewhere(store, rank, error)
+        if failure is not None:
+            raise failure from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
+
+
+def _own_gpu(local_rank: int, local_world: int) -> torch.device:
+    """This rank's GPU. Raises TrainError on every rank when there are too few for one of them."""
+    if not torch.cuda.is_available():
+        raise TrainError("device: got 'cuda', but this process sees no GPU; `pgolf doctor` says why")
+    if local_world > torch.cuda.device_count():
+        raise TrainError(
+            f"device: {local_world} ranks on this machine, which shows {torch.cuda.device_count()} GPUs; "
+            f"wanted --nproc_per_node={torch.cuda.device_count()} or less"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(128 + number)
+
+
+_FAILURE = "failure"  # the store's key for the message of the first rank that failed
+_PATIENCE = 3.0  # seconds that a rank whose collective failed waits for that message
+
+
+def _failure_elsewhere(store: dist.Store, rank: int, error: BaseException) -> TrainError | None:
+    """The failure of another rank that `error` follows from. For a failure of this rank's own: None, and it is told."""
+    collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    try:
+        if not collective and not isinstance(error, Terminated):
+            store.compare_set(_FAILURE, "", f"rank {rank} failed: {str(error) or type(error).__name__}")
+            return None
+        deadline = time.monotonic() + _PATIENCE
+        while not store.check([_FAILURE]):
+            if time.monotonic() > deadline or isinstance(error, Terminated):
+                return None if isinstance(error, Terminated) else TrainError(_WORDLESS)
+            time.sleep(0.05)
+        return TrainError(store.get(_FAILURE).decode())
+    except dist.DistError:  # the store itself is gone, with torchrun
+        return None
+
+
+_WORDLESS = "another rank ended without a word: killed from outside, or out of host memory"
 
 
 def local_micro_batches(micro_batches: int, world: int) -> int:

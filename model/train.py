@@ -258,12 +258,12 @@ class Trainer:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            train = self.config.train
-            tokens = train.train_batch_tokens // train.micro_batches
+            more, train = more_micro_batches(self.config, self.loader.rows), self.config.train
+            help_ = f"--micro-batches {more}" if more else "a smaller --train-batch-tokens"
+            step = " and leaves the step as it is" if more else ""
             raise TrainError(
-                f"out of memory on {self.ranks.device} with {tokens:,} tokens a micro-batch; "
-                f"--micro-batches {2 * train.micro_batches} halves them and leaves the step as it is "
-                f"({str(error).splitlines()[0]})"
+                f"out of memory on {self.ranks.device} with {train.train_batch_tokens // train.micro_batches:,} tokens "
+                f"a micro-batch; {help_} makes them fewer{step} ({str(error).splitlines()[0]})"
             ) from error
 
     def _validate(self) -> None:
@@ -355,13 +355,18 @@ class Trainer:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         states = checkpoint.state["ranks"]
-        if len(states) != self.ranks.world:
-            raise ArtifactError(f"{checkpoint.path}: written by {len(states)} ranks, wanted {self.ranks.world}")
+        if self.loader.own_order and len(states) != self.ranks.world:
+            raise ArtifactError(
+                f"{checkpoint.path}: written by {len(states)} ranks, each with its own order of the data "
+                f"(--loader {self.loader.kind}), wanted as many again; got {self.ranks.world}"
+            )
+        # Positions of the other loaders and the random states are the same on every rank.
+        mine = states[self.ranks.rank % len(states)]
         self.model.load_state_dict(parts["model"])
         self.average.load_state(parts["average"])
         self.optimizer.load_state(parts["optimizer"])
-        self.loader.load_state_dict(states[self.ranks.rank]["loader"])
-        set_random_state(states[self.ranks.rank]["random"], self.ranks.device)
+        self.loader.load_state_dict(mine["loader"])
+        set_random_state(mine["random"], self.ranks.device)
         self.step, self.seconds = checkpoint.step, float(checkpoint.state["seconds"])
         self.looped = bool(checkpoint.state["looped"])
         self.run_dir.forget_metrics_after(self.step)
@@ -374,7 +379,6 @@ class Trainer:
 
 def make_loader(config: Config, dataset: Dataset, ranks: Dist) -> Loader:
     """The preset's training loader for this rank."""
-    options: dict[str, Any] = {"bucket_size": config.data.cu_bucket_size} if config.data.loader == "documents" else {}
     return LOADERS[config.data.loader](
         dataset.train_shards,
         tokens=config.train.train_batch_tokens // config.train.micro_batches,
@@ -382,9 +386,18 @@ def make_loader(config: Config, dataset: Dataset, ranks: Dist) -> Loader:
         vocab_size=config.model.vocab_size,
         rank=ranks.rank,
         world_size=ranks.world,
+        bucket_size=config.data.cu_bucket_size,
         device=ranks.device,
-        **options,
     )
+
+
+def more_micro_batches(config: Config, rows: bool) -> int | None:
+    """The next larger number of micro-batches that the same ranks and the same step can have, or None."""
+    train, unit = config.train, max(config.data.train_seq_len, 1) if rows else 1
+    for count in range(2 * train.micro_batches, train.train_batch_tokens // unit + 1, train.micro_batches):
+        if train.train_batch_tokens % (count * unit) == 0:
+            return count
+    return None
 
 
 def check_dataset(config: Config, dataset: Dataset) -> None:

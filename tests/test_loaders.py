@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.data.loaders import LOADERS, DocumentLoader, ShuffledLoader, StreamLoader, build_cu_seqlens
-from model.data.shards import write_shard
+from model.data.shards import read_shard, write_shard
 from model.errors import ConfigError, DataError
 
 GOLDEN_NAMES = {"packing": DocumentLoader, "shuffled": ShuffledLoader, "stream1499": StreamLoader}
@@ -147,12 +147,42 @@ def test_dropping_a_loader_ends_its_thread(shards):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("change", [{"tokens": 1024}, {"seq_len": 64}, {"rank": 1, "world": 2}])
+@pytest.mark.parametrize("change", [{"tokens": 1024}, {"seq_len": 64}])
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_state_of_another_loader_is_refused(shards, name, change):
     state = make(name, shards).state_dict()
     with pytest.raises(DataError, match=r"loader state: .* wanted"):
         make(name, shards, **change).load_state_dict(state)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("name", ["packing", "stream1499"])
+def test_another_number_of_ranks_goes_on_with_the_next_token(shards, name, before, after):
+    """What the new ranks read together is what comes behind all that the old ones have read."""
+    old = make(name, shards, world=before, tokens=1024)
+    for _ in range(2):
+        old.next_batch()
+    state = old.state_dict()
+    batches = []
+    for rank in range(after):
+        loader = make(name, shards, rank, after, tokens=1024)
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        batches.append(loader.next_batch())
+    assert state["position"]["shard"] == 0
+    unread = read_shard(shards[0])[state["position"]["token"] :].astype(np.int64)
+    for rank, batch in enumerate(batches):
+        wanted = unread[rank * 1025 :][:1025]
+        np.testing.assert_array_equal(batch.inputs.flatten(), wanted[:-1])
+        np.testing.assert_array_equal(batch.targets.flatten(), wanted[1:])
+
+
+def test_a_shuffled_order_belongs_to_its_rank(shards):
+    state = make("shuffled", shards).state_dict()
+    with pytest.raises(DataError, match="loader state: rank is 0, wanted 1 as in this run"):
+        make("shuffled", shards, rank=1, world=2).load_state_dict(state)
+    with pytest.raises(DataError, match="loader state: world_size is 1, wanted 2 as in this run"):
+        make("shuffled", shards, world=2).load_state_dict(state)
 
 
 def test_state_of_other_shards_is_refused(shards):

@@ -13,6 +13,7 @@ import torch
 from model import schedule
 from model.config import ModelConfig
 from model.data.dataset import open_dataset
+from model.data.loaders import LOADERS
 from model.distributed import Dist, local_micro_batches
 from model.errors import DataError, TrainError
 from model.flops import layer_passes, matmul_flops_per_token, peak_flops, train_flops
@@ -20,7 +21,7 @@ from model.monitor import InFlight, StepRecord
 from model.presets import get_preset
 from model.run import RunDir
 from model.schedule import StepSettings
-from model.train import Trainer, attention_pairs, stop_signals, train
+from model.train import Trainer, attention_pairs, more_micro_batches, stop_signals, train
 from tests.tiny import tiny_config, tiny_data
 
 
@@ -213,9 +214,29 @@ def test_out_of_memory_names_the_setting(data, dataset, tmp_path, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr(trainer, "train_step", fail)
-    with pytest.raises(TrainError, match=r"128 tokens a micro-batch; --micro-batches 4 halves them.*3 GiB"):
+    with pytest.raises(TrainError, match=r"128 tokens a micro-batch; --micro-batches 4 makes them fewer.*3 GiB"):
         trainer._one_step(StepSettings(0.0, 1.0, 0.9, False, False), 0.0)
     trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "wanted"),
+    [
+        ("pr1530", {}, 16),
+        ("pr1413", {}, 16),
+        ("pr1413", {"micro_batches": 128}, 384),  # rows of 2048: 256 micro-batches would cut one
+        ("pr1413", {"micro_batches": 384}, None),
+        ("pr1413", {"micro_batches": 24, "train_batch_tokens": 24 * 2048 * 3}, 72),
+        ("pr1530", {"micro_batches": 5, "train_batch_tokens": 5}, None),
+    ],
+)
+def test_more_micro_batches_that_fit(preset, changes, wanted):
+    config = get_preset(preset).replace(**changes)
+    found = more_micro_batches(config, rows=LOADERS[config.data.loader].rows)
+    assert found == wanted
+    if found is not None:
+        assert found % config.train.micro_batches == 0
+        config.replace(micro_batches=found)
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +53,23 @@ class HostBatch(NamedTuple):
     max_seqlen: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank of `world` takes: `tokens` a micro-batch, in sequences of at most `seq_len`."""
+
+    shards: list[Path]
+    rank: int
+    world: int
+    tokens: int
+    seq_len: int
+    vocab: int
+    bucket: int
+
+    @property
+    def folder(self) -> Path:
+        return self.shards[0].parent
+
+
 class Source(Protocol):
     """Makes one batch after the other; `position` (JSON) is what makes the next one."""
 
@@ -82,14 +100,13 @@ def build_cu_seqlens(starts: np.ndarray, total: int, max_len: int, bucket: int) 
 class _DocumentSource:
     """Spans of `tokens` + 1 a rank from the shards in order, from the first BOS on; a shard's rest is dropped."""
 
-    def __init__(self, shards: list[Path], rank: int, world: int, tokens: int, max_len: int, bucket: int, vocab: int):
-        self._shards, self._rank, self._span = shards, rank, tokens + 1
-        self._step = self._span * world
-        self._max_len, self._bucket, self._vocab = max_len, bucket, vocab
-        if all(shard_length(path) < self._step for path in shards):
+    def __init__(self, share: Share) -> None:
+        self._share, self._shards, self._span = share, share.shards, share.tokens + 1
+        self._step = self._span * share.world
+        if all(shard_length(path) < self._step for path in self._shards):
             raise DataError(
-                f"{shards[0].parent}: no training shard holds the {self._step} tokens of one micro-batch "
-                f"({world} ranks of {tokens} + 1), wanted larger shards or a smaller train_batch_tokens"
+                f"{share.folder}: no training shard holds the {self._step} tokens of one micro-batch "
+                f"({share.world} ranks of {share.tokens} + 1), wanted larger shards or a smaller train_batch_tokens"
             )
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="shard")
         self._opened: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}
@@ -98,7 +115,7 @@ class _DocumentSource:
     def _open(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = read_shard(self._shards[index])
         starts = document_starts(tokens)
-        check_ids(tokens, self._vocab, self._shards[index])
+        check_ids(tokens, self._share.vocab, self._shards[index])
         if not starts.size:
             raise DataError(f"{self._shards[index]}: no BOS, wanted documents that start with one")
         return tokens, starts
@@ -116,15 +133,15 @@ class _DocumentSource:
         while self._cursor + self._step > self._tokens.size:
             if skipped == len(self._shards):
                 raise DataError(
-                    f"{self._shards[0].parent}: no training shard holds {self._step} tokens from its first BOS on"
+                    f"{self._share.folder}: no training shard holds {self._step} tokens from its first BOS on"
                 )
             self._go_to((self._index + 1) % len(self._shards))
             skipped += 1
-        start = self._cursor + self._rank * self._span
+        start = self._cursor + self._share.rank * self._span
         self._cursor += self._step
         low, high = np.searchsorted(self._starts, (start, start + self._span - 1))
         cu_seqlens, longest = build_cu_seqlens(
-            self._starts[low:high] - start, self._span - 1, self._max_len, self._bucket
+            self._starts[low:high] - start, self._share.tokens, self._share.seq_len, self._share.bucket
         )
         return HostBatch(np.array(self._tokens[start : start + self._span]), cu_seqlens, longest)
 
@@ -142,16 +159,17 @@ class _ShuffledSource:
     proportional to its windows left; when none is left all shards are shuffled anew.
     """
 
-    def __init__(self, shards: list[Path], rank: int, world: int, tokens: int, seq_len: int, vocab: int):
-        if len(shards) < world:
-            raise DataError(f"{shards[0].parent}: {len(shards)} training shards, wanted one for each of {world} ranks")
-        self._shards = shards[rank::world]
+    def __init__(self, share: Share) -> None:
+        count = len(share.shards)
+        if count < share.world:
+            raise DataError(f"{share.folder}: {count} training shards, wanted one for each of {share.world} ranks")
+        self._share, self._seq_len = share, share.seq_len
+        self._shards = share.shards[share.rank :: share.world]
         self._lengths = [shard_length(path) for path in self._shards]
-        if max(self._lengths) <= seq_len:
-            raise DataError(f"{self._shards[0]}: {max(self._lengths)} tokens, wanted more than seq_len={seq_len}")
-        self._rows, self._seq_len, self._vocab = tokens // seq_len, seq_len, vocab
+        if max(self._lengths) <= self._seq_len:
+            raise DataError(f"{self._shards[0]}: {max(self._lengths)} tokens, wanted more than seq_len={self._seq_len}")
         self._maps: list[np.ndarray | None] = [None] * len(self._shards)
-        self._rng = np.random.Generator(np.random.PCG64(rank))
+        self._rng = np.random.Generator(np.random.PCG64(share.rank))
         self._shuffle()
 
     def _shuffle(self) -> None:
@@ -165,8 +183,8 @@ class _ShuffledSource:
         self._left = np.array([order.size for order in self._orders], dtype=np.float64)
 
     def next(self) -> HostBatch:
-        windows = np.empty((self._rows, self._seq_len + 1), dtype=np.uint16)
-        for row in range(self._rows):
+        windows = np.empty((self._share.tokens // self._seq_len, self._seq_len + 1), dtype=np.uint16)
+        for row in range(len(windows)):
             total = self._left.sum()
             if total <= 0:
                 self._shuffle()
@@ -175,7 +193,7 @@ class _ShuffledSource:
             self._left[shard] -= 1
             start = self._orders[shard][int(self._left[shard])]
             windows[row] = self._map(shard)[start : start + self._seq_len + 1]
-        check_ids(windows.reshape(-1), self._vocab, f"{self._shards[0].parent}, a training batch")
+        check_ids(windows.reshape(-1), self._share.vocab, f"{self._share.folder}, a training batch")
         return HostBatch(windows, None, self._seq_len)
 
     def _map(self, shard: int) -> np.ndarray:
@@ -201,17 +219,15 @@ class _ShuffledSource:
 class _StreamSource:
     """One endless stream over the shards; each micro-batch takes `tokens` + 1 for every rank, one after the other."""
 
-    def __init__(self, shards: list[Path], rank: int, world: int, tokens: int, seq_len: int, vocab: int):
-        if not any(shard_length(path) for path in shards):
-            raise DataError(f"{shards[0].parent}: all training shards are empty")
-        self._shards, self._rank, self._span = shards, rank, tokens + 1
-        self._step = self._span * world
-        self._seq_len, self._vocab = seq_len, vocab
+    def __init__(self, share: Share) -> None:
+        if not any(shard_length(path) for path in share.shards):
+            raise DataError(f"{share.folder}: all training shards are empty")
+        self._share, self._shards, self._span = share, share.shards, share.tokens + 1
         self.seek({"shard": 0, "token": 0})
 
     def next(self) -> HostBatch:
         parts = []
-        missing = self._step
+        missing = self._span * self._share.world
         while missing > 0:
             if self._cursor == self._tokens.size:
                 self.seek({"shard": (self._index + 1) % len(self._shards), "token": 0})
@@ -220,9 +236,9 @@ class _StreamSource:
             parts.append(part)
             self._cursor += part.size
             missing -= part.size
-        local = np.concatenate(parts)[self._rank * self._span :][: self._span]
-        check_ids(local, self._vocab, f"{self._shards[self._index]} or the one before, a training batch")
-        return HostBatch(local, None, self._seq_len)
+        local = np.concatenate(parts)[self._share.rank * self._span :][: self._span]
+        check_ids(local, self._share.vocab, f"{self._shards[self._index]} or the one before, a training batch")
+        return HostBatch(local, None, self._share.seq_len)
 
     def position(self) -> dict[str, Any]:
         return {"shard": self._index, "token": self._cursor}
@@ -239,16 +255,57 @@ class Loader:
     """
 
     kind: str
+    rows = True  # sequences lie in rows of `seq_len`; otherwise one row is cut by `cu_seqlens`
+    own_order = False  # each rank has an order of its own, so that a position fits one rank of one world
+    _make_source: Callable[[Share], Source]
 
-    def __init__(self, source: Source, identity: dict[str, Any], row: int, device: torch.device | str, prefetch: int):
-        self._source = source
-        self._identity = identity
-        self._row = row
+    def __init__(
+        self,
+        shards: Sequence[str | os.PathLike[str]],
+        *,
+        tokens: int,
+        seq_len: int,
+        vocab_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        bucket_size: int = 64,
+        device: torch.device | str = "cpu",
+        prefetch: int = _DEFAULT_PREFETCH,
+    ) -> None:
+        """tokens: of one rank's micro-batch. bucket_size: `cu_seqlens` is padded to a multiple of it (documents only).
+
+        Raises ConfigError for sizes that cannot be, DataError for the shards.
+        """
+        share = Share([Path(path) for path in shards], rank, world_size, tokens, seq_len, vocab_size, bucket_size)
+        self._check(share)
+        self._identity: dict[str, Any] = {
+            "loader": self.kind,
+            "tokens": tokens,
+            "seq_len": seq_len,
+            "shards": sha256_bytes(json.dumps([[path.name, shard_length(path)] for path in share.shards]).encode()),
+        }
+        if self.own_order:
+            self._identity |= {"rank": rank, "world_size": world_size}
+        self._source = type(self)._make_source(share)
+        self._row = seq_len if self.rows else tokens
         self._device = torch.device(device)
         self._pin = self._device.type == "cuda"
         self._prefetch = prefetch
         self._reader: _Reader | None = None
-        self._position = source.position()
+        self._position = self._source.position()
+
+    def _check(self, share: Share) -> None:
+        tokens, seq_len = share.tokens, share.seq_len
+        if not share.shards:
+            raise DataError("training: no shards, wanted at least one")
+        if not 0 <= share.rank < share.world:
+            raise ConfigError(f"rank: got {share.rank} of world_size={share.world}, wanted 0 to {share.world - 1}")
+        if tokens < 1 or seq_len < 0:
+            raise ConfigError(f"tokens, seq_len: got {tokens}, {seq_len}, wanted at least 1 and at least 0")
+        if self.rows and (seq_len < 1 or tokens % seq_len):
+            raise ConfigError(f"tokens: got {tokens} a micro-batch and rank, wanted a multiple of seq_len={seq_len}")
+        if share.bucket < 1:
+            raise ConfigError(f"bucket_size: got {share.bucket}, wanted at least 1")
 
     def next_batch(self) -> Batch:
         """The next batch, on the device. Raises DataError for a damaged shard or ids beyond the vocabulary."""
@@ -270,7 +327,8 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """What goes on with the batch after the last one that `next_batch` gave: strings and integers, fit for JSON.
 
-        For DocumentLoader and StreamLoader it is the same on every rank; for ShuffledLoader each rank has its own.
+        For DocumentLoader and StreamLoader it is the same on every rank and fits any number of ranks; for
+        ShuffledLoader each rank has its own, which fits no other.
         """
         return {**self._identity, "position": self._position}
 
@@ -295,105 +353,29 @@ class DocumentLoader(Loader):
     """Packed documents: inputs [1, tokens] with `cu_seqlens` cut at every BOS and every `seq_len` tokens (0: not)."""
 
     kind = "documents"
-
-    def __init__(
-        self,
-        shards: Sequence[str | os.PathLike[str]],
-        *,
-        tokens: int,
-        seq_len: int,
-        vocab_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        bucket_size: int = 64,
-        device: torch.device | str = "cpu",
-        prefetch: int = _DEFAULT_PREFETCH,
-    ) -> None:
-        """tokens: of one rank's micro-batch. Raises ConfigError for sizes that cannot be, DataError for the shards."""
-        paths, identity = _check(self.kind, shards, tokens, seq_len, rank, world_size, rows=False)
-        if bucket_size < 1:
-            raise ConfigError(f"bucket_size: got {bucket_size}, wanted at least 1")
-        source = _DocumentSource(paths, rank, world_size, tokens, seq_len, bucket_size, vocab_size)
-        super().__init__(source, identity, tokens, device, prefetch)
+    rows = False
+    _make_source = _DocumentSource
 
 
 class ShuffledLoader(Loader):
-    """Shuffled windows: inputs [tokens / seq_len, seq_len]. The order depends on the rank alone, not on any seed."""
+    """Shuffled windows: inputs [tokens / seq_len, seq_len]. The order depends on the rank alone, not on any seed.
+
+    Every rank needs a shard of its own.
+    """
 
     kind = "shuffled"
-
-    def __init__(
-        self,
-        shards: Sequence[str | os.PathLike[str]],
-        *,
-        tokens: int,
-        seq_len: int,
-        vocab_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        prefetch: int = _DEFAULT_PREFETCH,
-    ) -> None:
-        """As DocumentLoader's; every rank needs a shard of its own."""
-        paths, identity = _check(self.kind, shards, tokens, seq_len, rank, world_size, rows=True)
-        source = _ShuffledSource(paths, rank, world_size, tokens, seq_len, vocab_size)
-        super().__init__(source, {**identity, "rank": rank}, seq_len, device, prefetch)
+    own_order = True
+    _make_source = _ShuffledSource
 
 
 class StreamLoader(Loader):
     """One sequential stream: inputs [tokens / seq_len, seq_len]."""
 
     kind = "stream"
-
-    def __init__(
-        self,
-        shards: Sequence[str | os.PathLike[str]],
-        *,
-        tokens: int,
-        seq_len: int,
-        vocab_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        prefetch: int = _DEFAULT_PREFETCH,
-    ) -> None:
-        """As DocumentLoader's."""
-        paths, identity = _check(self.kind, shards, tokens, seq_len, rank, world_size, rows=True)
-        source = _StreamSource(paths, rank, world_size, tokens, seq_len, vocab_size)
-        super().__init__(source, identity, seq_len, device, prefetch)
+    _make_source = _StreamSource
 
 
-LOADERS: dict[str, Callable[..., Loader]] = {cls.kind: cls for cls in (DocumentLoader, ShuffledLoader, StreamLoader)}
-
-
-def _check(
-    kind: str,
-    shards: Sequence[str | os.PathLike[str]],
-    tokens: int,
-    seq_len: int,
-    rank: int,
-    world_size: int,
-    *,
-    rows: bool,
-) -> tuple[list[Path], dict[str, Any]]:
-    """The shards' paths and what a saved state must agree with."""
-    paths = [Path(path) for path in shards]
-    if not paths:
-        raise DataError("training: no shards, wanted at least one")
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank: got {rank} of world_size={world_size}, wanted 0 to {world_size - 1}")
-    if tokens < 1 or seq_len < 0:
-        raise ConfigError(f"tokens, seq_len: got {tokens}, {seq_len}, wanted at least 1 and at least 0")
-    if rows and (seq_len < 1 or tokens % seq_len):
-        raise ConfigError(f"tokens: got {tokens} a micro-batch and rank, wanted a multiple of seq_len={seq_len}")
-    names = [[path.name, shard_length(path)] for path in paths]
-    return paths, {
-        "loader": kind,
-        "world_size": world_size,
-        "tokens": tokens,
-        "seq_len": seq_len,
-        "shards": sha256_bytes(json.dumps(names).encode()),
-    }
+LOADERS: dict[str, type[Loader]] = {cls.kind: cls for cls in (DocumentLoader, ShuffledLoader, StreamLoader)}
 
 
 _HostTensors = tuple[torch.Tensor, torch.Tensor | None, int, dict[str, Any]]
