@@ -157,6 +157,8 @@ class GPT(nn.Module):
                 (f"blocks.{i}.mlp.up", "up_bank", i),
                 (f"blocks.{i}.mlp.down", "down_bank", i),
             ]
+        if self.config.bigram_vocab_size:
+            names.append(("bigram_proj", "bigram_proj", None))
         return [*names, ("tok_emb", "tok_emb", None)]
 
     def hidden(
@@ -195,6 +197,8 @@ class GPT(nn.Module):
         if config.bigram_vocab_size:
             pair = nn.functional.embedding(bigram_index(ids, starts, config.bigram_vocab_size), self.bigram_embed)
             projection = self._maybe_fake_quantize(self.bigram_proj.to(self.compute_dtype), 31)
+            if collect is not None:
+                collect(("bigram_proj",), pair.to(x.dtype))
             x = x + nn.functional.linear(pair.to(x.dtype), projection) * self.bigram_scale.to(x.dtype)
         x = rms_norm(x)
         if config.smear_gate:

@@ -55,6 +55,8 @@ _MATRIX_NAMES = {
     "attn.proj": "attn.o",
     "mlp.fc": "mlp.up",
     "mlp.proj": "mlp.down",
+    "bigram.embed": "bigram_embed",
+    "bigram.proj": "bigram_proj",
 }
 
 
@@ -129,6 +131,8 @@ def import_public(artifact: PublicArtifact, config: ModelConfig) -> QuantizedMod
     state = from_reference(artifact.state_dict(), config)
     with torch.device("meta"):
         places = GPT(config).matrix_names()
+    if config.bigram_vocab_size:
+        places.append(("bigram_embed", "bigram_embed", None))
     reference_names = {_our_name(name): name for name in artifact.codes}
     matrices, tensors, banks = [], [], set()
     for name, parameter, index in places:

@@ -34,7 +34,7 @@ class SizeRow:
     section are shared out to its tensors by entropy (codes) or by length (the rest)."""
 
     name: str
-    kind: str  # class: embed, attn, mlp, other; or file
+    kind: str  # class: embed, attn, mlp, bigram, other; or file
     shape: tuple[int, ...]
     bits: int
     entropy: float
@@ -177,7 +177,8 @@ def _stored_config(path: Path) -> Config:
 def _class_of(name: str) -> str:
     if name.startswith("tok_emb"):
         return "embed"
-    return "attn" if ".attn." in name else "mlp" if ".mlp." in name else "other"
+    classes = {".attn.": "attn", ".mlp.": "mlp", "bigram_": "bigram"}
+    return next((kind for part, kind in classes.items() if part in name), "other")
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,7 @@
-"""The public systems' artifact files, written here as they write them, and what their reader refuses."""
+"""The public systems' artifact files: genuine ones, others written here as they write them, and what is refused.
+
+tests/golden/public_artifacts.json says how the genuine ones were made.
+"""
 
 import io
 import lzma
@@ -18,8 +21,10 @@ import zstandard
 from torch import Tensor
 
 from model.artifact import build_model, decode_artifact, encode_artifact
-from model.convert import to_reference
+from model.convert import from_reference, to_reference
 from model.errors import ArtifactError
+from model.files import sha256_bytes
+from model.presets import get_preset
 from model.public_artifact import (
     PickleMachine,
     import_public,
@@ -29,7 +34,7 @@ from model.public_artifact import (
 )
 from pgolf_kernels.packing import byte_shuffle
 from tests.artifacts import same, small_model_config, small_quantized
-from tests.golden import load_safetensors
+from tests.golden import FOLDER, load_json, load_safetensors
 from tests.systems import golden_model
 
 
@@ -86,6 +91,33 @@ def test_public_files_give_the_model(packing: str, tmp_path: Path) -> None:
     assert {m.name for m in imported.matrices} == {m.name for m in small_quantized().matrices}
     build_model(config, imported.state_dict())
     assert same(decode_artifact(encode_artifact(imported, config)[0]).state_dict, imported.state_dict())
+
+
+GENUINE = load_json("public_artifacts.json")["files"]
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_genuine_files_give_what_their_own_loaders_make_of_them(name: str) -> None:
+    artifact = read_public_artifact(FOLDER / "public" / name)
+    state = artifact.state_dict()
+    assert state.keys() == GENUINE[name].keys()
+    for tensor, (dtype, shape, digest) in GENUINE[name].items():
+        value = state[tensor].to(getattr(torch, dtype))
+        assert list(value.shape) == shape
+        assert sha256_bytes(value.reshape(-1).view(torch.uint8).numpy().tobytes()) == digest, tensor
+    system = name.split("_")[0]
+    config = get_preset(system).replace(
+        num_layers=3, vocab_size=260, model_dim=264, num_heads=4, num_kv_heads=2, mlp_mult=1.0, xsa_last_n=3,
+        loop_start=1, loop_end=2, parallel_start=-1 if system == "pr1413" else 1, keep_fp16=(),
+        **({"bigram_vocab_size": 600} if system == "pr1499" else {}),
+    )  # fmt: skip
+    quantized = import_public(artifact, config.model)
+    assert len(quantized.matrices) == len(artifact.codes)
+    assert same(quantized.state_dict(), from_reference(state, config.model))
+    data, _ = encode_artifact(quantized, config.replace(codec="static"))
+    decoded = decode_artifact(data)
+    assert same(decoded.state_dict, quantized.state_dict())
+    build_model(config, decoded.state_dict)
 
 
 def test_the_machine_reads_what_torch_reads() -> None:

@@ -14,6 +14,7 @@ from model.config import Config
 from model.data.loaders import Batch
 from model.errors import ArtifactError, ConfigError
 from model.gpt import GPT
+from model.layers import bigram_index, document_starts
 from model.presets import get_preset
 from model.quantize import (
     collect_hessians,
@@ -25,7 +26,7 @@ from model.quantize import (
     sort_hidden_units,
 )
 from model.quantized import PlainTensor, QuantizedModel
-from pgolf_kernels.gptq import GptqRecipe
+from pgolf_kernels.gptq import GptqRecipe, gptq_quantize_many
 from tests.artifacts import small_quantized
 from tests.golden import load_safetensors
 from tests.systems import golden_model, small_config
@@ -127,11 +128,28 @@ def test_the_recipe_of_pr1499() -> None:
     ids = golden["input_ids"].long()
     quantized = quantize_model(model, Config(model=model.config, quant=quant), [Batch(ids, ids, None, ids.shape[1])])
     kinds = {m.name: m.bits for m in quantized.matrices}
-    assert kinds["blocks.0.mlp.up"] == 5 and kinds["blocks.0.attn.o"] == 6 and kinds["bigram_embed"] == 6
+    assert kinds["blocks.0.mlp.up"] == 5 and kinds["blocks.0.attn.o"] == 6
+    assert kinds["bigram_embed"] == kinds["bigram_proj"] == 6
     plain = {t.name: t.value.dtype for t in quantized.tensors}
     assert plain["tok_emb"] == plain["blocks.9.attn.k"] == plain["smear"] == torch.float16
     assert not {"tok_emb", "blocks.9.attn.k"} & set(kinds)
     build_model(Config(model=model.config), quantized.state_dict())
+
+
+def test_the_bigram_projection_is_quantised_for_the_rows_that_the_table_gives_it() -> None:
+    model, golden = golden_model("pr1499")
+    quant = get_preset("pr1499").quant
+    ids = golden["input_ids"].long()
+    starts = document_starts(None, *ids.shape, ids.device)
+    rows = model.bigram_embed.detach()[bigram_index(ids, starts, model.config.bigram_vocab_size)].flatten(0, 1)
+    batch = Batch(ids, ids, None, ids.shape[1])
+    hessian = collect_hessians(model, [batch], per_token=True)["bigram_proj"]
+    assert relative(hessian, rows.mT @ rows / len(rows)) < 1e-5
+    quantized = quantize_model(model, Config(model=model.config, quant=quant), [batch])
+    got = next(matrix for matrix in quantized.matrices if matrix.name == "bigram_proj")
+    recipe = GptqRecipe.pr1499(6, 12.85)
+    [(codes, scales)] = gptq_quantize_many([model.bigram_proj.detach()], [hessian], [recipe])
+    assert torch.equal(got.codes, codes) and torch.equal(got.scales, scales)
 
 
 def test_quantised_weights_serve_the_inputs_and_everything_else_is_rounded_to_half() -> None:
