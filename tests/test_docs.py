@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+from bench import real_runs
 from model import cli
 from model.environment import known_variables
 
@@ -158,3 +159,19 @@ def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\(([\w./-]+\.md)\)", (ROOT / "README.md").read_text()))
     pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"}
     assert pages <= linked, f"not linked: {', '.join(sorted(pages - linked))}"
+
+
+MEASURED = re.compile(r"\d[\d.,]*\s?(?:ms|µs|us|[GT]B/s|TFLOP/s|M?\s?tokens/s)\b|\|\s*ms\b|\bms\s*\|")
+CONSTANTS = frozenset({"989 TFLOP/s"})  # a GPU's nominal rate
+
+
+@EVERY_PAGE
+def test_measured_figures_come_from_records(page):
+    """Times and rates stand between the markers that `bench.render` and `bench.real_runs` fill, and nowhere else."""
+    text = re.sub(r"<!-- (?:results|run):.*?<!-- /(?:results|run) -->", "", page.read_text(), flags=re.S)
+    assert set(MEASURED.findall(text)) <= CONSTANTS, page.name
+
+
+def test_tables_of_runs_are_up_to_date(capsys):
+    status = real_runs.main(["render", "--check"])
+    assert status == 0, f"python -m bench.real_runs render mends this: {capsys.readouterr().out}"

@@ -7,7 +7,9 @@ import re
 import shutil
 import tempfile
 import xml.etree.ElementTree
+import zipfile
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,6 +18,7 @@ from browser import Browser, find_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import real_runs
 from model.data.build import build_dataset
 from model.data.dataset import open_dataset
 from model.data.text import SAMPLE, read_documents
@@ -195,6 +198,35 @@ def test_runs_that_differ_by_seed_are_one_group(run, tmp_path):
     assert f"{expected.t:.2f}" in page.text and f"{expected.df:.1f}" in page.text
     assert "demo B is better than demo A by at least 0.005 nats" in page.text
     assert all(reference.startswith(("data:", "#")) for reference in page.references)
+
+
+def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
+    folder, page = tmp_path / "records", tmp_path / "README.md"
+    folder.mkdir()
+    assert real_runs.main(["record", str(run), "tiny"], tmp_path, folder) == 0
+    text = (folder / "tiny.json").read_text()
+    record = json.loads(text)
+    assert str(run.parent) not in text and not {"run_dir", "data_dir", "run_id"} & set(record["changed"])
+    loaded = load_run(run)
+    assert record["bpb"] == {mode: round(value, 5) for mode, value in loaded.bpb.items()}
+    assert record["changed"]["vocab_size"] == 400 and record["artifact"]["bytes"] == loaded.artifact.size
+    page.write_text("a\n<!-- run:tiny -->\nold\n<!-- /run -->\nb\n")
+    assert real_runs.main(["render", "--check"], tmp_path, folder) == 1 and "old" in page.read_text()
+    assert real_runs.main(["render"], tmp_path, folder) == 0
+    assert real_runs.main(["render", "--check"], tmp_path, folder) == 0
+    assert f"| bits per byte, lora_ttt | {loaded.bpb['lora_ttt']:.5f} |" in page.read_text()
+    assert page.read_text().startswith("a\n") and page.read_text().endswith("b\n")
+
+
+def test_the_snapshot_has_every_source(run):
+    with zipfile.ZipFile(run / "source.zip") as archive:
+        kept = set(archive.namelist())
+    root = Path(real_runs.__file__).parent.parent
+    sources = [p for folder in ("model", "pgolf_kernels", "csrc") for p in (root / folder).rglob("*.*") if p.is_file()]
+    named = {
+        str(p.relative_to(root)) for p in sources if p.suffix not in {".pyc", ".so", ".pyi", ".md", ".zst", ".tmp"}
+    }
+    assert named == kept
 
 
 def test_runs_of_other_code_are_another_group(run, tmp_path):
