@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common import DEVICE, Absent, Call, Work
+from bench.common import DEVICE, Call, Work
+from bench.peers import Absent
 from pgolf_kernels import set_attention_backend, varlen_attention
 from pgolf_kernels.attention import attention_backend, reference
 

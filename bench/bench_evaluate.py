@@ -1,17 +1,16 @@
 """Document-wise test-time training: a whole validation set, and one chunk step of a batch of documents.
 
-The set is the stream in PGOLF_BENCH_TOKENS (a token shard), documents over 2,500 tokens left out, and one document of
-25,000 tokens made from its start; without the variable, random tokens in documents of log-normal length. On a CPU it
-is a small part of that and a small network. The peer is pull request 1727's own evaluation function, loaded from
-PGOLF_PEER_DIR, compiled and warmed up as its script does before its clock starts, on the same weights.
+The set is the text of data.py, documents over 2,500 tokens left out, and one of 25,000 tokens made from its start; on a
+CPU a small part of that and a small network. The peer is the evaluation function of pull request 1727, loaded
+from PGOLF_PEER_DIR, compiled and warmed up as its script does before its clock starts, on the same weights.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import common
-from bench.conftest import TABLE
+from bench import common, data
+from bench.peers import Absent, peer_module
 from model.config import Config, ModelConfig
 from model.convert import to_reference
-from model.data.shards import BOS_ID, read_shard
+from model.data.shards import BOS_ID
 from model.evaluate.documents import find_documents
 from model.evaluate.ledger import Ledger
 from model.evaluate.lora_ttt import DocumentTrainer
@@ -37,15 +36,6 @@ CONTEXTS = (96, 2048)
 STEPS = 5
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a provider measured on the whole set."""
-
-    seconds: float
-    nats: float  # per token
-    ready_seconds: float  # compiling and warming up before the clock starts
-
-
 def configuration() -> Config:
     config = get_preset("pr1727")
     if GPU:
@@ -57,15 +47,9 @@ def configuration() -> Config:
 
 def stream(vocabulary: int) -> np.ndarray:
     """The documents as one stream of uint16 tokens."""
-    rng = np.random.default_rng(0)
-    path = os.environ.get("PGOLF_BENCH_TOKENS")
-    if path:
-        tokens = read_shard(path)
-        bodies = [tokens[start + 1 : start + n] for start, n in find_documents(tokens)]
-        bodies = [body[body != BOS_ID] for body in bodies]
-    else:
-        lengths = np.exp(rng.normal(5.5, 1.2, 2_000)).astype(int) + 1
-        bodies = [rng.integers(4, vocabulary, n).astype(np.uint16) for n in lengths]
+    tokens = data.tokens()
+    bodies = [tokens[start + 1 : start + n] for start, n in find_documents(tokens)]
+    bodies = [body[body != BOS_ID] for body in bodies]
     everything = np.concatenate(bodies)
     kept = [body for body in bodies if len(body) < LONGEST]
     if not GPU:
@@ -102,16 +86,14 @@ class Ours:
         self.documents = find_documents(tokens)
         self.trainer = DocumentTrainer(self.session, self.documents)
 
-    def whole_set(self) -> Found:
-        every = np.arange(len(self.documents))
-        started = time.perf_counter()
-        self.trainer.prepare([every])
-        common.synchronize()
-        ready = time.perf_counter()
-        self.trainer.read(every, 0)
+    def prepare(self) -> None:
+        self.trainer.prepare([np.arange(len(self.documents))])
+
+    def read(self) -> float:
+        """Trains and scores everything; nats a token."""
+        self.trainer.read(np.arange(len(self.documents)), 0)
         self.session.ledger.finish()
-        seconds = time.perf_counter() - ready
-        return Found(seconds, float(np.nanmean(self.session.ledger.nll)), ready - started)
+        return float(np.nanmean(self.session.ledger.nll))
 
     def chunk_step(self, context: int) -> Callable[[], Any]:
         slots, chunk = self.trainer.slots, self.session.config.ttt_chunk_size
@@ -129,9 +111,9 @@ class Peer1727:
 
     def __init__(self, config: Config, model: GPT, tokens: np.ndarray) -> None:
         if not GPU:
-            raise common.Absent("the script needs a GPU")
+            raise Absent("the script needs a GPU")
         os.environ.update(PHASED_TTT_PREFIX_DOCS="0", TTT_CHUNK_SIZE=str(config.eval.ttt_chunk_size))
-        self.script: ModuleType = common.peer_module("pr1727/train_gpt.py")
+        self.script: ModuleType = peer_module("pr1727/train_gpt.py")
         self.settings = self.script.Hyperparameters()
         network = self.script.GPT(self.settings).to(common.DEVICE).bfloat16()
         self.script.restore_fp32_params(network)
@@ -150,13 +132,13 @@ class Peer1727:
             block.attn.rotary(self.settings.ttt_eval_seq_len, common.DEVICE, torch.bfloat16)
         self.forward = torch.compile(lambda x, y, lora: network.forward_ttt(x, y, lora=lora), dynamic=True)
 
-    def whole_set(self) -> Found:
-        started = time.perf_counter()
+    def prepare(self) -> None:
         for context in (self.settings.ttt_chunk_size, self.settings.ttt_eval_seq_len):
             self.chunk_step(context)()
         common.synchronize()
         torch.cuda.empty_cache()
-        ready = time.perf_counter()
+
+    def read(self) -> float:
         nats, _ = self.script.eval_val_ttt_phased(
             self.settings,
             self.network,
@@ -164,8 +146,7 @@ class Peer1727:
             self.data,
             forward_ttt_train=lambda x, y, lora: self.forward(x, y, lora),
         )
-        common.synchronize()
-        return Found(time.perf_counter() - ready, nats, ready - started)
+        return float(nats)
 
     def chunk_step(self, context: int) -> Callable[[], Any]:
         h, slots = self.settings, self.settings.ttt_batch_size
@@ -189,46 +170,44 @@ class Peer1727:
 PROVIDERS: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "1727": Peer1727}
 
 
-@pytest.fixture(scope="module", params=PROVIDERS)
-def provider(request: pytest.FixtureRequest) -> Any:
-    if request.param != "pgolf" and not request.config.getoption("--peers"):
-        pytest.skip("a peer; --peers times it")
+@functools.lru_cache(maxsize=1)  # one at a time: the other's graphs and adapters would stay on the GPU
+def built(provider: str) -> Ours | Peer1727:
     config = configuration()
-    try:
-        built = PROVIDERS[request.param](config, network(config), stream(config.model.vocab_size))
-    except common.Absent as absent:
-        request.config.stash[TABLE].rows.append(common.Row("evaluate", "all", request.param, absent=str(absent)))
-        pytest.skip(f"absent: {absent}")
-    yield request.param, built, config
-    del built
-    torch._dynamo.reset()
-    if GPU:
-        torch.cuda.empty_cache()
+    return PROVIDERS[provider](config, network(config), stream(config.model.vocab_size))
 
 
-def test_whole_set(provider: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    name, built, config = provider
-    found = benchmark.pedantic(built.whole_set, rounds=1)
-    tokens = len(stream(config.model.vocab_size)) - 1
-    how = f"{tokens / found.seconds:.0f} tokens/s, {found.nats:.5f} nats, ready in {found.ready_seconds:.1f} s"
-    row = common.Row("evaluate/whole_set", f"{tokens} tokens", name, seconds=found.seconds, how=how)
-    request.config.stash[TABLE].rows.append(row)
-    benchmark.extra_info.update(vars(found), tokens=tokens, tokens_per_s=tokens / found.seconds)
-
-
-@pytest.mark.parametrize("context", CONTEXTS if GPU else CONTEXTS[:1])
-def test_chunk_step(provider: Any, benchmark: Any, request: pytest.FixtureRequest, context: int) -> None:
-    name, built, config = provider
-    step = built.chunk_step(context)
-    step()
-
-    def steps() -> None:
-        for _ in range(STEPS):
-            step()
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_whole_set(recording: Any, provider: str) -> None:
+    tokens = len(stream(configuration().model.vocab_size)) - 1
+    with recording(f"{tokens} tokens", provider) as recorder:
+        found = built(provider)
+        started = time.perf_counter()
+        found.prepare()
         common.synchronize()
+        ready = time.perf_counter() - started
+        nats = []
 
-    benchmark.pedantic(steps, rounds=3, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median / STEPS
-    case = f"{config.eval.ttt_batch_size} documents, context {context}"
-    request.config.stash[TABLE].rows.append(common.Row("evaluate/chunk_step", case, name, seconds=seconds))
-    benchmark.extra_info.update(case=case, provider=name, step_seconds=seconds)
+        def read() -> None:
+            nats.append(found.read())
+            common.synchronize()
+
+        seconds = recorder.measure(read)
+        recorder.row.how = f"{tokens / seconds:.0f} tokens/s, {nats[0]:.5f} nats, ready in {ready:.1f} s"
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("context", CONTEXTS if GPU else CONTEXTS[:1])
+def test_chunk_step(recording: Any, context: int, provider: str) -> None:
+    with recording(f"{configuration().eval.ttt_batch_size} documents, context {context}", provider) as recorder:
+        step = built(provider).chunk_step(context)
+        step()
+
+        def steps() -> None:
+            for _ in range(STEPS):
+                step()
+            common.synchronize()
+
+        steps()
+        recorder.measure(steps, calls=STEPS, rounds=3)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import DEVICE, Absent, Call, Work, peer_module
+from bench.common import DEVICE, Call, Work
+from bench.peers import Absent, script_1530
 from pgolf_kernels import fused_mlp
 
 GPU = DEVICE.type == "cuda"
@@ -58,14 +59,10 @@ def eager(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def pull_request_1530(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """That script's Triton MLP. It imports FlashAttention 3 at its top."""
+    """That script's Triton MLP."""
     if not GPU:
         raise Absent("needs a GPU")
-    try:
-        script = peer_module("pr1530/train_gpt.py")
-    except ImportError as error:
-        raise Absent(str(error)) from error
-    return script.FusedLinearLeakyReLUSquareFunction.apply(x, up, down)
+    return script_1530().FusedLinearLeakyReLUSquareFunction.apply(x, up, down)
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""GPTQ of single matrices and of a whole model, beside the plain loop over columns."""
+"""GPTQ of single matrices and of a whole model, beside the public code and a plain loop over columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common import DEVICE, Call, Work
+from bench.common import Call, Work
+from bench.peers import script_1530
 from pgolf_kernels import GptqRecipe, gptq_quantize_many
 
 LAYERS = 11
@@ -97,7 +98,17 @@ def loop(case: Case, x: dict[str, list[Any]]) -> Call:
     return lambda: [column_loop(*each) for each in zip(x["weights"], x["hessians"], x["recipes"], strict=True)]
 
 
-PROVIDERS = {"pgolf_kernels": ours, "PyTorch loop over columns": loop}
+def public(case: Case, x: dict[str, list[Any]]) -> Call:
+    """The function of pull request 1530. It works on the CPU, where its script brings weights and Hessians first."""
+    quantize = script_1530().gptq_quantize_weight
+    matrices = [
+        (weight.cpu(), hessian.cpu(), recipe.clip_sigmas, recipe.max_code)
+        for weight, hessian, recipe in zip(x["weights"], x["hessians"], x["recipes"], strict=True)
+    ]
+    return lambda: [quantize(*each) for each in matrices]
+
+
+PROVIDERS = {"pgolf_kernels": ours, "pull request 1530, on the CPU": public, "PyTorch loop over columns": loop}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -106,7 +117,7 @@ def test_matrix(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, PROVIDERS, setup, work)
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="the whole model is timed on a GPU")
-@pytest.mark.parametrize("provider", ["pgolf_kernels"])
-def test_model(bench: Any, provider: str) -> None:
-    bench(whole_model(), provider, PROVIDERS, setup, work)
+@pytest.mark.parametrize("provider", ["pgolf_kernels", "pull request 1530, on the CPU"])
+@pytest.mark.parametrize("case", [whole_model()], ids=str)
+def test_model(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, PROVIDERS, setup, work)

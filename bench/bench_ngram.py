@@ -1,8 +1,8 @@
 """N-gram hints over a token stream, beside the public kernel (pull request 1514), its table set-up counted.
 
-PGOLF_BENCH_TOKENS names a file of uint16 tokens; PGOLF_BENCH_TOKENIZER the SentencePiece model whose word boundaries
-the voters use. Without them a synthetic stream is timed. The public kernel is compiled from PGOLF_PEER_DIR, as it
-compiles itself; at five orders its tables take 10.7 GB.
+Two streams: the bundled text, and the shard that PGOLF_BENCH_TOKENS names (with it PGOLF_BENCH_TOKENIZER, the
+SentencePiece model whose word boundaries the voters use; made-up boundaries without it). The public kernel is compiled
+from PGOLF_PEER_DIR, as it compiles itself; at five orders its tables take 10.7 GB.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common import Absent, Call, Work
+from bench import data
+from bench.common import Call, Work
+from bench.peers import peer_file
+from model.data.tokenizer import Tokenizer
 from pgolf_kernels import ngram_hints
 
 ORDERS = (8, 10, 12, 14, 16)
-VOCABULARY = 8192
-SYNTHETIC_TOKENS = 4_000_000
+BUNDLED, GIVEN = "bundled text", "given text"
 PEER_SOURCE = "pr1514/ngram/fused_expert_kernel.cpp"
 
 
@@ -37,39 +39,29 @@ class Case:
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.tokens} tokens"
+        return f"five orders, {self.name} of {self.tokens} tokens"
 
 
 @functools.cache
-def stream() -> Tensor:
-    path = os.environ.get("PGOLF_BENCH_TOKENS")
-    if path:
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint16))
-    # Words by Zipf's law, with passages that come again.
-    draw = np.random.default_rng(0)
-    tokens = (draw.zipf(1.2, SYNTHETIC_TOKENS) % VOCABULARY).astype(np.uint16)
-    for start in draw.integers(0, SYNTHETIC_TOKENS - 200, SYNTHETIC_TOKENS // 400):
-        source = draw.integers(0, max(1, start))
-        tokens[start : start + 60] = tokens[source : source + 60]
-    return torch.from_numpy(tokens)
+def stream(name: str) -> Tensor:
+    found = data.given_tokens() if name == GIVEN else data.bundled_tokens()
+    return torch.from_numpy(np.array(found))
 
 
 @functools.cache
-def flags() -> dict[str, Tensor]:
+def flags(name: str) -> dict[str, Tensor]:
+    """Which tokens start a word, and which none may cross."""
     path = os.environ.get("PGOLF_BENCH_TOKENIZER")
-    if not path:
-        starts = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0)) < 0.6
-        return {"has_leading_space": starts, "is_boundary": torch.arange(VOCABULARY) < 3}
-    import sentencepiece
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=path)
-    boundary = [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(len(pieces))]
-    starts = [pieces.id_to_piece(i).startswith("\u2581") for i in range(len(pieces))]
-    return {"has_leading_space": torch.tensor(starts), "is_boundary": torch.tensor(boundary)}
+    if name == GIVEN and not path:
+        vocabulary = int(stream(name).max()) + 1
+        starts = torch.rand(vocabulary, generator=torch.Generator().manual_seed(0)) < 0.6
+        return {"has_leading_space": starts, "is_boundary": torch.arange(vocabulary) < 3}
+    tables = Tokenizer.load(path).byte_tables() if name == GIVEN and path else data.bundled_text().byte_tables
+    return {n: torch.from_numpy(np.asarray(getattr(tables, n), bool)) for n in ("has_leading_space", "is_boundary")}
 
 
 def setup(case: Case, device: torch.device) -> dict[str, Any]:
-    return {"tokens": stream(), "flags": flags()}
+    return {"tokens": stream(case.name), "flags": flags(case.name)}
 
 
 def work(case: Case) -> Work:
@@ -86,22 +78,9 @@ def ours(hash: str, *, voters: bool = True) -> Callable[[Case, dict[str, Any]], 
 
 @functools.cache
 def public_kernel() -> ctypes.CDLL:
-    folder = os.environ.get("PGOLF_PEER_DIR")
-    if not folder or not (Path(folder) / PEER_SOURCE).is_file():
-        raise Absent(f"no {PEER_SOURCE} in PGOLF_PEER_DIR")
-    library = Path(tempfile.mkdtemp()) / "public.so"
-    command = [
-        "g++",
-        "-O3",
-        "-march=native",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        Path(folder) / PEER_SOURCE,
-        "-o",
-        library,
-    ]
-    subprocess.run(command, check=True)
+    source, library = peer_file(PEER_SOURCE), Path(tempfile.mkdtemp()) / "public.so"
+    options = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared"]
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
     kernel = ctypes.CDLL(str(library))
     pointer, number = ctypes.c_void_p, ctypes.c_double
     kernel.ctxmixer_new.restype = pointer
@@ -143,6 +122,11 @@ PROVIDERS = {
 }
 
 
+STREAMS = [BUNDLED] + [GIVEN] * (data.given_tokens() is not None)
+
+
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_stream(bench: Any, provider: str) -> None:
-    bench(Case("five orders", len(stream())), provider, PROVIDERS, setup, work)
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream(bench: Any, name: str, provider: str) -> None:
+    bench(Case(name, len(stream(name))), provider, PROVIDERS, setup, work)

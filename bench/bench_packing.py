@@ -1,14 +1,15 @@
 """Byte shuffle beside memcpy, blosc2 and bitshuffle; entropy coders beside general compressors on real codes.
 
-The coders run on the codes of an artifact named by PGOLF_CODES (any run's model.pgolf): codes drawn at random say
-nothing about what a coder can gain. A row's time is that of encoding; behind it stand bytes, bits a code, what is
-above the order-0 entropy, and the time of decoding.
+The coders run on the codes of a run of one's own, and on those that PGOLF_CODES names (data.py): codes drawn at random
+say nothing about what a coder can gain. A row's time is that of encoding; behind it stand bytes, bits a code, what is
+above the matrices' order-0 entropy, and the time of decoding.
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.common import Absent, Call, Row, Work, peer_package
-from bench.conftest import TABLE
-from model.artifact import read_artifact
+from bench import data
+from bench.common import Call, Work
+from bench.peers import Absent, peer_package
 from model.codecs import CODECS
 from model.size import entropy_of
 from pgolf_kernels.packing import byte_shuffle, byte_unshuffle
@@ -43,8 +44,8 @@ CASES = [Case(2), Case(4), Case(8)]
 
 
 def setup(case: Case, device: torch.device) -> dict[str, Any]:
-    data = np.random.default_rng(0).integers(0, 256, BYTES, dtype=np.uint8)
-    return {"data": data, "out": np.zeros_like(data)}
+    drawn = np.random.default_rng(0).integers(0, 256, BYTES, dtype=np.uint8)
+    return {"data": drawn, "out": np.zeros_like(drawn)}
 
 
 def work(case: Case) -> Work:
@@ -68,14 +69,20 @@ def numpy_slices(case: Case, x: dict[str, Any]) -> Call:
 
 
 def blosc2(case: Case, x: dict[str, Any]) -> Call:
-    """Its shuffle filter without compression, on one thread; it also writes its own frame."""
+    """Its shuffle alone, from the library in its wheel: compress() at level 0 copies and does not shuffle."""
     package = peer_package("blosc2")
-    package.set_nthreads(1)
-    options = {"typesize": case.stride, "clevel": 0, "filter": package.Filter.SHUFFLE}
-    return lambda: package.compress(x["data"], **options)
+    file = next(Path(package.__file__).parent.glob("lib*/libblosc2.so*"), None)
+    if file is None:
+        raise Absent("no libblosc2.so in blosc2's wheel")
+    shuffle = ctypes.CDLL(str(file)).blosc2_shuffle
+    shuffle.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
+    shuffle(case.stride, BYTES, x["data"].ctypes.data, x["out"].ctypes.data)
+    assert np.array_equal(x["out"], byte_shuffle(x["data"], case.stride)), "another shuffle than ours"
+    return lambda: shuffle(case.stride, BYTES, x["data"].ctypes.data, x["out"].ctypes.data)
 
 
 def bitshuffle(case: Case, x: dict[str, Any]) -> Call:
+    """The bits of words, one thread; it returns a new array."""
     package = peer_package("bitshuffle")
     words = x["data"].view(f"u{case.stride}")
     return lambda: package.bitshuffle(words)
@@ -97,12 +104,47 @@ def test_byte_shuffle(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, SHUFFLES, setup, work)
 
 
-@pytest.fixture(scope="module")
-def codes() -> list[np.ndarray]:
-    path = os.environ.get("PGOLF_CODES")
-    if not path:
-        pytest.skip("PGOLF_CODES does not name an artifact; random codes would say nothing")
-    return [matrix.codes.numpy() for matrix in read_artifact(path).quantized.matrices]
+# Codes ----------------------------------------------------------------------------------------------------------------
+
+Matrices = Sequence[np.ndarray]
+Coder = tuple[Callable[[], Any], Callable[[Any], int], Callable[[Any], Any]]  # encode, size of that, decode and check
+
+
+def codec(name: str) -> Callable[[Matrices, Path], Coder]:
+    """One of the artifact's codecs, checked to give the codes back."""
+
+    def build(matrices: Matrices, folder: Path) -> Coder:
+        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
+        return lambda: CODECS[name].encode(matrices), len, lambda coded: CODECS[name].decode(coded, shapes)
+
+    return build
+
+
+def constriction(matrices: Matrices, folder: Path) -> Coder:
+    """Its ANS coder with each matrix's own frequencies, for which two bytes a code that occurs are counted."""
+    package = peer_package("constriction")
+    lowest = [int(matrix.min()) for matrix in matrices]
+    counts = [np.bincount(matrix.ravel().astype(np.int32) - low) for matrix, low in zip(matrices, lowest, strict=True)]
+    models = [
+        package.stream.model.Categorical((count / count.sum()).astype(np.float32), perfect=False) for count in counts
+    ]
+
+    def encode() -> list[np.ndarray]:
+        coded = []
+        for matrix, low, model in zip(matrices, lowest, models, strict=True):
+            coder = package.stream.stack.AnsCoder()
+            coder.encode_reverse(matrix.ravel().astype(np.int32) - low, model)
+            coded.append(coder.get_compressed())
+        return coded
+
+    def decode(coded: list[np.ndarray]) -> list[np.ndarray]:
+        return [
+            (package.stream.stack.AnsCoder(words).decode(model, m.size) + low).astype(np.int8).reshape(m.shape)
+            for words, low, model, m in zip(coded, lowest, models, matrices, strict=True)
+        ]
+
+    tables = sum(2 * int((count > 0).sum()) for count in counts)
+    return encode, lambda coded: tables + sum(words.nbytes for words in coded), decode
 
 
 def nearest_row_order(matrix: np.ndarray) -> np.ndarray:
@@ -117,19 +159,37 @@ def nearest_row_order(matrix: np.ndarray) -> np.ndarray:
     return np.array(order, np.uint16)
 
 
-def lrzip(matrices: Sequence[np.ndarray], folder: Path) -> int:
-    """Bytes of `lrzip -z -L 9` a group of equal shapes, rows sorted and transposed, with the orders beside them."""
+def lrzip(matrices: Matrices, folder: Path) -> Coder:
+    """`lrzip -z -L 9` a group of equal shapes, rows sorted and transposed, with the orders beside them; the sorting
+    is counted as encoding, its undoing is not done.
+    """
     program = shutil.which("lrzip")
     if program is None:
         raise Absent("no lrzip on the PATH")
-    total = 0
-    for number, (_, group) in enumerate(groupby(matrices, key=lambda m: m.shape)):
-        for kind, pieces in zip(("codes", "order"), _sorted_rows(list(group)), strict=True):
-            file = folder / f"{number}.{kind}"
-            file.write_bytes(b"".join(pieces))
-            subprocess.run([program, "-q", "-f", "-z", "-L", "9", str(file)], check=True, capture_output=True)
-            total += file.with_name(f"{file.name}.lrz").stat().st_size
-    return total
+
+    def run(*arguments: str) -> None:
+        subprocess.run([program, "-q", "-f", *arguments], check=True, capture_output=True)
+
+    def encode() -> list[Path]:
+        files = []
+        for number, (_, group) in enumerate(groupby(matrices, key=lambda m: m.shape)):
+            for kind, pieces in zip(("codes", "order"), _sorted_rows(list(group)), strict=True):
+                file = folder / f"{number}.{kind}"
+                file.write_bytes(b"".join(pieces))
+                run("-z", "-L", "9", str(file))
+                files.append(file)
+        return files
+
+    def packed(file: Path) -> Path:
+        return file.with_name(f"{file.name}.lrz")
+
+    def decode(files: list[Path]) -> None:
+        for file in files:
+            back = file.with_name(f"{file.name}.back")
+            run("-d", "-o", str(back), str(packed(file)))
+            assert back.read_bytes() == file.read_bytes()
+
+    return encode, lambda files: sum(packed(file).stat().st_size for file in files), decode
 
 
 def _sorted_rows(matrices: list[np.ndarray]) -> tuple[list[bytes], list[bytes]]:
@@ -137,33 +197,41 @@ def _sorted_rows(matrices: list[np.ndarray]) -> tuple[list[bytes], list[bytes]]:
     return [m[o].T.tobytes() for m, o in zip(matrices, orders, strict=True)], [o.tobytes() for o in orders]
 
 
+CODERS = {f"pgolf, {name}": codec(name) for name in ("static", "context")} | {
+    **{name: codec(name) for name in CODECS if name not in ("static", "context")},
+    "constriction": constriction,
+    "lrzip, rows sorted": lrzip,
+}
+REPEATED = ("pgolf, static", "pgolf, context", "constriction")  # the others take a minute
+
+
 def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     return call(), time.perf_counter() - started
 
 
-@pytest.mark.parametrize("name", [*CODECS, "lrzip"])
-def test_codes(codes: list[np.ndarray], name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if name not in ("context", "static") and not request.config.getoption("--peers"):
-        pytest.skip("a peer; --peers times it")
-    number = sum(matrix.size for matrix in codes)
-    row = Row("packing/codes", f"{number:,} codes", name)
-    request.config.stash[TABLE].rows.append(row)
-    floor = sum(entropy_of(torch.from_numpy(matrix)) * matrix.size / 8 for matrix in codes)
-    decoding = ""
-    if name == "lrzip":
-        try:
-            size, encode_time = seconds(lambda: lrzip(codes, tmp_path))
-        except Absent as absent:
-            row.absent = str(absent)
-            pytest.skip(f"absent: {absent}")
-    else:
-        codec = CODECS[name]
-        data, encode_time = seconds(lambda: codec.encode(codes))
-        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in codes]
-        decoded, decode_time = seconds(lambda: codec.decode(data, shapes))
-        decoding = f", decoded in {decode_time:.2f} s"
-        assert all(np.array_equal(a, b) for a, b in zip(decoded, codes, strict=True))
-        size = len(data)
-    row.seconds = encode_time
-    row.how = f"{size:,} bytes, {8 * size / number:.4f} bits a code, {size / floor - 1:+.2%} of the entropy{decoding}"
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("provider", CODERS)
+@pytest.mark.parametrize("source", list(data.codes_files()) or ["own run"])
+def test_codes(recording: Any, source: str, provider: str, tmp_path: Path) -> None:
+    matrices = data.codes(source) if source in data.codes_files() else []
+    number = sum(matrix.size for matrix in matrices)
+    with recording(f"{source}, {number:,} codes", provider) as recorder:
+        matrices = data.codes(source)
+        rounds = 3 if provider in REPEATED else 1
+        encode, size_of, decode = CODERS[provider](matrices, tmp_path)
+        coded = encode() if rounds > 1 else None
+        found: list[Any] = [coded]
+        recorder.measure(lambda: found.__setitem__(0, encode()), rounds=rounds)
+        decoded, times = None, []
+        for _ in range(rounds):
+            decoded, taken = seconds(lambda: decode(found[0]))
+            times.append(taken)
+        if decoded is not None:
+            assert all(np.array_equal(a, b) for a, b in zip(decoded, matrices, strict=True))
+        size = size_of(found[0])
+        floor = sum(entropy_of(torch.from_numpy(matrix)) * matrix.size / 8 for matrix in matrices)
+        recorder.row.how = (
+            f"{size:,} bytes, {8 * size / number:.4f} bits a code, {size / floor - 1:+.2%} of the entropy, "
+            f"decoded in {statistics.median(times):.2f} s"
+        )

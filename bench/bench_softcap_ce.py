@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import DEVICE, Absent, Call, Work, peer_package
+from bench.common import DEVICE, Call, Work
+from bench.peers import Absent, peer_package
 from pgolf_kernels import linear_softcap_cross_entropy, softcap_cross_entropy, softcap_cross_entropy_with_grad
 
 SOFTCAP = 30.0
@@ -24,17 +26,21 @@ class Case:
     rows: int
     vocab: int
     width: int = 512
+    softcap: float | None = SOFTCAP
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.vocab}x{self.width} {str(DTYPE).removeprefix('torch.')}"
+        plain = "" if self.softcap else ", no softcap"
+        return f"{self.rows}x{self.vocab}x{self.width} {str(DTYPE).removeprefix('torch.')}{plain}"
 
 
 CASES = [Case(98304, 8192)] if GPU else [Case(4096, 8192)]
+PLAIN = [dataclasses.replace(case, softcap=None) for case in CASES]  # for peers that know no softcap
 ELEMENT = DTYPE.itemsize
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(SOFTCAP * torch.tanh(logits.float() / SOFTCAP), targets)
+def loss_of(logits: Tensor, targets: Tensor, softcap: float | None = SOFTCAP) -> Tensor:
+    logits = logits.float()
+    return F.cross_entropy(logits if softcap is None else softcap * torch.tanh(logits / softcap), targets)
 
 
 def head_loss_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,36 +67,48 @@ def setup_logits(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 def one_pass(case: Case, x: dict[str, Tensor]) -> Call:
     scale = torch.full((), 1 / (8 * case.rows), device=DEVICE)
-    return lambda: softcap_cross_entropy_with_grad(x["logits"], x["targets"], SOFTCAP, grad_scale=scale)
+    logits = x["logits"].detach()
+    return lambda: softcap_cross_entropy_with_grad(logits, x["targets"], SOFTCAP, grad_scale=scale)
 
 
-def liger_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    functional = peer_package("liger_kernel.transformers.functional")
+def gpu_package(name: str) -> Any:
     if not GPU:
-        raise Absent("liger_kernel needs a GPU")
-    return functional.liger_cross_entropy(logits, targets, softcap=SOFTCAP)
+        raise Absent("needs a GPU")
+    return peer_package(name)
+
+
+def liger_loss(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Its backward pass writes the gradient over the logits: the next call finds other values, of the same shape."""
+    functional = gpu_package("liger_kernel.transformers.functional")
+    return functional.liger_cross_entropy(logits, targets, softcap=softcap)
+
+
+def quack_loss(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    assert softcap is None, "quack knows no softcap"
+    return gpu_package("quack").cross_entropy(logits, targets, reduction="mean")
 
 
 def forward_by(function: Any) -> Any:
     def build(case: Case, x: dict[str, Tensor]) -> Call:
         logits = x["logits"].detach()
-        return lambda: function(logits, x["targets"])
+        return lambda: function(logits, x["targets"], case.softcap)
 
     return build
 
 
 def both_by(function: Any) -> Any:
-    return lambda case, x: lambda: gradients(function(x["logits"], x["targets"]), x["logits"])
+    return lambda case, x: lambda: gradients(function(x["logits"], x["targets"], case.softcap), x["logits"])
 
 
 LOGIT_LOSSES = {
     "pgolf_kernels": softcap_cross_entropy,
     "eager": loss_of,
-    "torch.compile": lambda logits, targets: compiled(loss_of)(logits, targets),
+    "torch.compile": lambda *inputs: compiled(loss_of)(*inputs),
     "liger_kernel": liger_loss,
 }
 FORWARD = {name: forward_by(function) for name, function in LOGIT_LOSSES.items()}
 BOTH = {name: both_by(function) for name, function in LOGIT_LOSSES.items()}
+PLAIN_BOTH = BOTH | {"quack": both_by(quack_loss)}
 ONE_PASS = {"pgolf_kernels": one_pass} | {name: build for name, build in BOTH.items() if name != "pgolf_kernels"}
 
 
@@ -124,6 +142,12 @@ def test_forward_backward(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, BOTH, setup_logits, both_work)
 
 
+@pytest.mark.parametrize("provider", PLAIN_BOTH)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_no_softcap(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, PLAIN_BOTH, setup_logits, both_work)
+
+
 # The head and its loss ------------------------------------------------------------------------------------------------
 
 
@@ -135,16 +159,12 @@ def setup_head(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def liger_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    functional = peer_package("liger_kernel.transformers.functional")
-    if not GPU:
-        raise Absent("liger_kernel needs a GPU")
+    functional = gpu_package("liger_kernel.transformers.functional")
     return functional.liger_fused_linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP)
 
 
 def cce_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    package = peer_package("cut_cross_entropy")
-    if not GPU:
-        raise Absent("cut_cross_entropy needs a GPU")
+    package = gpu_package("cut_cross_entropy")
     return package.linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, impl="cce_exact")
 
 

@@ -1,24 +1,25 @@
 """A training step of pull request 1530's model on packed documents, beside that pull request's own script.
 
 "micro_step" is one forward and backward pass over 98,304 tokens; "step" adds what follows each of them on 8 GPUs:
-clipping, Muon, AdamW and the moving average. Documents have lengths drawn as in web text and random tokens; output
-projections are not zero, as they are after the first step. Both sides use the attention that this package chooses,
-or FlashAttention 3 where the public script finds it. The public script is `pr1530/train_gpt.py` in PGOLF_PEER_DIR.
+clipping, Muon, AdamW and the moving average. The tokens are those of data.py, in documents of lengths drawn as in web
+text; output projections are not zero, as they are after the first step. Both sides use the attention that this package
+chooses, or FlashAttention 3 where the public script (`pr1530/train_gpt.py` in PGOLF_PEER_DIR) finds it.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-import types
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bench.common import DEVICE, Absent, Call, Work, peer_module
+from bench import data
+from bench.common import DEVICE, Call, Work
+from bench.peers import Absent, script_1530
 from model.config import Config
 from model.data.loaders import Batch, build_cu_seqlens
 from model.distributed import Dist
@@ -27,11 +28,10 @@ from model.gpt import GPT
 from model.micro_step import MicroStep
 from model.optim import Optimizer, WeightAverage
 from model.presets import get_preset
-from pgolf_kernels import varlen_attention
 
 GPU = DEVICE.type == "cuda"
 MEAN_LOG_LENGTH, STD_LOG_LENGTH = 6.2, 1.0  # documents of about 800 tokens on average
-_CAPTURE_REFUSED = "a training step allocates gradients: it is timed as it runs, not as a graph"
+_CAPTURE_REFUSED = "it allocates gradients"  # so it is timed as it runs, not as a graph
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def setup(case: Case, device: torch.device) -> dict[str, Tensor]:
     starts = lengths.clamp(min=32).long().cumsum(0)
     starts = starts[starts < case.tokens].numpy()
     cu_seqlens, _ = build_cu_seqlens(starts, case.tokens, config().data.train_seq_len, config().data.cu_bucket_size)
-    tokens = torch.randint(3, config().model.vocab_size, (case.tokens + 1,), generator=generator)
+    tokens = torch.from_numpy(np.resize(data.tokens(), case.tokens + 1).astype(np.int64)) % config().model.vocab_size
     tokens[starts] = 1
     return {
         "inputs": tokens[:-1].view(1, -1).to(device),
@@ -135,25 +135,12 @@ def peer() -> tuple[Any, Any, Any]:
     """(module, model, compiled model) of the public script."""
     if not GPU:
         raise Absent("the public script needs a GPU")
-    try:
-        import flash_attn_interface  # noqa: F401
-    except ImportError:
-        stand_in = types.ModuleType("flash_attn_interface")
-        stand_in.flash_attn_func = None
-        stand_in.flash_attn_varlen_func = _our_attention
-        sys.modules["flash_attn_interface"] = stand_in
-    module = peer_module("pr1530/train_gpt.py")
+    module = script_1530()
     torch.manual_seed(0)
     model = module.GPT(module.Hyperparameters()).to(DEVICE).bfloat16()
     module.restore_fp32_params(model)
     draw_zero_matrices(model)
     return module, model, torch.compile(model, dynamic=False, fullgraph=True)
-
-
-def _our_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, max_seqlen_q: int, **options: Any
-) -> Tensor:
-    return varlen_attention(q, k, v, cu_seqlens_q, max_seqlen_q)
 
 
 def peer_micro_step(case: Case, inputs: dict[str, Tensor]) -> Call:

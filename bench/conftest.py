@@ -1,38 +1,167 @@
-"""The `bench` fixture and the table at the end of `pytest bench/`; see common.py."""
+"""The `bench` fixture, and what pytest-benchmark's records hold beyond its own; see common.py and __main__.py."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pytest_benchmark.utils import safe_dumps
 
-from bench import common, record
+from bench import common, machine, table
+from bench.headline import HEADLINE
+from bench.peers import Absent
 
-TABLE = pytest.StashKey[common.Table]()
-CHECK = pytest.StashKey[list[str]]()  # the lines of a comparison with recorded results
+ORDER = {entry.part: number for number, entry in enumerate(HEADLINE)}
+
+
+@dataclass
+class Run:
+    """What this session has found so far. `events` is where __main__.py listens; `recorded` what it compares with."""
+
+    rows: list[table.Row] = field(default_factory=list)
+    recorded: set[str] = field(default_factory=set)
+    events: int | None = None
+    peers: bool = False
+
+    def tell(self, event: str, **data: Any) -> None:
+        if self.events is not None:
+            os.write(self.events, (safe_dumps({"event": event, **data}) + "\n").encode())
+
+
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peers", action="store_true", help="time the peers too, beside ours")
-    parser.addoption("--results", type=Path, metavar="FOLDER", help="record this run as FOLDER/MACHINE/SUITE.json")
-    parser.addoption(
-        "--check",
-        type=Path,
-        metavar="FOLDER",
-        help=f"fail where a call takes {record.MARGIN:.0%} longer than FOLDER's record of the same machine",
-    )
+    parser.addoption("--events", type=int, help="file descriptor for one JSON line a row (for python -m bench)")
+    parser.addoption("--done", type=Path, help="file of test ids, one a line, to leave out (for python -m bench)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TABLE] = common.Table()
+    machine.load_at_start()
+    config.stash[RUN] = Run(events=config.getoption("--events"), peers=config.getoption("--peers"))
+
+
+def suite_of(item: pytest.Item) -> str:
+    """ "FILE/PART" of a test: bench_FILE.py::test_PART."""
+    name = item.name.split("[")[0].removeprefix("test_")
+    return f"{item.path.stem.removeprefix('bench_')}/{name}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Headline rows first, evaluation last and provider by provider; without what is done and peers not asked for."""
+    items.sort(key=_rank)
+    done = set(config.getoption("--done").read_text().splitlines()) if config.getoption("--done") else set()
+    left_out = [item for item in items if item.nodeid in done or (is_peer(item) and not config.stash[RUN].peers)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _rank(item: pytest.Item) -> tuple[bool, int]:
+    suite = suite_of(item)
+    last = suite.startswith("evaluate/")
+    return last, is_peer(item) if last else ORDER.get(suite, len(ORDER))
+
+
+def is_peer(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and not str(callspec.params.get("provider", "pgolf")).startswith("pgolf")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    if config.stash[RUN].events is None or not session.items:
+        return
+    info = config.hook.pytest_benchmark_generate_machine_info(config=config)
+    config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=info)
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
+    config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
+    config.stash[RUN].tell("machine", machine_info=info, commit_info=commit, tests=len(session.items))
+    config.stash[RUN].tell("ceilings", ceilings=asdict(common.ceilings()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker else None
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    of_row = {name: str(params.get(name, default)) for name, default in (("case", ""), ("provider", "pgolf"))}
+    item.config.stash[RUN].tell("start", test=item.nodeid, suite=suite_of(item), limit=limit, **of_row)
+
+
+@dataclass
+class Recorder:
+    """One row in the making: what a test gives its numbers to."""
+
+    benchmark: Any
+    row: table.Row
+
+    def measure(self, target: Callable[[], Any], *, calls: int = 1, rounds: int = 1) -> float:
+        """Times rounds of `target`, which makes so many calls; the median time of a call, also left in the row."""
+
+        def per_call() -> None:  # pytest-benchmark divides a round's time by its iterations
+            if self.benchmark.disabled:
+                pytest.skip("benchmarks are disabled")
+            self.benchmark.stats.iterations = calls
+
+        with machine.Neighbours() as neighbours:
+            self.benchmark.pedantic(target, setup=per_call, rounds=rounds)
+        self.row.seconds = self.benchmark.stats.stats.median
+        self.row.others = round(neighbours.cores, 2)
+        return self.row.seconds
+
+    def against(self, work: common.Work) -> None:
+        """The rates and the part of the ceiling that the row's time means for this work."""
+        assert self.row.seconds is not None
+        self.row.bytes_per_s = work.bytes / self.row.seconds
+        self.row.flop_per_s = work.flops / self.row.seconds
+        self.row.of_floor = work.floor_seconds(common.ceilings()) / self.row.seconds
+        self.benchmark.extra_info.update(work=asdict(work))
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+def recording(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Any]:
+    """`with recording(case, provider) as recorder: ...`: whatever comes out of the block becomes one row."""
+
+    @contextlib.contextmanager
+    def record(case: Any, provider: str) -> Iterator[Recorder]:
+        run = request.config.stash[RUN]
+        row = table.Row(suite_of(request.node), str(case), provider)
+        run.rows.append(row)
+        benchmark.group = row.group
+        failed = False
+        try:
+            yield Recorder(benchmark, row)
+        except Absent as absent:
+            row.absent = str(absent)
+            pytest.skip(f"absent: {absent}")
+        except BaseException as error:  # a time-out is none of Exception's kinds
+            row.seconds, row.absent = None, table.why(error)
+            benchmark.has_error = True
+            failed = provider.startswith("pgolf")
+            raise
+        else:
+            found = asdict(row)
+            del found["seconds"]  # that is the statistics' median
+            benchmark.extra_info.update(found)
+        finally:
+            result = benchmark.stats.as_dict(include_data=False) if row.seconds is not None else None
+            run.tell("row", test=request.node.nodeid, row=asdict(row), benchmark=result, failed=failed)
+
+    return record
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, recording: Any) -> Iterator[Callable[..., None]]:
     """bench(case, provider, providers, setup, work): times one provider on one case and records it."""
 
     def run(
@@ -42,71 +171,80 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]
         setup: Callable[..., Any],
         work: Callable[[Any], common.Work],
     ) -> None:
-        if provider != next(iter(providers)) and not request.config.getoption("--peers"):
-            pytest.skip("a peer; --peers times it")
-        table = request.config.stash[TABLE]
-        suite = request.node.name.split("[")[0].removeprefix("test_")
-        row = common.Row(f"{request.module.__name__.removeprefix('bench.bench_')}/{suite}", str(case), provider)
-        table.rows.append(row)
-        amount = work(case)
-        inputs = [setup(case, common.DEVICE) for _ in range(common.rotations(amount))]
-        try:
+        with recording(case, provider) as recorder:
+            amount = work(case)
+            inputs = [setup(case, common.DEVICE) for _ in range(common.rotations(amount))]
             calls = [providers[provider](case, each) for each in inputs]
+            started = time.perf_counter()
             for call in calls:
                 call()
-        except common.Absent as absent:
-            row.absent = str(absent)
-            pytest.skip(f"absent: {absent}")
-        ceilings = common.ceilings()
-        row.peak_bytes = common.peak_bytes(calls[0])
-        timed = common.timed(calls)
-        benchmark.pedantic(timed.target, rounds=common.ROUNDS if common.DEVICE.type == "cuda" else 5)
-        row.seconds, row.how = benchmark.stats.stats.median / timed.calls, timed.how
-        row.bytes_per_s, row.flop_per_s = amount.bytes / row.seconds, amount.flops / row.seconds
-        row.of_floor = amount.floor_seconds(ceilings) / row.seconds
-        benchmark.group = f"{row.suite} {row.case}"
-        benchmark.extra_info.update(asdict(row), work=asdict(amount), ceilings=asdict(ceilings))
+            first = time.perf_counter() - started
+            recorder.row.peak_bytes = common.peak_bytes(calls[0])
+            timed = common.timed(calls, first)
+            recorder.row.how = timed.how
+            recorder.measure(timed.target, calls=timed.calls, rounds=timed.rounds)
+            recorder.against(amount)
 
-    return run
+    yield run
+    if common.DEVICE.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not common.random_numbers_work():
+            request.session.shouldstop = "torch's generator is unusable after a failed capture: a new process is needed"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["pgolf"] = environment(config)
+    machine_info["node"] = ""  # a host's name says nothing to others
+    machine_info.get("cpu", {}).pop("flags", None)
+    machine_info["pgolf"] = machine.environment(config.invocation_params.args)
 
 
-def environment(config: pytest.Config) -> dict[str, Any]:
-    return common.environment(config.invocation_params.args)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """The commit alone; PGOLF_COMMIT names it where the sources lie outside git."""
+    given = os.environ.get("PGOLF_COMMIT")
+    found = (
+        {"id": given, "dirty": False} if given else {name: commit_info.get(name) for name in ("id", "time", "dirty")}
+    )
+    commit_info.clear()
+    commit_info.update(found)
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A call that became slower, or one that there is nothing to compare with, fails the run."""
-    folder = session.config.getoption("--check")
-    if folder is None or exitstatus != pytest.ExitCode.OK:
-        return
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    rows = config.stash[RUN].rows
+    output_json["ceilings"] = asdict(common.ceilings())
+    output_json["absent"] = [asdict(row) for row in rows if row.seconds is None and row.absent]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> None:
+    """Times of another GPU, CPU or number of threads are refused."""
     try:
-        slower, compared = record.slower_than_recorded(
-            folder, environment(session.config), session.config.stash[TABLE].rows
-        )
-        lines = slower or [f"{compared} calls, none {record.MARGIN:.0%} slower than recorded"]
-    except record.Refused as refused:
-        slower, compared, lines = [], 0, [f"refused: {refused}"]
-    session.config.stash[CHECK] = lines
-    if slower or not compared:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        machine.refuse_another(compared_benchmark["machine_info"].get("pgolf", {}), machine_info["pgolf"])
+    except machine.Refused as refused:
+        raise pytest.UsageError(f"refused: {refused}") from refused
+    config.stash[RUN].recorded.update(each["fullname"] for each in compared_benchmark["benchmarks"])
+    # pytest-benchmark's own hook comes next and would print both in full: the commands and loads always differ.
+    compared_benchmark["machine_info"] = machine_info
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A comparison in which nothing was compared has not been passed."""
+    if session.config.getoption("benchmark_compare") and exitstatus == pytest.ExitCode.OK:
+        recorded = session.config.stash[RUN].recorded
+        if not any(item.nodeid in recorded for item in session.items):
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    table = config.stash[TABLE]
-    if not any(row.seconds for row in table.rows):
+    run = config.stash[RUN]
+    if run.events is not None or not any(row.seconds for row in run.rows):
         return
     terminalreporter.section("kernels")
-    terminalreporter.write_line(common.ceilings().line())
-    for line in table.lines():
-        terminalreporter.write_line(line)
-    found = {**environment(config), "ceilings": asdict(common.ceilings())}
-    terminalreporter.write_line(json.dumps({"environment": found, "rows": [asdict(row) for row in table.rows]}))
-    if folder := config.getoption("--results"):
-        for file in record.write_results(folder, found, table.rows):
-            terminalreporter.write_line(f"wrote {file}")
-    for line in config.stash.get(CHECK, []):
-        terminalreporter.write_line(line)
+    terminalreporter.write_line(table.ceilings_line(asdict(common.ceilings())))
+    printer = table.Printer()
+    for row in run.rows:
+        for line in printer.lines(row):
+            terminalreporter.write_line(line)

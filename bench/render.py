@@ -13,48 +13,31 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
-from bench.record import RESULTS, read_results
+from bench.headline import HEADLINE
+from bench.storage import RESULTS, Record, read_results
+from bench.table import DISTURBED, Row, commit_name
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
 MARKED = re.compile(r"^(<!-- results:(\w+) -->\n).*?^(<!-- /results -->)", re.DOTALL | re.MULTILINE)
 NOT_RECORDED = "_not recorded_"
-HOW = ("graph", "calls", "stream", "")  # what a row says when it has nothing else to say
+TIMED = ("graph", "calls", "stream", "")  # what a row says of how it was timed when it has no result to tell
 
-# Suite, its part, what the README calls it, and which peer stands beside it (None: the fastest).
-HEADLINE = (
-    ("softcap_ce", "forward_backward", "softcap cross-entropy, forward and backward", None),
-    ("softcap_ce", "one_pass", "softcap cross-entropy, loss and gradient in one pass", None),
-    ("softcap_ce", "head", "head and loss, forward and backward", None),
-    ("fused_mlp", "forward_backward", "fused MLP, forward and backward", None),
-    ("batched_lora", "forward_backward", "linear with an adapter a document, forward and backward", None),
-    ("attention", "forward_backward", "attention over packed documents, forward and backward", None),
-    ("residual", "forward_backward", "residual sum and norm, forward and backward", None),
-    ("adapter_adamw", "step", "AdamW over adapters", None),
-    ("gptq", "model", "GPTQ of a whole model", None),
-    ("ngram", "stream", "n-gram hints", None),
-    ("packing", "codes", "coding of quantised weights", "brotli"),
-    ("train_step", "step", "training step", None),
-    ("evaluate", "whole_set", "test-time training of a validation set", None),
-)
-
-Rows = list[dict[str, Any]]
+Results = dict[str, list[Record]]
 
 
-def groups_of(rows: Rows) -> dict[tuple[str, str], Rows]:
+def groups_of(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows of one part and case, which the ratios compare; ours is the first."""
-    found: dict[tuple[str, str], Rows] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        part = row["suite"].partition("/")[2]
-        found.setdefault((part, row["case"]), []).append(row)
+        found.setdefault((row.suite, row.case), []).append(row)
     return found
 
 
 def is_peer(provider: str) -> bool:
     """Neither a setting of ours nor a floor, such as a kernel's matrix products alone."""
-    return not provider.startswith("pgolf") and not provider.endswith("alone")
+    return not provider.startswith("pgolf") and not provider.endswith(("alone", "only")) and provider != "memcpy"
 
 
 def digits(value: float) -> str:
@@ -70,30 +53,41 @@ def seconds(value: float) -> str:
     return f"{digits(value * 1e6)} µs"
 
 
-def outcome(row: dict[str, Any]) -> str:
+def result(row: Row) -> str:
+    """What else came out, and whether the row was disturbed."""
+    disturbed = f"others took {row.others:.1f} cores" if row.others >= DISTURBED else ""
+    return "; ".join(filter(None, ("" if row.how.split(" (")[0] in TIMED else row.how, disturbed)))
+
+
+def outcome(row: Row) -> str:
     """Time, and in brackets what else came out."""
-    if row["seconds"] is None:
-        return f"absent: {row['absent'] or 'failed'}"
-    return seconds(row["seconds"]) + ("" if row["how"] in HOW else f" ({row['how']})")
+    if row.seconds is None:
+        return f"absent: {row.absent}"
+    return seconds(row.seconds) + (f" ({result(row)})" if result(row) else "")
 
 
-def rate(row: dict[str, Any]) -> str:
+def rate(row: Row) -> str:
     """In the unit of the ceiling: operations where there are any that count, else bytes."""
-    if row["flop_per_s"] > 0:
-        return f"{digits(row['flop_per_s'] / 1e12)} TFLOP/s"
-    return f"{digits(row['bytes_per_s'] / 1e9)} GB/s" if row["bytes_per_s"] else ""
+    if row.flop_per_s > 0:
+        return f"{digits(row.flop_per_s / 1e12)} TFLOP/s"
+    return f"{digits(row.bytes_per_s / 1e9)} GB/s" if row.bytes_per_s else ""
 
 
-def machine_line(environment: dict[str, Any]) -> str:
-    ceilings = environment["ceilings"]
-    commit = environment["commit"] or "unknown"
-    commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+def machine_line(record: Record) -> str:
+    environment, ceilings = record.environment, record.ceilings
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
-    return (
-        f"{environment['device']}, {environment['threads']} threads, {torch}, commit "
-        f"`{commit}`; copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, "
-        f"matrix product {digits(ceilings['flop_per_s'] / 1e12)} TFLOP/s; `{environment['command']}`"
-    )
+    load = environment.get("load_at_start")
+    parts = [
+        f"{environment['device']}, {environment['threads']} threads",
+        torch,
+        f"commit `{commit_name(record.commit)}`",
+        f"copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, matrix product "
+        f"{digits(ceilings['flop_per_s'] / 1e12)} TFLOP/s",
+        f"load average at the start {load}" if load is not None else "",
+        environment.get("note", ""),
+        f"`{environment['command']}`",
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -103,75 +97,72 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def suite_lines(record: dict[str, Any]) -> list[str]:
-    """One machine's record of one suite."""
-    lines = [machine_line(record["environment"])]
-    for (part, case), rows in groups_of(record["rows"]).items():
-        ours = rows[0]["seconds"]
+def record_lines(record: Record) -> list[str]:
+    """One run's rows of one suite."""
+    lines = [machine_line(record)]
+    for (suite, case), rows in groups_of(record.rows).items():
+        ours = rows[0].seconds
         cells = []
         for row in rows:
-            if row["seconds"] is None:
-                cells.append([row["provider"], f"absent: {row['absent'] or 'failed'}", "", "", "", "", ""])
+            if row.seconds is None:
+                cells.append([row.provider, f"absent: {row.absent}", "", "", "", "", ""])
                 continue
             cells.append(
                 [
-                    row["provider"],
-                    seconds(row["seconds"]),
-                    f"{row['seconds'] / ours:.2f}" if ours else "",
+                    row.provider,
+                    seconds(row.seconds),
+                    f"{row.seconds / ours:.2f}" if ours else "",
                     rate(row),
-                    f"{row['of_floor']:.0%}" if row["of_floor"] else "",
-                    f"{row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] is not None else "",
-                    "" if row["how"] in HOW else row["how"],
+                    f"{row.of_floor:.0%}" if row.of_floor else "",
+                    f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
+                    result(row),
                 ]
             )
         header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "result"]
-        lines += ["", ", ".join(filter(None, (part.replace("_", " "), case))), "", *table(header, cells)]
+        part = suite.partition("/")[2].replace("_", " ")
+        lines += ["", ", ".join(filter(None, (part, case))), "", *table(header, cells)]
     return lines
 
 
-def render_suite(results: dict[str, dict[str, dict[str, Any]]], suite: str) -> list[str]:
-    machines = results.get(suite)
-    if not machines:
+def render_suite(results: Results, suite: str) -> list[str]:
+    if suite not in results:
         return [NOT_RECORDED]
     lines: list[str] = []
-    for record in machines.values():
-        lines += ["", *suite_lines(record)] if lines else suite_lines(record)
+    for record in results[suite]:
+        lines += ["", *record_lines(record)] if lines else record_lines(record)
     return lines
 
 
-def render_headline(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """For each entry and machine: the first case, our time, the fastest peer of that run."""
+def render_headline(results: Results) -> list[str]:
+    """For each entry and machine: the first case, our time, the peer's of that run."""
     cells = []
-    for suite, part, label, wanted in HEADLINE:
-        machines = results.get(suite, {})
-        groups = [
-            (record["environment"]["device"], case, rows)
-            for record in machines.values()
-            for (found, case), rows in list(groups_of(record["rows"]).items())
-            if found == part
-        ]
-        firsts = {device: (case, rows) for device, case, rows in reversed(groups)}
+    for part, label, wanted in HEADLINE:
+        firsts: dict[str, tuple[str, list[Row]]] = {}
+        for record in results.get(part.split("/")[0], []):
+            for (suite, case), rows in groups_of(record.rows).items():
+                if suite == part and rows[0].seconds is not None:
+                    firsts.setdefault(record.environment["device"], (case, rows))
         if not firsts:
             cells.append([label, "", NOT_RECORDED, "", "", ""])
         for device, (case, rows) in firsts.items():
             ours = rows[0]
-            peers = [row for row in rows[1:] if row["seconds"] and is_peer(row["provider"])]
-            named = [row for row in peers if wanted in (None, row["provider"])]
-            best = min(named, key=lambda row: row["seconds"], default=None)
+            peers = [row for row in rows[1:] if row.seconds and is_peer(row.provider)]
+            named = [row for row in peers if wanted in (None, row.provider)]
+            best = min(named, key=lambda row: row.seconds or 0.0, default=None)
             cells.append(
                 [
                     label,
                     f"{case}; {device}",
                     outcome(ours),
-                    f"{ours['of_floor']:.0%}" if ours["of_floor"] else "",
-                    f"{best['provider']}: {outcome(best)}" if best else "",
-                    f"{best['seconds'] / ours['seconds']:.2f}" if best and ours["seconds"] else "",
+                    f"{ours.of_floor:.0%}" if ours.of_floor else "",
+                    f"{best.provider}: {outcome(best)}" if best else "",
+                    f"{best.seconds / ours.seconds:.2f}" if best and best.seconds and ours.seconds else "",
                 ]
             )
     return table(["", "case and machine", "here", "of the ceiling", "peer", "times faster"], cells)
 
 
-def rendered(text: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def rendered(text: str, results: Results) -> str:
     """The page with what stands between its markers made anew."""
 
     def fill(match: re.Match[str]) -> str:

@@ -289,30 +289,35 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1)
+@click.option("-k", "expression", metavar="EXPRESSION", help="Only the tests that match, as pytest's -k.")
 @click.option("--peers", is_flag=True, help="Time the peers too, beside ours, on the same inputs.")
-@click.option("--json", "json_file", type=ANY_PATH, help="Write pytest-benchmark's record here.")
-@click.option("--results", type=ANY_PATH, help="Record the run here, as MACHINE/SUITE.json (docs are made of these).")
-def bench(names: tuple[str, ...], peers: bool, json_file: Path | None, results: Path | None) -> None:
+@click.option("--json", "json_file", type=ANY_PATH, help="Write pytest-benchmark's record here, anew after each row.")
+@click.option(
+    "--record", metavar="NAME", help="Keep the run, peers included, in bench/results (docs are made of these)."
+)
+@click.option("--check", is_flag=True, help="Fail where a call has become slower than this machine's record.")
+@click.option("--within", type=float, metavar="SECONDS", help="End after that time with what there is.")
+def bench(names: tuple[str, ...], json_file: Path | None, **options: Any) -> None:
     """Time the kernels: the machine's ceilings first, then a table. Needs a checkout, with `pip install '.[bench]'`.
 
-    NAMES are those of bench/bench_NAME.py [default: all]. Peers that are not installed are reported as absent.
+    NAMES are those of bench/bench_NAME.py [default: all]. Peers that cannot run are listed as absent, with the reason.
     """
     import subprocess
 
-    folder = Path(__file__).resolve().parent.parent / "bench"
-    known = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    root = Path(__file__).resolve().parent.parent
+    known = sorted(path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py"))
     if not known:
-        raise PgolfError(f"{folder}: no benchmarks here, wanted a checkout of pgolf_kernels")
-    unknown = [name for name in names if name not in known]
-    if unknown:
+        raise PgolfError(f"{root}: no benchmarks here, wanted a checkout of pgolf_kernels")
+    if unknown := [name for name in names if name not in known]:
         raise PgolfError(f"bench: got {unknown[0]!r}, wanted one of {', '.join(known)}")
-    command = [sys.executable, "-m", "pytest", *(f"bench/{known[name].name}" for name in names or known)]
-    command += ["--peers"] if peers else []
-    command += [f"--benchmark-json={json_file.absolute()}"] if json_file else []
-    command += [f"--results={os.path.relpath(results, folder.parent)}"] if results else []
-    status = subprocess.run(command, cwd=folder.parent).returncode
-    if status:
-        raise PgolfError(f"bench: pytest ended with exit status {status}, its lines are above")
+    command = [sys.executable, "-m", "bench", *names]
+    command += ["--json", str(json_file.absolute())] if json_file else []
+    command += ["-k", options["expression"]] if options["expression"] else []
+    command += ["--record", options["record"]] if options["record"] else []
+    command += ["--within", str(options["within"])] if options["within"] else []
+    command += [f"--{name}" for name in ("peers", "check") if options[name]]
+    if status := subprocess.run(command, cwd=root).returncode:
+        raise PgolfError(f"bench: ended with exit status {status}, the reason is above")
 
 
 @cli.command()

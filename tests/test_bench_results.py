@@ -1,55 +1,96 @@
-"""Recorded benchmark results: writing, comparing, and the documentation made of them."""
+"""Recorded benchmark results: pytest-benchmark's storage, and the documentation made of them."""
 
+import copy
 import json
 
 import pytest
 
-from bench import record, render
-from bench.common import Row
+from bench import machine, render, storage
+from bench.table import Printer, Row
 
 ENVIRONMENT = {
     "device": "NVIDIA H200",
     "cpu": "Some CPU @ 2.0",
     "threads": 4,
+    "load_at_start": 0.3,
     "torch": "2.11",
     "cuda": "13.0",
-    "commit": "0123456789abcdef",
-    "command": "python -m pytest bench",
-    "ceilings": {"bytes_per_s": 4e12, "flop_per_s": 7e14},
+    "command": "python -m bench",
 }
 
 
-def rows(milliseconds=1.0):
-    return [
-        Row("ngram/stream", "10 tokens", "pgolf_kernels", milliseconds / 1e3, bytes_per_s=2e12, of_floor=0.5),
-        Row("ngram/stream", "10 tokens", "peer", 3e-3),
-        Row("ngram/stream", "10 tokens", "other", absent="other is not installed"),
-        Row("gptq/model", "all", "pgolf_kernels", absent="no GPU"),
-    ]
+def benchmark(row):
+    """A row as pytest-benchmark stores it."""
+    extra = {name: value for name, value in vars(row).items() if name != "seconds"}
+    name = f"test_{row.suite.split('/')[1]}[{row.case}-{row.provider}]"
+    stats = dict.fromkeys(("min", "max", "mean", "median"), row.seconds)
+    return {"group": row.group, "name": name, "fullname": f"bench/x.py::{name}", "extra_info": extra, "stats": stats}
 
 
-def test_a_file_for_each_suite_that_ran(tmp_path):
-    written = record.write_results(tmp_path, ENVIRONMENT, rows())
-    assert written == [tmp_path / "nvidia-h200" / "ngram.json"]
-    stored = json.loads(written[0].read_text())
-    assert stored["environment"] == ENVIRONMENT
-    assert [row["provider"] for row in stored["rows"]] == ["pgolf_kernels", "peer", "other"]
-    assert list(tmp_path.rglob("*.tmp")) == []
+def a_run(*rows):
+    return {
+        "machine_info": {"pgolf": dict(ENVIRONMENT)},
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "benchmarks": [benchmark(row) for row in rows if row.seconds is not None],
+        "absent": [copy.copy(vars(row)) for row in rows if row.seconds is None],
+        "ceilings": {"bytes_per_s": 4e12, "flop_per_s": 7e14},
+    }
 
 
-@pytest.mark.parametrize(("milliseconds", "slower"), [(1.1, 0), (0.5, 0), (1.2, 1)])
-def test_slower_than_recorded(tmp_path, milliseconds, slower):
-    record.write_results(tmp_path, ENVIRONMENT, rows())
-    lines, compared = record.slower_than_recorded(tmp_path, ENVIRONMENT, rows(milliseconds)[:3])
-    assert len(lines) == slower and compared == 2
-    assert all("20% above the recorded 1.000 ms" in line for line in lines)
+NGRAM = (
+    Row("ngram/stream", "10 tokens", "pgolf_kernels", 1e-3, bytes_per_s=2e12, of_floor=0.5),
+    Row("ngram/stream", "10 tokens", "peer", 3e-3, how="12 bytes", others=0.4),
+    Row("ngram/stream", "10 tokens", "other", absent="ImportError: other is not installed"),
+)
+GPTQ = (Row("gptq/model", "all", "pgolf_kernels", 0.5, how="stream (it waits)"),)
+
+
+def test_a_run_is_stored_where_pytest_benchmark_looks(tmp_path):
+    file = storage.save(tmp_path, a_run(*NGRAM, *GPTQ), "first")
+    assert file.parent.parent == tmp_path / "nvidia-h200" and file.name == "0001_first.json"
+    assert storage.rows_of(json.loads(file.read_text())) == [*NGRAM, *GPTQ]
+    found = storage.read_results(tmp_path)
+    assert [record.rows for record in found["ngram"]] == [list(NGRAM)]
+    assert found["gptq"][0].environment == ENVIRONMENT and found["gptq"][0].commit["dirty"]
+
+
+def test_a_group_measured_again_leaves_its_older_file(tmp_path):
+    first = storage.save(tmp_path, a_run(*NGRAM, *GPTQ), "first")
+    again = copy.copy(NGRAM[0])
+    again.seconds = 2e-3
+    second = storage.save(tmp_path, a_run(again), "second")
+    assert second.name == "0002_second.json"
+    assert storage.rows_of(json.loads(first.read_text())) == list(GPTQ)
+    assert [row.seconds for record in storage.read_results(tmp_path)["ngram"] for row in record.rows] == [2e-3]
+    storage.save(tmp_path, a_run(*GPTQ), "third")
+    assert not first.exists()
+    assert [path for path in tmp_path.rglob("*") if "tmp" in path.name] == []
 
 
 @pytest.mark.parametrize(("name", "value"), [("cpu", "Another CPU"), ("threads", 8), ("device", "NVIDIA H100")])
-def test_results_of_another_machine_are_refused(tmp_path, name, value):
-    record.write_results(tmp_path, ENVIRONMENT, rows())
-    with pytest.raises(record.Refused, match=r"ngram: (recorded with|nothing recorded on)"):
-        record.slower_than_recorded(tmp_path, {**ENVIRONMENT, name: value}, rows()[:3])
+def test_results_of_another_machine_are_refused(name, value):
+    machine.refuse_another(ENVIRONMENT, {**ENVIRONMENT, "cpu_model": "6/7/8"})  # what an old record does not say
+    with pytest.raises(machine.Refused, match=f"recorded with {name} .*, this machine has {value!r}"):
+        machine.refuse_another(ENVIRONMENT, {**ENVIRONMENT, name: value})
+
+
+def test_no_comparison_without_a_record(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing on record for nvidia-h100 .*there is: nothing"):
+        storage.compare_options(tmp_path, "NVIDIA H100")
+    storage.save(tmp_path, a_run(*GPTQ), "first")
+    assert f"--benchmark-compare-fail=median:{storage.MARGIN}%" in storage.compare_options(tmp_path, "NVIDIA H200")
+    assert storage.suites_on_record(tmp_path, "NVIDIA H200") == {"gptq"}
+
+
+def test_a_printed_table():
+    printer = Printer()
+    lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row)]
+    assert lines[0] == "ngram/stream  10 tokens"
+    assert "1.000 ms" in lines[1] and "1.00x" in lines[1] and "50% of ceiling" in lines[1]
+    assert "3.00x" in lines[2] and "12 bytes" in lines[2] and "disturbed: others took 0.4 cores" in lines[2]
+    assert lines[3].endswith("absent: ImportError: other is not installed")
+    assert lines[4] == "gptq/model  all"
+    assert "500.000 ms" in lines[5] and "1.00x" in lines[5]
 
 
 def test_a_page_is_filled_and_checked(tmp_path, capsys):
@@ -59,7 +100,7 @@ def test_a_page_is_filled_and_checked(tmp_path, capsys):
         "<!-- results:packing -->\n<!-- /results -->\n<!-- results:headline -->\n<!-- /results -->\nend\n"
     )
     results = tmp_path / "results"
-    record.write_results(results, ENVIRONMENT, rows())
+    storage.save(results, a_run(*NGRAM), "first")
     assert render.main(["--check"], tmp_path, results) == 1
     assert "old" in page.read_text()
     assert render.main([], tmp_path, results) == 0
@@ -67,13 +108,23 @@ def test_a_page_is_filled_and_checked(tmp_path, capsys):
     text = page.read_text()
     assert "old" not in text and text.startswith("# A\n") and text.endswith("end\n") and "\n\nb\n\n" in text
     assert "| pgolf_kernels | 1.00 ms | 1.00 | 2000 GB/s | 50% |" in text
-    assert "| peer | 3.00 ms | 3.00 |" in text
-    assert "absent: other is not installed" in text
-    assert "| n-gram hints | 10 tokens; NVIDIA H200 | 1.00 ms | 50% | peer: 3.00 ms | 3.00 |" in text
-    assert "`0123456789ab`" in text
+    assert "| peer | 3.00 ms | 3.00 |" in text and "12 bytes; others took 0.4 cores" in text
+    assert "absent: ImportError: other is not installed" in text
+    assert "| n-gram hints | 10 tokens; NVIDIA H200 | 1.00 ms | 50% | peer: 3.00 ms" in text
+    assert "`0123456789ab-dirty`" in text and "load average at the start 0.3" in text
     assert f"<!-- results:packing -->\n\n{render.NOT_RECORDED}\n" in text
 
 
 def test_committed_pages_are_up_to_date(capsys):
     status = render.main(["--check"])
     assert status == 0, f"python -m bench.render mends this: {capsys.readouterr().out}"
+
+
+def test_committed_results_say_where_they_come_from():
+    found = storage.read_results(storage.RESULTS)
+    assert found
+    for records in found.values():
+        for record in records:
+            assert machine.machine_name(record.environment["device"]) == record.machine
+            assert record.commit["id"] and record.environment["command"] and record.environment["torch"]
+            assert all(row.seconds is not None or row.absent for row in record.rows)

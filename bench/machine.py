@@ -1,0 +1,112 @@
+"""Which machine a result belongs to, and whether anybody else was using it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import resource
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What two results must agree in for their times to be compared, where both say it.
+SAME = ("device", "cpu", "cpu_model", "threads")
+
+
+class Refused(Exception):
+    """Results that cannot be compared; the message says why."""
+
+
+@functools.cache
+def load_at_start() -> float:
+    """The load average (one minute) before this process had measured anything."""
+    return os.getloadavg()[0]
+
+
+def environment(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a result needs to be read later beside what pytest-benchmark notes: hardware, versions, command."""
+    gpu = torch.cuda.is_available()
+    name, model = _cpu()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else name,
+        "cpu": name,
+        "cpu_model": model,
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(load_at_start(), 2),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda if gpu else None,
+        "command": os.environ.get("PGOLF_BENCH_COMMAND") or shlex.join(["python", "-m", "pytest", *arguments]),
+    }
+
+
+def machine_name(device: str) -> str:
+    """The folder of a machine's results: the device it computes on, in lower-case words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def refuse_another(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises Refused where the recorded environment is not that of this machine."""
+    for name in SAME:
+        if name in recorded and recorded[name] != here[name]:
+            raise Refused(f"recorded with {name} {recorded[name]!r}, this machine has {here[name]!r}")
+
+
+def _cpu() -> tuple[str, str]:
+    """(name, "family/model/stepping"): a virtual machine's CPU has often no more than a general name."""
+    found: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    numbers = (found.get(key, "?") for key in ("cpu family", "model", "stepping"))
+    return found.get("model name") or platform.processor(), "/".join(numbers)
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+class Neighbours:
+    """`with Neighbours() as n: ...`; then n.cores is how many cores others kept busy meanwhile (nan: unknown)."""
+
+    cores = float("nan")
+
+    def __enter__(self) -> Neighbours:
+        self._before = time.perf_counter(), _busy_seconds(), _own_seconds()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        wall, busy, own = (
+            b - a for a, b in zip(self._before, (time.perf_counter(), _busy_seconds(), _own_seconds()), strict=True)
+        )
+        self.cores = max(0.0, (busy - own) / wall)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of all processes, what a hypervisor took included; nan where Linux's /proc is not there."""
+    try:
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return float("nan")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of those that it has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -1,0 +1,94 @@
+"""One line of results, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+DISTURBED = 0.1  # cores that others kept busy while a row was timed: from here on it is said
+
+
+@dataclass
+class Row:
+    """One provider's result for one case. `suite` is "FILE/PART"; `how` is what else came out, or how it was timed."""
+
+    suite: str
+    case: str
+    provider: str
+    seconds: float | None = None
+    how: str = ""
+    peak_bytes: int | None = None
+    bytes_per_s: float = 0.0
+    flop_per_s: float = 0.0
+    of_floor: float = 0.0
+    absent: str = ""  # why there is no time: "Exception: first line" where the provider failed
+    others: float = 0.0  # cores that other processes kept busy meanwhile
+
+    @property
+    def group(self) -> str:
+        return f"{self.suite} {self.case}"
+
+
+def why(error: BaseException) -> str:
+    """The exception's kind and the first line of what it says, never blank."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def ceilings_line(ceilings: dict[str, float]) -> str:
+    copy, product = ceilings["bytes_per_s"] / 1e9, ceilings["flop_per_s"] / 1e12
+    return f"ceilings: copy {copy:.0f} GB/s, matrix product {product:.2f} TFLOP/s"
+
+
+def environment_line(environment: dict[str, Any], commit: dict[str, Any]) -> str:
+    cuda = f", CUDA {environment['cuda']}" if environment["cuda"] else ""
+    return (
+        f"{environment['device']}, {environment['threads']} threads, load {environment['load_at_start']}; "
+        f"torch {environment['torch']}{cuda}; commit {commit_name(commit)}"
+    )
+
+
+def commit_name(commit: dict[str, Any]) -> str:
+    """Twelve digits of pytest-benchmark's commit_info, and whether there were changes."""
+    return str(commit.get("id") or "unknown")[:12] + ("-dirty" if commit.get("dirty") else "")
+
+
+def seconds_text(value: float) -> str:
+    """In the unit that suits, four digits or so."""
+    for unit, size in (("s ", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:9.3f} {unit}"
+    return f"{value * 1e6:9.2f} µs"
+
+
+class Printer:
+    """Lines of a table, row by row: a headline before each new group, the ratio to the group's first time."""
+
+    def __init__(self) -> None:
+        self.group = ""
+        self.ours: float | None = None
+
+    def lines(self, row: Row) -> Iterator[str]:
+        if row.group != self.group:
+            self.group, self.ours = row.group, None
+            yield f"{row.suite}  {row.case}"
+        if row.seconds is None:
+            yield f"  {row.provider:<32} absent: {row.absent}"
+            return
+        self.ours = self.ours or row.seconds
+        rates = []
+        if row.bytes_per_s:
+            rates.append(f"{row.bytes_per_s / 1e9:7.1f} GB/s")
+        if row.flop_per_s:
+            rates.append(f"{row.flop_per_s / 1e12:7.2f} TFLOP/s")
+        if row.of_floor:
+            rates.append(f"{row.of_floor:4.0%} of ceiling")
+        if row.peak_bytes is not None:
+            rates.append(f"{row.peak_bytes / 1e6:6.0f} MB")
+        if row.how:
+            rates.append(row.how)
+        if row.others >= DISTURBED:
+            rates.append(f"disturbed: others took {row.others:.1f} cores")
+        ratio = row.seconds / self.ours
+        yield f"  {row.provider:<32}{seconds_text(row.seconds)} {ratio:7.2f}x  " + ", ".join(rates)

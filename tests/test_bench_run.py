@@ -1,0 +1,141 @@
+"""How benches run: what happens to rows that fail, hang or end the process; pytest-benchmark's comparison."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import pgolf_kernels  # noqa: F401  # pytester forgets modules, torch not what they registered
+from bench import __main__ as runner
+from bench import storage
+
+pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parent.parent
+CEILINGS = '{"bytes_per_s": 1e10, "flop_per_s": 1e11}'
+SUITE = textwrap.dedent(
+    """
+    import os, signal, time
+    import pytest
+    from bench.common import Work
+    from bench.peers import Absent
+
+    def quick(case, x):
+        return lambda: time.sleep(float(os.environ.get("TOY_SECONDS", "0.002")))
+
+    def blank(case, x):
+        raise AssertionError
+
+    def missing(case, x):
+        raise Absent("not here")
+
+    def ends(case, x):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hangs(case, x):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(60)
+
+    def sleeps(case, x):
+        time.sleep(60)
+
+    PROVIDERS = {"pgolf_kernels": quick, "blank": blank, "missing": missing, "ends": ends, "hangs": hangs,
+                 "sleeps": sleeps, "peer": quick}
+
+    @pytest.mark.timeout(1)
+    @pytest.mark.parametrize("provider", PROVIDERS)
+    @pytest.mark.parametrize("case", ["toy"])
+    def test_part(bench, case, provider):
+        bench(case, provider, PROVIDERS, lambda case, device: None, lambda case: Work(bytes=1 << 27))
+    """
+)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A bench file outside bench/, whose fixtures it takes as a plugin; ceilings that need no measuring."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # else pytest-benchmark measures nothing
+    monkeypatch.setenv("PGOLF_BENCH_CEILINGS", CEILINGS)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    file = tmp_path / "bench_toy.py"
+    file.write_text(SUITE)
+    return file
+
+
+def test_a_run_goes_on_after_rows_that_fail_hang_or_end_the_process(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 2.0)
+    lines, file = [], tmp_path / "run.json"
+    arguments = ["-p", "bench.conftest", f"--rootdir={tmp_path}", str(toy), "--peers"]
+    run = runner.Runner(arguments, tmp_path / "log", json_file=file, say=lines.append)
+    run.measure()
+    stored = json.loads(file.read_text())
+    rows = {row.provider: row for row in storage.rows_of(stored)}
+    assert set(rows) == {"pgolf_kernels", "blank", "missing", "ends", "hangs", "sleeps", "peer"}, lines
+    assert rows["blank"].absent == "AssertionError"
+    assert rows["missing"].absent == "not here"
+    assert rows["ends"].absent == "its process was ended by SIGKILL"
+    assert rows["hangs"].absent == "no result in 3 s"
+    assert "Timeout" in rows["sleeps"].absent
+    assert 0.002 <= rows["pgolf_kernels"].seconds < 0.2 and 0.002 <= rows["peer"].seconds < 0.2
+    assert run.failed == 0  # peers alone
+    assert stored["ceilings"] == json.loads(CEILINGS)
+    assert stored["machine_info"]["pgolf"]["threads"] > 0 and stored["machine_info"]["node"] == ""
+    assert "GB/s" in lines[1] and lines[1].startswith("ceilings") and lines[2] == "toy/part  toy"
+
+
+def test_no_peers_unless_asked_for_and_an_end_to_the_time(toy, tmp_path):
+    lines = []
+    arguments = ["-p", "bench.conftest", f"--rootdir={tmp_path}", str(toy)]
+    run = runner.Runner(arguments, tmp_path / "log", until=0.0, say=lines.append)
+    run.measure()
+    assert run.run["benchmarks"] == []
+
+
+def run_toy(pytester, toy, *options):
+    return pytester.runpytest_inprocess("-p", "bench.conftest", str(toy), *options)
+
+
+def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
+    saved = tmp_path / "results" / "here"
+    stored = f"--benchmark-storage=file://{saved}"
+    assert run_toy(pytester, toy, stored, "--benchmark-save=toy").ret == 0
+    (file,) = saved.glob("*/0001_toy.json")
+    record = json.loads(file.read_text())
+    device = record["machine_info"]["pgolf"]["device"]
+    saved.rename(saved.parent / runner.storage.machine_name(device))
+    options = storage.compare_options(tmp_path / "results", device)
+    assert run_toy(pytester, toy, *options).ret == 0
+
+    monkeypatch.setenv("TOY_SECONDS", "0.01")
+    slower = run_toy(pytester, toy, *options)
+    assert slower.ret != 0
+    assert "Performance has regressed" in slower.stdout.str() + slower.stderr.str()
+    monkeypatch.delenv("TOY_SECONDS")
+
+    (file,) = (tmp_path / "results").glob("*/*/0001_toy.json")
+    record["machine_info"]["pgolf"]["cpu"] = "Another CPU"
+    file.write_text(json.dumps(record))
+    refused = run_toy(pytester, toy, *options)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    assert "refused: recorded with cpu 'Another CPU'" in refused.stderr.str()
+
+    record["machine_info"]["pgolf"].pop("cpu")
+    record["benchmarks"][0]["fullname"] = "bench/bench_other.py::test_part"
+    file.write_text(json.dumps(record))
+    assert run_toy(pytester, toy, *options).ret != 0  # nothing was compared
+
+
+def test_every_bench_is_collected():
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--peers"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    for name, file in runner.bench_files().items():
+        assert f"{file}::test_" in done.stdout, name
+
+
+def test_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["nothing_of_that_name"])
+    assert "wanted one of softcap_ce" in capsys.readouterr().err
