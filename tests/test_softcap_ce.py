@@ -99,6 +99,25 @@ def test_nan_is_not_hidden_and_infinity_saturates(value: float, dtype: torch.dty
     assert losses[1].isnan() == (value != value)
 
 
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 38.0, 38.9, 39.1, 44.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_least_probabilities_keep_their_gradient(dtype: torch.dtype, softcap: float) -> None:
+    """One logit at the cap and the rest at its negative: exp(z - lse) comes near the least number that float32 has."""
+    logits = torch.full((2, 1500), -3 * softcap)
+    logits[:, 7] = 3 * softcap
+    logits = logits.to(dtype).requires_grad_()
+    targets, upstream = torch.tensor([7, 8]), torch.tensor([1.0, 1e-3])
+    expected, gradient = exact(logits, targets, upstream, softcap)
+    losses = softcap_cross_entropy(logits, targets, softcap, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, atol=LOSS_ERROR, rtol=0)
+    own = torch.autograd.grad(losses, logits, upstream)[0]
+    one_pass = softcap_cross_entropy_with_grad(logits, targets, softcap, grad_scale=upstream)[1]
+    others = [j for j in range(1500) if j not in (7, 8)]
+    for mine in (own, one_pass):
+        rtol = 1e-4 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(mine.double()[:, others], gradient[:, others], rtol=rtol, atol=1e-37)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_reductions_and_ignored_targets(device: torch.device) -> None:
     logits, targets, _ = draw(6, 100, torch.float32, device)

@@ -1,5 +1,6 @@
 // Picks the instruction set at run time and splits the rows over threads.
 #include <atomic>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -10,8 +11,8 @@
 
 namespace pgolf {
 
-using RowsFunction = int64_t(const SoftcapCE&, const SoftcapCELosses*, const void*, const SoftcapCEGradient*, int64_t,
-                             int64_t);
+using RowsFunction = int64_t(const SoftcapCE&, const SoftcapCELosses*, const void*, const SoftcapCEGradient*, float*,
+                             int64_t, int64_t);
 namespace baseline {
 RowsFunction softcap_ce_rows;
 }
@@ -54,7 +55,8 @@ int64_t run(const SoftcapCE& ce, const SoftcapCELosses* losses, const void* lse,
   if (gradient) prefer_large_pages(ce, *gradient);
   std::atomic<int64_t> first_bad{ce.rows};
   parallel_for(ce.rows, kGrain / ce.vocab + 1, threads, [&](int64_t begin, int64_t end) {
-    const int64_t bad = rows(ce, losses, lse, gradient, begin, end);
+    std::vector<float> kept(losses && gradient ? 2 * ce.vocab : 0);
+    const int64_t bad = rows(ce, losses, lse, gradient, kept.empty() ? nullptr : kept.data(), begin, end);
     int64_t seen = first_bad.load();
     while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
     }
