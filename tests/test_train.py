@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from model import schedule
-from model.config import ModelConfig
 from model.data.dataset import open_dataset
 from model.data.loaders import LOADERS
 from model.distributed import Dist, local_micro_batches
 from model.errors import DataError, TrainError
-from model.flops import layer_passes, matmul_flops_per_token, peak_flops, train_flops
 from model.monitor import InFlight, StepRecord
 from model.presets import get_preset
 from model.run import RunDir
@@ -79,6 +77,38 @@ def test_warm_up_leaves_no_trace(data, dataset, tmp_path):
         for config, name in ((warm, "warm"), (cold, "cold"))
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("loader", ["documents", "shuffled", "stream"])
+def test_warm_up_restores_every_bit_of_state(data, dataset, tmp_path, monkeypatch, loader):
+    """Also the random state, of which a network with dropout would take some."""
+    config = tiny_config(data, tmp_path, loader=loader, warmup_steps=2)
+    trainer = Trainer(config, dataset, run_of(config), Dist.single())
+    step, steps = Trainer.train_step, []
+
+    def drawing_step(self, settings):
+        steps.append((settings.loop, torch.rand(3)))
+        return step(self, settings)
+
+    def state():
+        tensors = {f"weight {name}": p for name, p in trainer.params.items()}
+        tensors |= {f"average {name}": t for name, t in trainer.average.average.items()}
+        tensors |= trainer.optimizer.state() | {"random": torch.get_rng_state()}
+        return {name: t.detach().clone() for name, t in tensors.items()}, trainer.loader.state_dict()
+
+    monkeypatch.setattr(Trainer, "train_step", drawing_step)
+    before, loader_before = state()
+    first = trainer.loader.next_batch()
+    trainer.loader.load_state_dict(loader_before)
+    trainer.prepare()
+    after, loader_after = state()
+    assert [loop for loop, _ in steps] == [False, False, True, True]
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert loader_after == loader_before
+    assert torch.equal(trainer.loader.next_batch().inputs, first.inputs)
+    assert trainer.step == 0 and not any(p.grad.any() for p in trainer.params.values())
+    trainer.close()
 
 
 def test_the_public_defect_of_the_warm_up_can_be_had(data, dataset, tmp_path):
@@ -269,33 +299,6 @@ def test_attention_pairs_by_real_lengths(data, dataset, tmp_path):
     dense = batch._replace(inputs=batch.inputs.view(2, 64), cu_seqlens=None)
     assert attention_pairs(dense).item() == 2 * 64 * 65 // 2
     trainer.close()
-
-
-def test_flops():
-    model = ModelConfig(
-        vocab_size=100,
-        num_layers=2,
-        model_dim=8,
-        num_heads=2,
-        num_kv_heads=1,
-        mlp_mult=2.0,
-        rope_dims=4,
-        loop_start=0,
-        loop_end=0,
-        num_loops=2,
-        parallel_start=-1,
-        xsa_last_n=2,
-    )
-    block = 2 * 8 * 8 + 2 * 4 * 8 + 2 * 16 * 8
-    assert matmul_flops_per_token(model, loop=False) == 6 * (2 * block + 800)
-    assert matmul_flops_per_token(model, loop=True) == 6 * (4 * block + 800)
-    # One document of 10 tokens: 55 pairs, two products of 8 multiply-adds each, a layer.
-    assert train_flops(model, False, 0, 55) == 3 * 2 * 2 * 8 * 55 * 2
-    legacy = get_preset("pr1499").model
-    assert layer_passes(legacy, loop=True) == 11 + 3
-    assert layer_passes(get_preset("pr1530").model, loop=True) == 17
-    assert peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA Unknown") is None
 
 
 def test_cpu_steps_are_finished_when_they_are_pushed():

@@ -1,12 +1,11 @@
 """Four training steps against the reference systems': micro-batches, clipping, Muon, AdamW, weight decay."""
 
-import pytest
 import torch
 
 from model import schedule
 from model.convert import to_reference
 from model.distributed import Dist
-from model.optim import Optimizer
+from model.optim import Muon, Optimizer
 from model.presets import get_preset
 from tests.golden import load_safetensors
 from tests.systems import golden_model
@@ -40,18 +39,43 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12)).item()
 
 
-# fp32 gradients differ by 1e-5 to 1e-4 between two orders of summation. 1413 also rounds each Muon update to bf16.
-@pytest.mark.parametrize(("system", "tolerance"), [("pr1530", 2e-4), ("pr1413", 2e-3)])
-def test_four_steps(system, tolerance):
+def errors(system: str) -> tuple[float, dict[tuple[str, str], float]]:
+    """Against the run whose Newton-Schulz is fp64: (of the losses, absolute; of (kind of number, tensor), relative)."""
     golden = load_safetensors(f"train_{system}.safetensors")
     losses, changes = run_steps(system)
-    torch.testing.assert_close(torch.tensor(losses), golden["f64.losses"], rtol=2e-5, atol=2e-5)
+    found = {}
     for name, change in changes.items():
         if f"f64.delta.{name}" in golden:
-            assert relative(change, golden[f"f64.delta.{name}"]) < tolerance, name
+            found["delta", name] = relative(change, golden[f"f64.delta.{name}"])
         else:
-            assert relative(change.sum(-1), golden[f"f64.delta_rowsum.{name}"]) < tolerance, name
-            assert relative(change.sum(-2), golden[f"f64.delta_colsum.{name}"]) < tolerance, name
-            assert change.norm().item() == pytest.approx(golden[f"f64.delta_norm.{name}"].item(), rel=tolerance), name
+            found["rowsum", name] = relative(change.sum(-1), golden[f"f64.delta_rowsum.{name}"])
+            found["colsum", name] = relative(change.sum(-2), golden[f"f64.delta_colsum.{name}"])
+            found["norm", name] = abs(change.norm().item() / golden[f"f64.delta_norm.{name}"].item() - 1)
     known = {key.split(".", 2)[2] for key in golden if key.startswith(("f64.delta.", "f64.delta_norm."))}
     assert known == set(changes)
+    return (torch.tensor(losses) - golden["f64.losses"]).abs().max().item(), found
+
+
+def test_four_steps_of_banks():
+    of_losses, found = errors("pr1530")
+    assert of_losses < 1e-5
+    assert {key: error for key, error in found.items() if error >= 1e-4} == {}
+
+
+def test_four_steps_of_single_matrices(monkeypatch):
+    """1413 rounds every finished Muon update to bf16; so does this test, and nothing else is left to differ.
+
+    Where updates that agree to some 3e-5 fall on two sides of a rounding boundary, an element differs by 2^-8 of
+    itself. That are about 3e-5 / 2^-8 = 0.8 % of the elements, and sqrt(0.008) 2^-8 = 3.5e-4 of a sum's size.
+    """
+    apply = Muon._apply
+
+    def apply_rounded(self, bank, update, lr):
+        apply(self, bank, (update * bank.scale).bfloat16().double() / bank.scale, lr)
+
+    monkeypatch.setattr(Muon, "_apply", apply_rounded)
+    of_losses, found = errors("pr1413")
+    assert of_losses < 2e-5
+    rounded = {key for key in found if key[0] in ("rowsum", "colsum") and key[1] != "tok_emb.weight"}
+    assert len(rounded) == 2 * 6 * 11
+    assert {key: error for key, error in found.items() if error >= (6e-4 if key in rounded else 1e-4)} == {}

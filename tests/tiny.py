@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from model.config import Config, DataConfig, EvalConfig, ModelConfig, QuantConfig, TrainConfig
+from model.config import Config
 from model.data.build import build_dataset
 from tests.golden import FOLDER
 
@@ -33,48 +33,16 @@ def tiny_data(folder: Path, documents: int = 120) -> Path:
 
 def tiny_config(data_dir: Path, run_dir: Path, **changes: object) -> Config:
     """Six steps of two micro-batches of 128 tokens under a step budget, fp32, with a loop from the middle on."""
-    config = Config(
+    config = Config().replace(
         preset="demo",
-        model=ModelConfig(
-            vocab_size=512,
-            num_layers=4,
-            model_dim=32,
-            num_heads=2,
-            num_kv_heads=1,
-            mlp_mult=2.0,
-            rope_dims=8,
-            rope_train_seq_len=64,
-            xsa_last_n=4,
-            loop_start=1,
-            loop_end=2,
-            num_loops=1,
-            parallel_start=3,
-        ),
-        data=DataConfig(data_dir=str(data_dir), train_seq_len=64, cu_bucket_size=16),
-        train=TrainConfig(
-            iterations=6,
-            max_wallclock_seconds=0.0,
-            train_batch_tokens=256,
-            micro_batches=2,
-            warmup_steps=1,
-            enable_looping_at=0.5,
-            muon_momentum_warmup_steps=4,
-            dtype="float32",
-            train_log_every=2,
-            val_loss_every=0,
-            run_dir=str(run_dir),
-            run_id="tiny",
-            timeout_seconds=60.0,
-        ),
-        quant=QuantConfig(calibration_batches=2, calibration_tokens=256, codec="static"),
-        eval=EvalConfig(
-            eval_mode="sliding",
-            eval_seq_len=64,
-            eval_stride=32,
-            ttt_lora_rank=2,
-            ttt_chunk_size=32,
-            ttt_batch_size=4,
-            ttt_eval_seq_len=64,
-        ),
-    )
+        data_dir=str(data_dir), train_seq_len=64, cu_bucket_size=16,
+        vocab_size=512, num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=8,
+        rope_train_seq_len=64, xsa_last_n=4, loop_start=1, loop_end=2, num_loops=1, parallel_start=3,
+        iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256, micro_batches=2, warmup_steps=1,
+        enable_looping_at=0.5, muon_momentum_warmup_steps=4, dtype="float32", train_log_every=2, val_loss_every=0,
+        run_dir=str(run_dir), run_id="tiny", timeout_seconds=60.0,
+        calibration_batches=2, calibration_tokens=256, codec="static",
+        eval_mode="sliding", eval_seq_len=64, eval_stride=32,
+        ttt_lora_rank=2, ttt_chunk_size=32, ttt_batch_size=4, ttt_eval_seq_len=64,
+    )  # fmt: skip
     return config.replace(**changes)
