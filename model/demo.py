@@ -116,7 +116,8 @@ def _evaluate_in_fresh_processes(run: RunDir, *, quiet: bool) -> None:
             try:
                 status = process.wait()
             except BaseException:
-                process.terminate()  # it removes what it was writing
+                process.terminate()
+                process.wait()  # until it has removed what it was writing
                 raise
         if status:
             raise PgolfError(f"{run.path}: evaluation ended with exit status {status}, its message is above")

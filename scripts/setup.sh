@@ -119,14 +119,15 @@ if [ $installed = no ]; then
     [ -d "$venv" ] || "$python" -m venv "$venv"
     index=""
     if [ $gpu = yes ]; then
-        say "installing into $venv: downloads about 3 GB, PyTorch with CUDA among it; takes 7 GB of disk"
+        say "installing into $venv: downloads about 3 GB, PyTorch with CUDA among it; takes 7 GB of disk and some minutes"
     else
         index=$("$venv/bin/python" scripts/cpu_index.py)
-        say "installing into $venv: downloads about 0.6 GB, PyTorch for CPUs among it; takes 2 GB of disk" \
+        say "installing into $venv: downloads about 0.6 GB, PyTorch for CPUs among it; takes 2 GB of disk and some minutes" \
             "(3 and 7 GB where only PyTorch with CUDA can be had)"
     fi
     quiet=--quiet
     [ ! -t 1 ] || quiet=""
+    export PYTHONWARNINGS=ignore # setuptools' thoughts on editable installs
     # shellcheck disable=SC2086  # $quiet, $index and $nvidia_packages are options or lists, possibly empty
     {
         "$venv/bin/python" -m pip install --quiet --upgrade pip
@@ -135,7 +136,7 @@ if [ $installed = no ]; then
     }
     for extra in $(echo "$extras" | tr , ' '); do stamp "extra-$extra" "$wanted_packages"; done
 elif ! built; then
-    say "the native sources or their settings changed: building again"
+    say "building the native module again: it is gone, or its sources or settings changed"
     rm -f "$venv/.pgolf-native"
     "$venv/bin/python" setup.py -q build_ext --inplace
 else

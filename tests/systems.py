@@ -1,4 +1,4 @@
-"""The reference systems' networks at the size of the golden vectors, with the golden parameters."""
+"""The reference systems: their authors' environments, and their networks with the golden parameters."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,32 @@ from model.config import ModelConfig
 from model.convert import from_reference
 from model.gpt import GPT
 from tests.golden import load_safetensors
+
+# What the authors set; together with the code defaults this is what their runs ran with.
+PUBLISHED = {
+    "pr1413": {"QK_GAIN_INIT": "5.0", "TTT_ENABLED": "1"},
+    "pr1499": {},
+    "pr1514": {
+        "QK_GAIN_INIT": "5.0",
+        "TTT_ENABLED": "1",
+        "MUON_MOMENTUM": "0.97",
+        "PARALLEL_RESIDUAL_START": "7",
+        "LOOP_START": "3",
+        "NGRAM_TILT_ENABLED": "1",
+        "NGRAM_WITHIN_BETA": "0",
+        "NGRAM_WORD_BETA": "0",
+    },
+    "pr1530": {},
+    "pr1727": {
+        "QK_GAIN_INIT": "5.25",
+        "PHASED_TTT_NUM_PHASES": "4",
+        "PHASED_TTT_PREFIX_DOCS": "2000",
+        "MLP_CLIP_SIGMAS": "12",
+        "ATTN_CLIP_SIGMAS": "13",
+        "EMBED_BITS": "7",
+        "EMBED_CLIP_SIGMAS": "15",
+    },
+}
 
 _COMMON = {
     "vocab_size": 512,

@@ -15,13 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from model import demo
-from model.cli import cli
+from model.cli import cli, main
 from model.data.dataset import open_dataset
 from model.data.verify import verify_dataset
 from model.errors import PgolfError
 from model.pipeline import run_pipeline
 from model.presets import get_preset
 from model.run import RunDir
+from model.score import score_artifact
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -171,7 +172,55 @@ def test_quantize_command_writes_the_artifact_again(tiny, tmp_path):
     assert len(run.artifact_path.read_bytes()) < len(before)
 
 
-def test_ctrl_c_while_training(tmp_path):
+@pytest.fixture
+def tiny_demo(small_text, monkeypatch):
+    monkeypatch.setattr(demo, "SAMPLE", small_text)
+    monkeypatch.setattr(demo, "get_preset", lambda name: get_preset(name).replace(**TINY))
+
+
+def score_here(run: RunDir, *, quiet: bool) -> None:
+    score_artifact(run.path, ["plain", "sliding", "lora-ttt"], quiet=quiet)
+    score_artifact(run.path, ["lora-ttt"], label="lora_ttt_lr0", quiet=quiet, ttt_lora_lr=0.0)
+
+
+def scoring_processes() -> list[bytes]:
+    """Command lines of `pgolf eval` among this process's children."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    if not children.exists():
+        return []
+    lines = [Path("/proc", number, "cmdline").read_bytes() for number in children.read_text().split()]
+    return [line for line in lines if b"model.cli" in line]
+
+
+@pytest.mark.parametrize("step", ["1/5", "2/5", "3/5", "4/5", "5/5"])
+def test_ctrl_c_at_every_step(step, tiny_demo, tmp_path, monkeypatch, capsys):
+    """While the data set is built, training runs, another process scores, brotli or matplotlib work."""
+    say = RunDir.say
+    delay = {"3/5": 4.0}.get(step, 0.1)  # seconds; the scoring process needs some to start
+
+    def say_and_interrupt(run: RunDir, text: str) -> None:
+        say(run, text)
+        if text.startswith(step):
+            signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+            signal.setitimer(signal.ITIMER_REAL, delay)
+
+    monkeypatch.setattr(RunDir, "say", say_and_interrupt)
+    if step in ("4/5", "5/5"):
+        monkeypatch.setattr(demo, "_evaluate_in_fresh_processes", score_here)  # quicker
+    try:
+        with pytest.raises(SystemExit) as done:
+            main(["demo", "--quiet", "--runs", str(tmp_path)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert done.value.code == 130
+    assert capsys.readouterr().err == "pgolf: stopped by Ctrl-C\n"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".old")]
+    assert scoring_processes() == []
+
+
+def test_ctrl_c_as_a_user_presses_it(tmp_path):
+    """To the process, at the demo's own size, while it trains."""
     command = [sys.executable, "-m", "model.cli", "demo", "--quiet", "--runs", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
@@ -179,9 +228,29 @@ def test_ctrl_c_while_training(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "pgolf: stopped by Ctrl-C"
+    assert (output, errors) == ("", "pgolf: stopped by Ctrl-C\n")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_termination_ends_the_scoring_process_too(tmp_path, small_text):
+    """SIGTERM, as a job scheduler sends it: no process and nothing half-written stays."""
+    code = (
+        "import sys; from model import cli, demo, presets; from tests.test_demo import TINY; from pathlib import Path;"
+        "demo.SAMPLE = Path(sys.argv[1]); preset = presets.get_preset;"
+        "demo.get_preset = lambda name: preset(name).replace(**TINY);"
+        "cli.main(['demo', '--runs', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", code, str(small_text), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("3/5"):
+            break
+    time.sleep(0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)  # both pipes are closed: the scoring process has gone, too
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob("*.tmp"))
 

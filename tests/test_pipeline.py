@@ -28,6 +28,7 @@ from model.presets import get_preset
 from model.run import RunDir
 from model.settings import Settings
 from model.train import Trainer
+from tests.systems import PUBLISHED
 from tests.tiny import tiny_config, tiny_data
 
 
@@ -171,31 +172,7 @@ def test_run_ids(monkeypatch):
     assert agree_run_id(config.replace(run_id="mine"), Dist.single()) == "mine"
 
 
-# What the authors typed, and sizes that a CPU can do.
-PUBLISHED = {
-    "pr1413": {"QK_GAIN_INIT": "5.0", "TTT_ENABLED": "1"},
-    "pr1499": {"EVAL_STRIDE": "0"},
-    "pr1514": {
-        "QK_GAIN_INIT": "5.0",
-        "TTT_ENABLED": "1",
-        "MUON_MOMENTUM": "0.97",
-        "PARALLEL_RESIDUAL_START": "7",
-        "LOOP_START": "3",
-        "NGRAM_TILT_ENABLED": "1",
-        "NGRAM_WITHIN_BETA": "0",
-        "NGRAM_WORD_BETA": "0",
-    },
-    "pr1530": {},
-    "pr1727": {
-        "QK_GAIN_INIT": "5.25",
-        "PHASED_TTT_NUM_PHASES": "4",
-        "PHASED_TTT_PREFIX_DOCS": "2000",
-        "MLP_CLIP_SIGMAS": "12",
-        "ATTN_CLIP_SIGMAS": "13",
-        "EMBED_BITS": "7",
-        "EMBED_CLIP_SIGMAS": "15",
-    },
-}
+# Sizes that a CPU can do.
 TOY = {
     "VOCAB_SIZE": "512",
     "MODEL_DIM": "32",
@@ -237,7 +214,7 @@ def small_data(tmp_path_factory):
 def test_published_commands(system, small_data, tmp_path):
     environ = {**TOY, **PUBLISHED[system], "DATA_DIR": str(small_data), "ARTIFACT_DIR": str(tmp_path), "RUN_ID": "it"}
     if system == "pr1499":
-        environ["BIGRAM_VOCAB_SIZE"], environ["BIGRAM_DIM"] = "64", "8"
+        environ |= {"BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "8", "EVAL_STRIDE": "0"}
     arguments = ["--preset", system, "--device", "cpu", "--calibration-tokens", "256"]
     done = CliRunner().invoke(train_command, arguments, env=environ, catch_exceptions=False)
     assert done.exit_code == 0, done.output

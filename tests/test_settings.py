@@ -12,35 +12,11 @@ from model.environment import known_variables, read_environment
 from model.errors import ConfigError
 from model.presets import DEFECTS, get_preset, preset_names
 from model.settings import config_options, given_flags, print_settings, resolve
+from tests.systems import PUBLISHED
 
 # Every variable that a public script reads, with its code default in each system (null: not read there).
 VARIABLES = json.loads((Path(__file__).parent / "environment_variables.json").read_text())
 SYSTEMS = ("pr1413", "pr1499", "pr1514", "pr1530", "pr1727")
-# What the authors set; together with the code defaults this is what their runs ran with.
-PUBLISHED = {
-    "pr1413": {"QK_GAIN_INIT": "5.0", "TTT_ENABLED": "1"},
-    "pr1499": {},
-    "pr1514": {
-        "QK_GAIN_INIT": "5.0",
-        "TTT_ENABLED": "1",
-        "MUON_MOMENTUM": "0.97",
-        "PARALLEL_RESIDUAL_START": "7",
-        "LOOP_START": "3",
-        "NGRAM_TILT_ENABLED": "1",
-        "NGRAM_WITHIN_BETA": "0",
-        "NGRAM_WORD_BETA": "0",
-    },
-    "pr1530": {},
-    "pr1727": {
-        "QK_GAIN_INIT": "5.25",
-        "PHASED_TTT_NUM_PHASES": "4",
-        "PHASED_TTT_PREFIX_DOCS": "2000",
-        "MLP_CLIP_SIGMAS": "12",
-        "ATTN_CLIP_SIGMAS": "13",
-        "EMBED_BITS": "7",
-        "EMBED_CLIP_SIGMAS": "15",
-    },
-}
 PLACES = {"DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "ARTIFACT_DIR", "RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 # The published codec is brotli; the presets take this package's own, which is smaller and faster.
 OUR_CHOICE = {"COMPRESSOR"}
