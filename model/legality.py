@@ -1,6 +1,7 @@
 """`pgolf verify`: all checks of an artifact's score, those of the scorer (model/verify.py) and those around it.
 
-ledger               the evaluation runs once over the whole validation set; its ledger is replayed row by row
+ledger               an evaluation's ledger is replayed row by row: the one that `pgolf eval` left in the run's folder,
+                     or that of a new evaluation, of the whole validation set or of its beginning
 documents apart      no document of the validation set stands in a training shard (hashes of their tokens)
 bytes                the byte tables count what the decoded text has, document by document
 size                 artifact and code, at most 16,000,000 bytes
@@ -10,10 +11,14 @@ evaluation time      from opening the artifact to the bits per byte, at most 600
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import secrets
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +27,32 @@ import numpy as np
 import torch
 
 from model.artifact import load_model, read_header
+from model.config import Config
 from model.data.dataset import Dataset, open_dataset
-from model.data.shards import read_shard
-from model.errors import DataError
-from model.evaluate import EvalResult, evaluate
+from model.data.progress import progress
+from model.data.shards import read_shard, write_shard
+from model.errors import DataError, LegalityError
+from model.evaluate import evaluate, evaluation_identity
 from model.evaluate.bpb import check_bytes
 from model.evaluate.documents import find_documents
 from model.evaluate.ledger import ARTIFACT_STATE, Ledger, Rows
-from model.evaluate.session import Progress
 from model.files import atomic_write
+from model.gpt import GPT
+from model.pipeline import mode_name
+from model.probe import resolve
 from model.run import RunDir
+from model.score import check_tokenizer, shown
 from model.settings import given_flags, section_options
-from model.verify import FAIL, PASS, SKIPPED, Check, Report, check_scorer
+from model.verify import FAIL, PASS, SKIPPED, Check, Report, Sample, check_scorer, planned_tokens
 
 SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
 SECONDS_BUDGET = 600.0
-ALL_UP_TO, SAMPLE = 1024, 64  # candidates of the normalisation check: all of a small vocabulary, some of a large one
+ALL_UP_TO, CANDIDATES = 128, 48  # of the normalisation check: all of a small vocabulary, some of a large one
+EVALUATED_TOKENS = 16_384  # of the validation set, where no ledger of the whole is there
+DECODED_DOCUMENTS = 2_000
 SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
+_SCRIPT = "train_gpt.py"
+_SCRIPT_TOKENS = 512  # that a packed script scores to show which files it opens
 
 
 def verify_artifact(
@@ -48,51 +62,59 @@ def verify_artifact(
     mode: str | None = None,
     evaluator: str | None = None,
     device: str | None = None,
+    whole: bool = False,
     candidates: int | None = None,
-    code_bytes: int | None = None,
-    progress: Progress | None = None,
-    tick: Callable[[str], None] = lambda name: None,
+    seed: int | None = None,
+    quiet: bool = True,
     **changes: Any,
 ) -> Report:
-    """Checks the score of an artifact, or of that of the run in the folder `path`, in a mode or by a scorer.
+    """Checks the score of an artifact, of that of the run in the folder `path`, or of a packed submission.
 
-    `mode` is the configuration's by default; `evaluator` "module:function" is checked in its place (then the whole
-    validation set is not scored). `code_bytes` are added to the artifact's. `candidates` as in `check_scorer`, but
-    SAMPLE of a vocabulary over ALL_UP_TO by default; `device` is where the whole set is scored;
-    `changes` are fields of EvalConfig. Raises ArtifactError, ConfigError, DataError where there is nothing to check.
+    `mode` is the configuration's by default; `evaluator` "module:function" is checked in its place. With `whole`
+    everything is tried: the whole vocabulary, the whole validation set (on `device`) and all of its text; otherwise
+    samples, drawn by `seed` (default: a new one). `candidates` as in `Sample`. `changes` are fields of EvalConfig.
+
+    Raises ArtifactError, ConfigError, DataError where there is nothing to check.
     """
-    run = RunDir(path) if path.is_dir() else None
-    artifact = run.artifact_path if run else path
+    artifact = path / "model.pgolf" if path.is_dir() else path
+    run = RunDir(path, writes=False) if (path / "config.json").is_file() else None
     header = read_header(artifact)
     config = header.config.replace(**changes)
     dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
+    check_tokenizer(header, dataset)
     mode = mode or config.eval.eval_mode
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    report = check_scorer(
-        evaluator or mode,
-        load_model(artifact, "cpu"),
-        dataset.valid_tokens,
-        dataset.byte_tables,
-        config,
-        train_shards=dataset.train_shards,
-        candidates=SAMPLE if candidates is None and header.config.model.vocab_size > ALL_UP_TO else candidates,
-        tick=tick,
+    model = load_model(artifact, "cpu")
+    if candidates is None and not whole and config.model.vocab_size > ALL_UP_TO:
+        candidates = CANDIDATES
+    sample = Sample(seed=secrets.randbelow(1 << 31) if seed is None else seed, candidates=candidates)
+    work = planned_tokens(dataset.valid_tokens, config, sample)
+    with progress("verifying", work, "tokens", quiet=quiet) as task:
+
+        def show(name: str, tokens: int) -> None:
+            task.unit = f"tokens, {name}"
+            task.advance(min(tokens, work - task.done))
+
+        report = check_scorer(
+            evaluator or mode,
+            model,
+            dataset.valid_tokens,
+            dataset.byte_tables,
+            config,
+            train_shards=dataset.train_shards,
+            hide=[*dataset.train_shards, *dataset.valid_shards],
+            sample=sample,
+            progress=show,
+        )
+    report.seed = sample.seed
+    replayed, timed = _check_evaluation(
+        artifact, run, model, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
     )
-    if evaluator is None:
-        tick("ledger")
-        started = time.monotonic()
-        model = load_model(artifact, device)
-        opened = time.monotonic() - started
-        result = evaluate(model, dataset, mode, config, device=device, progress=progress)
-        report.checks.append(check_ledger(result.ledger, result.bpb))
-    tick("documents apart")
-    report.checks.append(check_documents_apart(dataset))
-    tick("bytes")
-    report.checks.append(_check_bytes(dataset))
-    report.checks.append(check_size(artifact.stat().st_size, code_bytes))
-    report.checks.append(_check_train_time(run))
-    if evaluator is None:
-        report.checks.append(_check_evaluation_time(opened, result))
+    report.add(replayed)
+    report.add(check_documents_apart(dataset, quiet=quiet))
+    report.add(check_decoded_bytes(dataset, documents=None if whole else DECODED_DOCUMENTS, seed=sample.seed))
+    report.add(check_size(path, artifact, dataset, mode, report.other_files))
+    report.add(_check_train_time(run))
+    report.add(timed)
     return report
 
 
@@ -103,31 +125,107 @@ def verify_artifact(
 @click.option("--data", "data_dir", type=click.Path(exists=True, file_okay=False), help="[default: the run's]")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
 @click.option(
-    "--candidates",
-    type=click.IntRange(2),
-    help=f"Tokens of the vocabulary that are asked for in the normalisation check [default: all up to {ALL_UP_TO}, "
-    f"{SAMPLE} of a larger one]. A part is quicker and can only show probabilities that sum to more than 1.",
+    "--whole",
+    is_flag=True,
+    help="Score the whole validation set, decode all of its text and ask for the whole vocabulary, instead of samples.",
 )
-@click.option("--code-bytes", type=click.IntRange(0), help="Bytes of the code that ships with the artifact.")
+@click.option(
+    "--candidates",
+    type=click.IntRange(8),
+    help=f"Tokens of the vocabulary that are asked for in the normalisation check [default: all up to {ALL_UP_TO}, "
+    f"{CANDIDATES} of a larger one]. From a part the sum is estimated.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Which places are tried [default: a new one each time].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("eval")
 def verify_command(path: Path, as_json: bool, **options: Any) -> None:
-    """Say whether the score of an artifact, or of a run's, is legal: one line for each check, with its figure.
+    """Say whether a score is legal: one line for each check, with its figure.
 
-    The exit status is 1 when it is not. For a run the outcome is kept in RUN/verify_MODE.json for the report.
+    PATH is an artifact, a run's folder, or the folder of a packed submission, of which every file counts, and those
+    that its script opens elsewhere. For the others the script that `pgolf pack` would write counts as the code.
+
+    The exit status is 1 when the score is not legal. For a run the outcome is kept in RUN/verify_MODE.json.
     """
     flags = given_flags(options)
-    names = ("data_dir", "mode", "evaluator", "device", "candidates", "code_bytes")
+    names = ("data_dir", "mode", "evaluator", "device", "whole", "candidates", "seed", "quiet")
     kept = {name: options[name] for name in names}
-    report = verify_artifact(path, **{**flags, **kept}, tick=lambda name: click.echo(f"checking {name} ...", err=True))
+    report = verify_artifact(path, **{**flags, **kept})
     click.echo(report.to_json() if as_json else "\n".join(report.lines()))
-    if path.is_dir():
+    if (path / "config.json").is_file():
         label = (kept["mode"] or kept["evaluator"] or "own").replace("+", "_").replace(":", "_")
         with atomic_write(path / f"verify_{label}.json", "w") as file:
             file.write(report.to_json())
     if not as_json:
-        click.echo("legal" if report.legal else "NOT legal")
+        click.echo(f"{'legal' if report.legal else 'NOT legal'} (seed {report.seed})")
     sys.exit(0 if report.legal else 1)
+
+
+def _check_evaluation(
+    artifact: Path,
+    run: RunDir | None,
+    model: GPT,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mode: str,
+    evaluator: str | None,
+    device: str | None,
+    whole: bool,
+    quiet: bool,
+) -> tuple[Check, Check]:
+    """The checks "ledger" and "evaluation time"."""
+    time_name = "evaluation time"
+    saved = None if whole or evaluator or run is None else saved_ledger(run, model, dataset, mode, config)
+    if saved is not None and run is not None:
+        ledger, facts = saved
+        replayed = check_ledger(ledger, ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens)).bpb)
+        replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
+        timed = _within(time_name, facts["seconds"], facts.get("seconds_by_part", {}), ", as recorded")
+        return replayed, timed
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    total = len(dataset.valid_tokens)
+    tokens = dataset.valid_tokens[: total if whole else EVALUATED_TOKENS]
+    started = time.monotonic()
+    opened = load_model(artifact, device)
+    opening = time.monotonic() - started
+    scorer = resolve(evaluator, dataset.train_shards) if evaluator else None
+    name = evaluator or mode
+    try:
+        with shown(name, len(tokens) - 1, quiet=quiet) as show:
+            result = evaluate(
+                opened,
+                dataset,
+                name,
+                config,
+                device=device,
+                scorer=scorer,
+                tokens=tokens,
+                progress=show,
+                opening_seconds=opening,
+            )
+    except LegalityError as error:
+        return Check("ledger", FAIL, str(error)), Check(time_name, SKIPPED, "no score")
+    replayed = check_ledger(result.ledger, result.bpb)
+    if len(tokens) == total:
+        return replayed, _within(time_name, result.seconds, result.seconds_by_part, "")
+    figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
+    timed = Check(time_name, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
+    return dataclasses.replace(replayed, figure=figure), timed
+
+
+def saved_ledger(
+    run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config
+) -> tuple[Ledger, dict[str, Any]] | None:
+    """(ledger, result) that `pgolf eval` left of just this evaluation; None without one that is finished."""
+    name = mode_name(mode)
+    path, facts = run.path / f"ledger_{name}.npz", run.result().get("evaluation", {}).get(name, {})
+    if not path.is_file() or "seconds" not in facts:
+        return None
+    ledger = Ledger.load(path)
+    wanted = evaluation_identity(model, dataset.valid_tokens, mode, config)
+    same = all(ledger.meta.get(key) == value for key, value in wanted.items())
+    return (ledger, facts) if same and ledger.missing() == 0 else None
 
 
 def check_ledger(ledger: Ledger, bpb: float) -> Check:
@@ -163,64 +261,139 @@ def furthest_seen(rows: Rows, num_states: int) -> np.ndarray:
     return seen
 
 
-def check_documents_apart(dataset: Dataset) -> Check:
+def check_documents_apart(dataset: Dataset, *, quiet: bool = True) -> Check:
     """Whether a validation document stands in a training shard, token for token."""
     name = "documents apart"
     if not dataset.train_shards:
         return Check(name, SKIPPED, "no training shards here")
-    held_out = _digests(dataset.valid_tokens)
+    tokens = dataset.valid_tokens
+    held_out = _bodies(tokens)
+    keys = np.unique(_keys(tokens, held_out))
+    digests = {_digest(tokens, *row) for row in held_out.tolist()}
     shared = compared = 0
-    for shard in dataset.train_shards:
-        training = _digests(read_shard(shard))
-        compared += len(training)
-        shared += len(held_out & training)
+    with progress("comparing documents", len(dataset.train_shards), "training shards", quiet=quiet) as task:
+        for shard in dataset.train_shards:
+            training = read_shard(shard)
+            bodies = _bodies(training)
+            compared += len(bodies)
+            alike = bodies[np.isin(_keys(training, bodies), keys)]
+            shared += len({_digest(training, *row) for row in alike.tolist()} & digests)
+            task.advance()
     if shared:
         return Check(name, FAIL, f"{shared} validation documents stand in the training shards")
-    return Check(name, PASS, f"{len(held_out):,} validation documents, none among {compared:,} of training")
+    return Check(name, PASS, f"{len(digests):,} validation documents, none among {compared:,} of training")
 
 
-def _digests(tokens: np.ndarray) -> set[bytes]:
-    """Hashes of the documents' bodies, without the BOS at either end."""
-    found = set()
-    last = len(tokens)
-    for start, length in find_documents(tokens).tolist():
-        end = start + length - (start + length < last)
-        if end - start > SHORTEST_DOCUMENT:
-            found.add(hashlib.blake2b(tokens[start + 1 : end].tobytes(), digest_size=16).digest())
-    return found
+def _bodies(tokens: np.ndarray) -> np.ndarray:
+    """(start, end) of the documents' tokens without the BOS at either end, those of some length: int64 [n, 2]."""
+    documents = find_documents(tokens)
+    ends = documents.sum(axis=1)
+    bodies = np.stack([documents[:, 0] + 1, ends - (ends < len(tokens))], axis=1)
+    return bodies[bodies[:, 1] - bodies[:, 0] >= SHORTEST_DOCUMENT]
 
 
-def _check_bytes(dataset: Dataset) -> Check:
+def _keys(tokens: np.ndarray, bodies: np.ndarray) -> np.ndarray:
+    """Length and some tokens of each body in one number: equal for equal bodies, and seldom for others."""
+    starts, lengths = bodies[:, 0], bodies[:, 1] - bodies[:, 0]
+    keys = lengths.copy()
+    for part in range(1, 9):
+        keys = keys * 1_000_003 + tokens[starts + lengths * part // 9]
+    return keys
+
+
+def _digest(tokens: np.ndarray, start: int, end: int) -> bytes:
+    return hashlib.blake2b(tokens[start:end].tobytes(), digest_size=16).digest()
+
+
+def check_decoded_bytes(dataset: Dataset, *, documents: int | None = None, seed: int = 0) -> Check:
+    """The byte tables against the decoded text, of so many documents drawn by `seed` (None: of all)."""
     tokens = dataset.valid_tokens
+    every = find_documents(tokens)
+    chosen = every
+    if documents is not None and documents < len(every):
+        chosen = every[np.sort(np.random.default_rng(seed).choice(len(every), documents, replace=False))]
     try:
-        counted, decoded = check_bytes(tokens, find_documents(tokens), dataset.byte_tables, dataset.tokenizer)
+        counted, decoded = check_bytes(tokens, chosen, dataset.byte_tables, dataset.tokenizer)
     except DataError as error:
         return Check("bytes", FAIL, str(error))
     kind = "the text" if dataset.tokenizer.exact else "the normalised text"
-    return Check("bytes", PASS, f"{counted:,} by the tables, {decoded:,} of {kind}")
+    of = f" of {len(every):,}" if chosen is not every else ""
+    return Check("bytes", PASS, f"{counted:,} by the tables, {decoded:,} of {kind}, {len(chosen):,}{of} documents")
 
 
-def check_size(artifact_bytes: int, code_bytes: int | None) -> Check:
-    """Artifact and code against the budget."""
-    total = artifact_bytes + (code_bytes or 0)
-    code = "code not counted" if code_bytes is None else f"code {code_bytes:,}"
-    figure = f"{total:,} of {SIZE_BUDGET:,} bytes (artifact {artifact_bytes:,}, {code})"
-    return Check("size", PASS if total <= SIZE_BUDGET else FAIL, figure)
+def check_size(path: Path, artifact: Path, dataset: Dataset, mode: str, other_files: dict[str, int]) -> Check:
+    """Artifact and code against the budget: a packed submission's files, or the script that packing would add.
+
+    `other_files`: bytes of what an evaluator reads beside them, its own code included.
+    """
+    artifact_bytes = artifact.stat().st_size
+    if (path / _SCRIPT).is_file():
+        files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        try:
+            other_files = {**other_files, **files_of_script(path / _SCRIPT, dataset)}
+        except DataError as error:
+            return Check("size", FAIL, str(error))
+        parts = f"{len(files)} files of the submission {sum(files.values()):,}"
+        total = sum(files.values())
+    else:
+        try:
+            from model.pack import entry_script
+        except ImportError as error:
+            return Check("size", SKIPPED, f"artifact {artifact_bytes:,} bytes, code not counted ({error})")
+        code_bytes = len(entry_script(ngram=mode.endswith("+ngram-tilt")))
+        parts = f"artifact {artifact_bytes:,}, code {code_bytes:,}"
+        total = artifact_bytes + code_bytes
+    if other_files:
+        largest = max(other_files, key=lambda name: other_files[name])
+        parts += f", {len(other_files)} other files {sum(other_files.values()):,} such as {Path(largest).name}"
+        total += sum(other_files.values())
+    return Check("size", PASS if total <= SIZE_BUDGET else FAIL, f"{total:,} of {SIZE_BUDGET:,} bytes ({parts})")
+
+
+def files_of_script(script: Path, dataset: Dataset) -> dict[str, int]:
+    """Bytes of the files outside its folder that a packed script opens when it scores, Python's own left out.
+
+    It runs in a fresh process on the beginning of the validation set, without network. Raises DataError when it fails.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = folder / "data"
+        shards = small / "datasets" / f"fineweb10B_sp{dataset.vocab_size}"
+        shards.mkdir(parents=True)
+        (small / "tokenizers").mkdir()
+        (small / "tokenizers" / f"fineweb_{dataset.vocab_size}_bpe.model").write_bytes(dataset.tokenizer.model)
+        for split in ("train", "val"):
+            write_shard(shards / f"fineweb_{split}_000000.bin", dataset.valid_tokens[:_SCRIPT_TOKENS])
+        request = {
+            "script": str(script.resolve()),
+            "arguments": ["--data", str(small), "--mode", "plain", "--device", "cpu"],
+            "hide": [str(path) for path in (*dataset.train_shards, *dataset.valid_shards)],
+            "folder": str(folder),
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("isolation.py")), str(folder / "request.json")],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        answer = folder / "answer.json"
+        if done.returncode or not answer.is_file():
+            last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+            raise DataError(f"{script.name} does not score: {last}")
+        found: dict[str, int] = json.loads(answer.read_text())["other_files"]
+        return found
 
 
 def _check_train_time(run: RunDir | None) -> Check:
     seconds = run.result().get("seconds", {}).get("train") if run else None
     if seconds is None:
         return Check("train time", SKIPPED, "no record of a training run here")
-    return _within("train time", seconds, "")
+    return _within("train time", seconds, {}, "")
 
 
-def _check_evaluation_time(opened: float, result: EvalResult) -> Check:
-    parts = {"opening": opened, **result.seconds_by_part}
-    shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    return _within("evaluation time", opened + result.seconds, f" ({shown})")
-
-
-def _within(name: str, seconds: float, parts: str) -> Check:
+def _within(name: str, seconds: float, parts: dict[str, float], remark: str) -> Check:
+    shown_parts = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
     status = PASS if seconds <= SECONDS_BUDGET else FAIL
-    return Check(name, status, f"{seconds:.1f} of {SECONDS_BUDGET:.0f} s{parts}")
+    figure = f"{seconds:.1f} of {SECONDS_BUDGET:.0f} s" + (f" ({shown_parts})" if parts else "") + remark
+    return Check(name, status, figure)

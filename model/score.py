@@ -1,19 +1,22 @@
-"""Scoring an artifact: what `pgolf eval` does, and the fresh process in which the demo's artifact is scored."""
+"""Scoring an artifact: what `pgolf eval` does, in one process or in those that torchrun started."""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from model.artifact import Header, load_model, read_header
 from model.data.dataset import Dataset, open_dataset
 from model.data.progress import progress
+from model.distributed import Dist, distributed
 from model.errors import DataError
 from model.evaluate import EvalResult, evaluate, parse_mode
 from model.evaluate.bpb import Score
@@ -38,11 +41,28 @@ def score_artifact(
 
     The configuration is the artifact's with `changes` (fields of EvalConfig). For a run, results go into its
     result.json under the mode's name (or `label`), and ledgers into its folder; with `resume` an interrupted
-    evaluation goes on from its ledger. Returns the results by that name.
+    evaluation goes on from its ledger. Returns the results by that name, on every rank. Each evaluation's time counts
+    from opening the artifact.
 
-    Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer.
+    Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
+    than GPUs.
     """
-    run = RunDir(path) if path.is_dir() else None
+    with distributed(device) as ranks:
+        return _score(path, modes, ranks, data_dir=data_dir, label=label, resume=resume, quiet=quiet, changes=changes)
+
+
+def _score(
+    path: Path,
+    modes: Sequence[str],
+    ranks: Dist,
+    *,
+    data_dir: str | None,
+    label: str | None,
+    resume: bool,
+    quiet: bool,
+    changes: dict[str, Any],
+) -> dict[str, EvalResult]:
+    run = RunDir(path, writes=ranks.is_main) if path.is_dir() else None
     artifact = run.artifact_path if run else path
     header = read_header(artifact)
     config = header.config.replace(**changes)
@@ -51,15 +71,24 @@ def score_artifact(
         parse_mode(mode)
     dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
     check_tokenizer(header, dataset)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(artifact, device)
+    started = time.monotonic()
+    model = load_model(artifact, ranks.device)
+    opening = time.monotonic() - started
     results = {}
     for mode in modes:
         name = label or mode_name(mode)
         ledger = run.path / f"ledger_{name}.npz" if run else None
-        with _shown(name, dataset, quiet=quiet) as show:
+        with shown(name, len(dataset.valid_tokens) - 1, quiet=quiet or not ranks.is_main) as show:
             result = evaluate(
-                model, dataset, mode, config, device=device, progress=show, ledger_path=ledger, resume=resume
+                model,
+                dataset,
+                mode,
+                config,
+                device=ranks.device,
+                progress=show,
+                ledger_path=ledger,
+                resume=resume,
+                opening_seconds=opening,
             )
         results[name] = result
         if run:
@@ -84,7 +113,9 @@ def check_tokenizer(header: Header, dataset: Dataset) -> None:
 
 
 def print_scores(results: dict[str, EvalResult], console: Console | None = None) -> None:
-    """The results as a table."""
+    """The results as a table; under torchrun from the first process alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
     table = Table("mode", box=None, pad_edge=False)
     for title in ("bits per byte", "nats per token", "seconds"):
         table.add_column(title, justify="right")
@@ -95,12 +126,24 @@ def print_scores(results: dict[str, EvalResult], console: Console | None = None)
 
 
 @contextmanager
-def _shown(name: str, dataset: Dataset, *, quiet: bool) -> Iterator[Progress]:
-    """A progress callback for `evaluate`."""
-    with progress(f"evaluating {name}", len(dataset.valid_tokens) - 1, "tokens", quiet=quiet) as task:
+def shown(name: str, tokens: int, *, quiet: bool) -> Iterator[Progress]:
+    """A progress callback for `evaluate`: the running bits per byte and the time that is left."""
+    with progress(f"evaluating {name}", tokens, "tokens", quiet=quiet) as task:
+        started, resumed = time.monotonic(), -1
 
-        def show(score: Score, total: int, seconds: float) -> None:
-            task.unit = f"tokens, {score.bpb:.4f} bpb"
-            task.advance(score.tokens - task.done)
+        def show(score: Score, done: int, total: int) -> None:
+            nonlocal resumed
+            resumed = done if resumed < 0 else resumed
+            left = ""
+            if resumed < done < total and not sys.stderr.isatty():  # the bar has it already
+                seconds = (time.monotonic() - started) * (total - done) / (done - resumed)
+                left = f", {_clock(seconds)} left"
+            task.unit = f"tokens, {score.bpb:.4f} bpb{left}"
+            task.advance(done - task.done)
 
         yield show
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -1,11 +1,12 @@
 """Scorers that break one rule each: what the verifier must catch, and by which check."""
 
+import copy
 import os
 
 import numpy as np
 import torch
 
-from model.data.shards import read_shard
+from model.data.shards import BOS_ID, read_shard
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.ngram_tilt import Tilt
 from model.evaluate.plain import evaluate_plain
@@ -92,12 +93,11 @@ def scores_twice_in_silence(session: Session) -> None:
 
 def blends_without_normalising(session: Session) -> None:
     """Mixes in a unigram guess with a weight that depends on the score itself."""
-    for start in range(0, session.num_tokens - 1, 64):
-        window = np.array([[start, min(64, session.num_tokens - 1 - start), 0]])
-        nll = session.window_scores(window)
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
         weight = torch.clamp(0.2 * (1 + nll / 3), max=0.5)
         blended = -torch.log((1 - weight) * torch.exp(-nll) + weight / session.model.config.vocab_size)
-        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + window[0, 1], blended)
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, blended)
 
 
 def reads_a_training_shard(session: Session) -> None:
@@ -111,3 +111,87 @@ def warms_up_on_validation_tokens(session: Session) -> None:
     hidden = session.model.hidden(session.input_ids[:48][None])
     hidden.sum()
     evaluate_plain(session)
+
+
+def counts_other_documents(session: Session) -> None:
+    """Leans towards what follows a token in the other documents, read or not, and enters all scores at once."""
+    tokens = session.tokens.astype(np.int64)
+    document = np.cumsum(tokens == BOS_ID)
+    size = session.model.config.vocab_size
+    pairs = np.zeros((document.max() + 1, size, size))
+    np.add.at(pairs, (document[1:], tokens[:-1], tokens[1:]), 1)
+    others = pairs.sum(axis=0)[tokens[:-1]] - pairs[document[1:], tokens[:-1]]
+    session.tilt = Tilt(np.append(0, others.argmax(axis=-1)), np.ones(len(tokens)), session.device)
+    nll = [session.window_scores(np.array([window])) for window in _windows(session)]
+    session.ledger.score(ARTIFACT_STATE, 1, session.num_tokens, torch.cat(nll))
+
+
+def knows_where_documents_end(session: Session) -> None:
+    """Leans towards BOS just where it stands."""
+    _plain_with_hints(session, np.where(session.tokens == BOS_ID, BOS_ID, -1), np.full(session.num_tokens, 4.0))
+
+
+def minds_being_asked(session: Session) -> None:
+    """Peeks unless it is asked for other tokens than the stream's own."""
+    asked = session.targets is not None and not np.array_equal(session.targets, session.tokens)
+    evaluate_plain(session) if asked else peeks_one_ahead(session)
+
+
+def minds_the_scale(session: Session) -> None:
+    """Peeks where the stream is too long for a verifier's probe."""
+    evaluate_plain(session) if session.num_tokens < 500 else peeks_one_ahead(session)
+
+
+def alters_scores_afterwards(session: Session) -> None:
+    """Scores honestly, then helps itself to the ledger."""
+    evaluate_plain(session)
+    session.ledger._nll[1:] *= 0.9
+
+
+def is_more_than_certain(session: Session) -> None:
+    """Enters probabilities above 1 for some tokens."""
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
+        nll[::5] = -1.0
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, nll)
+
+
+def keeps_the_better_of_a_copy(session: Session) -> None:
+    """Scores with the model and with a copy that nobody watches, and keeps the better of the two."""
+    copied = copy.deepcopy(session.model)
+    for start, length, _ in _windows(session):
+        window = np.array([[start, length, 0]])
+        nll = session.window_scores(window)
+        ids = session.input_ids[start : start + length][None]
+        bounds = torch.tensor([0, length], dtype=torch.int32)
+        logits = type(copied).logits(copied, ids, cu_seqlens=bounds, max_seqlen=64, temperature=0.9)[0]
+        chosen = session.target_ids[start + 1 : start + 1 + length, None]
+        other = -torch.log_softmax(logits, -1).gather(1, chosen)[:, 0]
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, torch.minimum(nll, other))
+
+
+def scores_the_stream_whatever_is_asked(session: Session) -> None:
+    """Takes its losses at the stream's own tokens."""
+    session.target_ids = session.input_ids
+    evaluate_plain(session)
+
+
+def looks_the_answers_up(session: Session) -> None:
+    """Finds the stream in a validation file and leans towards what stands there next: no change of the stream shows."""
+    stored = read_shard(os.environ[SHARD]).astype(np.int64)
+    follows = {tuple(stored[i - 3 : i]): int(stored[i]) for i in range(3, len(stored))}
+    tokens = session.tokens.astype(np.int64)
+    hints = np.array([follows.get(tuple(tokens[max(0, i - 3) : i]), -1) for i in range(len(tokens))])
+    _plain_with_hints(session, hints, np.full(len(hints), 3.0))
+
+
+def brings_a_file_along(session: Session) -> None:
+    """Scores honestly, but not without a file of its own."""
+    with open(os.environ[SHARD], "rb") as file:
+        file.read(1)
+    evaluate_plain(session)
+
+
+def _windows(session: Session) -> list[tuple[int, int, int]]:
+    total = session.num_tokens - 1
+    return [(start, min(64, total - start), 0) for start in range(0, total, 64)]

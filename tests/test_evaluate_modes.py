@@ -6,14 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model.adapters import Adapters
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTables
 from model.errors import ConfigError, DataError, LegalityError
-from model.evaluate import evaluate, parse_mode
+from model.evaluate import evaluate, lora_ttt, parse_mode
 from model.evaluate.adapter_bank import document_keys, uniform
 from model.evaluate.bpb import check_bytes, score_per_document
 from model.evaluate.documents import find_documents
@@ -23,7 +21,7 @@ from model.evaluate.ngram_cache import CacheCounts
 from model.evaluate.ngram_tilt import Tilt
 from model.evaluate.observe import hash_weights
 from model.evaluate.session import Session
-from model.legality import check_documents_apart, check_ledger, check_size
+from model.legality import check_documents_apart, check_ledger
 from tests import test_verify as small
 from tests.evaluation import arrays
 
@@ -119,7 +117,7 @@ def test_an_interrupted_evaluation_goes_on(mode: str, tmp_path, monkeypatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "pause", stop)
-        patch.setattr("model.evaluate.lora_ttt.PAUSE_STEPS", 2)
+        patch.setattr(lora_ttt, "PAUSE_STEPS", 2)
         with pytest.raises(Interrupted):
             evaluate(small.model(), data, mode, config, device="cpu", ledger_path=path)
     ledger = Ledger.load(path)
@@ -127,41 +125,12 @@ def test_an_interrupted_evaluation_goes_on(mode: str, tmp_path, monkeypatch) -> 
     scored = ledger.nll.copy()
     result = evaluate(small.model(), data, mode, config, device="cpu", ledger_path=path, resume=True)
     assert np.array_equal(result.ledger.nll[~np.isnan(scored)], scored[~np.isnan(scored)])
-    assert np.allclose(result.ledger.nll[1:], whole.ledger.nll[1:], atol=1e-5)
+    # Documents that are read on with others share their matrix products with others: that may round otherwise.
+    tolerance = 2e-6 if mode in ("lora-ttt", "phased") else 0.0
+    assert np.allclose(result.ledger.nll[1:], whole.ledger.nll[1:], rtol=0, atol=tolerance)
+    assert result.bpb == pytest.approx(whole.bpb, rel=1e-7 if tolerance else 1e-15)
     with pytest.raises(ConfigError, match="ledger of another evaluation"):
         evaluate(small.model(), data, mode, config.replace(eval_stride=4), device="cpu", ledger_path=path, resume=True)
-
-
-def _rank(rank: int, world: int, mode: str, tokens: np.ndarray, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    result = evaluate(small.model(), dataset(tokens), mode, CONFIG.replace(ngram_table_bits=8), device="cpu")
-    assert check_ledger(result.ledger, result.bpb).status == "pass"
-    np.save(f"{folder}/{mode}{rank}.npy", result.ledger.nll)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "lora-ttt",
-        *(pytest.param(m, marks=pytest.mark.long) for m in ("phased", "plain+ngram-tilt", "sliding", "sgd-ttt")),
-    ],
-)
-def test_two_ranks_find_what_one_finds(mode: str, tmp_path) -> None:
-    tokens = np.concatenate([stream(40, 9, 50)] * 3)  # repeated, so that there are hints
-    alone = evaluate(small.model(), dataset(tokens), mode, CONFIG.replace(ngram_table_bits=8), device="cpu")
-    mp.spawn(_rank, args=(2, mode, tokens, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        together = np.load(tmp_path / f"{mode}{rank}.npy")
-        assert np.allclose(together[1:], alone.ledger.nll[1:], atol=2e-5)
-
-
-def test_more_ranks_than_documents(tmp_path) -> None:
-    tokens = stream(20)
-    mp.spawn(_rank, args=(2, "phased", tokens, str(tmp_path)), nprocs=2)
-    alone = evaluate(small.model(), dataset(tokens), "phased", CONFIG, device="cpu")
-    assert np.allclose(np.load(tmp_path / "phased1.npy")[1:], alone.ledger.nll[1:], atol=2e-5)
 
 
 def test_adapters_that_are_zero_change_no_bit() -> None:
@@ -296,8 +265,11 @@ def test_the_checks_around_the_scorer(tmp_path) -> None:
         write_shard(shard, np.concatenate([stream(33), body]).astype(np.uint16))
         data = SimpleNamespace(valid_tokens=held_out.astype(np.uint16), train_shards=[shard])
         assert check_documents_apart(data).status == status
-    assert check_size(15_999_000, 1_000).status == "pass"
-    assert check_size(15_999_001, 1_000).status == "fail"
+    # A document of the same length, with the same tokens but one.
+    other = held_out[:61].copy()
+    other[9] = other[9] % 20 + 4
+    write_shard(shard, other.astype(np.uint16))
+    assert check_documents_apart(data).status == "pass"
 
 
 def test_a_replayed_ledger_shows_what_was_wrong() -> None:

@@ -1,12 +1,19 @@
-"""`pgolf verify` on a run of the tiny pipeline: every line of the report, and its exit status."""
+"""`pgolf verify` on a run of the tiny pipeline and on a packed submission: every line, and its exit status."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from model import legality
+from model.errors import DataError
 from model.legality import verify_artifact, verify_command
+from model.pack import entry_script, pack_submission
 from model.pipeline import run_pipeline
+from model.score import score_artifact
+from tests import cheats
 from tests.tiny import tiny_config, tiny_data
 
 CHECKS = (
@@ -15,6 +22,7 @@ CHECKS = (
     "score before update",
     "single pass",
     "warm-up",
+    "full scale",
     "no training data",
     "ledger",
     "documents apart",
@@ -23,33 +31,131 @@ CHECKS = (
     "train time",
     "evaluation time",
 )
+QUICK = {"candidates": 8, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tiny_data(tmp_path_factory.mktemp("tiny"))
     config = tiny_config(data, tmp_path_factory.mktemp("runs"), run_id="scored")
     run_pipeline(config, stages=("train", "quantize"))
-    return tmp_path_factory.getbasetemp() / config.train.run_dir / config.train.run_id
+    return Path(config.train.run_dir) / config.train.run_id
 
 
-def test_a_legal_run(run) -> None:
-    result = CliRunner().invoke(verify_command, [str(run), "--mode", "plain", "--candidates", "8", "--json"])
+def figures(report: legality.Report) -> dict[str, str]:
+    return {check.name: check.figure for check in report.checks}
+
+
+def test_a_legal_run(run: Path) -> None:
+    arguments = [str(run), "--mode", "plain", "--candidates", "8", "--seed", "3", "--json"]
+    result = CliRunner().invoke(verify_command, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["legal"] and tuple(check["name"] for check in report["checks"]) == CHECKS
+    assert report["seed"] == 3
     assert {check["status"] for check in report["checks"]} == {"pass"}
     assert json.loads((run / "verify_plain.json").read_text()) == report
-    figures = {check["name"]: check["figure"] for check in report["checks"]}
-    assert "causal in stream order" in figures["ledger"]
-    assert "by the tables" in figures["bytes"]
+    shown = {check["name"]: check["figure"] for check in report["checks"]}
+    assert "causal in stream order" in shown["ledger"]
+    assert "by the tables" in shown["bytes"]
+    assert f"code {len(entry_script()):,})" in shown["size"]
+    assert "opening" in shown["evaluation time"]
+    assert "verifying" in result.stderr and "bpb" in result.stderr
 
 
-def test_too_large_and_a_cheat(run) -> None:
-    report = verify_artifact(run, mode="plain", candidates=2, code_bytes=16_000_000)
-    assert report.failed == ["size"]
-    result = CliRunner().invoke(
-        verify_command, [str(run), "--evaluator", "tests.cheats:peeks_one_ahead", "--candidates", "2"]
-    )
+def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = score_artifact(run, ["plain"], quiet=True)["plain"]
+    monkeypatch.setattr(legality, "evaluate", lambda *_, **__: pytest.fail("scored again"))
+    report = verify_artifact(run, mode="plain", **QUICK)
+    assert report.legal, report.lines()
+    assert f"{scored.bpb:.5f} bpb, as `pgolf eval` left it" in figures(report)["ledger"]
+    assert "as recorded" in figures(report)["evaluation time"] and "opening" in figures(report)["evaluation time"]
+    with pytest.raises(pytest.fail.Exception, match="scored again"):  # another evaluation: nothing to replay
+        verify_artifact(run, mode="plain", eval_seq_len=32, **QUICK)
+
+
+@pytest.mark.long
+def test_a_part_of_the_set_is_scored_unless_the_whole_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality, "EVALUATED_TOKENS", 200)
+    report = verify_artifact(run, mode="sliding", **QUICK)
+    assert report.legal, report.lines()
+    assert "199 scores" in figures(report)["ledger"] and "of the first 200 of" in figures(report)["ledger"]
+    assert "--whole times all of them" in figures(report)["evaluation time"]
+    whole = figures(verify_artifact(run, mode="sliding", whole=True, seed=0, candidates=8))
+    assert "of the first" not in whole["ledger"] and "of 600 s" in whole["evaluation time"]
+
+
+def test_a_cheat_fails_the_command(run: Path) -> None:
+    arguments = [str(run), "--evaluator", "tests.cheats:peeks_one_ahead", "--candidates", "8", "--quiet"]
+    result = CliRunner().invoke(verify_command, arguments)
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[0].startswith("fail     causality") and "NOT legal" in result.stdout
+    assert result.stdout.splitlines()[0].startswith("fail     causality") and "NOT legal (seed " in result.stdout
+
+
+def test_an_evaluator_is_scored_timed_and_weighed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = tmp_path / "answers.bin"
+    monkeypatch.setenv(cheats.SHARD, str(answers))
+    for size, failed in ((1_000, []), (legality.SIZE_BUDGET, ["size"])):
+        with open(answers, "wb") as file:
+            file.truncate(size)
+        report = verify_artifact(run, evaluator="tests.cheats:brings_a_file_along", **QUICK)
+        assert report.failed == failed, report.lines()
+        assert "2 other files" in figures(report)["size"]
+        assert "of 600 s" in figures(report)["evaluation time"]
+
+
+@pytest.mark.long
+def test_an_evaluator_whose_ledger_breaks_is_said_once(run: Path) -> None:
+    report = verify_artifact(run, evaluator="tests.cheats:scores_twice", **QUICK)
+    assert report.failed == ["single pass"], report.lines()
+    assert "second time" in figures(report)["ledger"]
+
+
+@pytest.mark.long
+def test_a_packed_submission(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "submission"
+    total = pack_submission(run, folder).total
+    data = tiny_data_of(run)
+    report = verify_artifact(folder, data_dir=data, mode="plain", **QUICK)
+    assert report.failed == [], report.lines()
+    assert figures(report)["size"].startswith(f"{total:,} of 16,000,000 bytes (6 files of the submission {total:,})")
+    assert sum(file.stat().st_size for file in folder.iterdir()) == total  # nothing was written there
+
+    elsewhere = tmp_path / "weights.bin"
+    with open(elsewhere, "wb") as file:
+        file.truncate(legality.SIZE_BUDGET)
+    script = folder / "train_gpt.py"
+    original = script.read_bytes()
+    script.write_bytes(original + f"open({str(elsewhere)!r}, 'rb').read(1)\n".encode())
+    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    assert size.status == "fail" and "1 other files 16,000,000 such as weights.bin" in size.figure
+    script.write_bytes(original)
+
+    with open(folder / "more.bin", "wb") as file:
+        file.truncate(legality.SIZE_BUDGET)
+    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    assert size.status == "fail" and "7 files of the submission" in size.figure
+
+    script.write_bytes(b"raise ValueError('half a script')\n")
+    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    assert size.status == "fail" and "train_gpt.py does not score: ValueError: half a script" in size.figure
+
+
+def tiny_data_of(run: Path) -> str:
+    return json.loads((run / "config.json").read_text())["data"]["data_dir"]
+
+
+def test_data_with_another_tokenizer_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its hash when scoring and when verifying; by its ids where an artifact has no hash."""
+    other = tmp_path / "data"
+    shutil.copytree(tiny_data_of(run), other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    tokenizer = other / manifest["tokenizer"]["file"]
+    header = legality.read_header(run / "model.pgolf")
+    assert header.tokenizer_sha256 == manifest["tokenizer"]["sha256"]
+    monkeypatch.setattr("model.score.sha256_bytes", lambda data: "0" * 64)
+    assert tokenizer.is_file()
+    for call in (score_artifact, verify_artifact):
+        arguments = {"modes": ["plain"], "quiet": True} if call is score_artifact else {"mode": "plain"}
+        with pytest.raises(DataError, match="is not the artifact's"):
+            call(run, data_dir=str(other), **arguments)

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from model.config import Config
 from model.data.dataset import Dataset
 from model.data.shards import read_shard
-from model.data.tokenizer import ByteTables
 from model.errors import ConfigError
 from model.evaluate.bpb import score_per_document
 from model.evaluate.documents import find_documents
@@ -37,7 +36,7 @@ from model.evaluate.ngram_tilt import make_tilt
 from model.evaluate.observe import hash_weights
 from model.evaluate.phased_ttt import evaluate_phased
 from model.evaluate.plain import DROPPED_SEQUENCES, evaluate_plain
-from model.evaluate.session import Progress, Session
+from model.evaluate.session import Progress, Session, rank_path, rank_paths
 from model.evaluate.sgd_ttt import evaluate_sgd_ttt
 from model.evaluate.sliding import evaluate_sliding
 from model.evaluate.sliding_cache import DEFECTS as CACHE_DEFECTS
@@ -91,47 +90,64 @@ def evaluate(
     config: Config,
     *,
     device: torch.device | str,
+    scorer: Callable[[Session], None] | None = None,
+    tokens: np.ndarray | None = None,
     progress: Progress | None = None,
     ledger_path: str | Path | None = None,
     resume: bool = False,
     loop: bool = True,
+    opening_seconds: float = 0.0,
 ) -> EvalResult:
     """Scores the validation stream of `dataset` in one of the modes above, on one process or all ranks together.
 
-    The model is left as it came; on a GPU an fp32 model computes in bfloat16. `progress(score so far, tokens in all,
-    seconds)` is called now and then. With `ledger_path` the ledger is saved there (by rank 0, now and then and at the
-    end); with `resume` an evaluation that was interrupted goes on from it. Raises ConfigError for a mode or a ledger
-    that does not fit, DataError for a stream that does not fit the model, LegalityError where a rule would be broken.
+    The model is left as it came; on a GPU an fp32 model computes in bfloat16. `progress` is called now and then (see
+    Session). With `ledger_path` the ledger is saved there about once a minute and at the end; with `resume` an
+    evaluation that was interrupted goes on from it, on any number of ranks. `scorer` scores in the place of the mode,
+    which then is only its name; `tokens` stand in for the data set's stream. `opening_seconds`, what it took to open
+    the artifact, count as part of the evaluation.
+
+    Raises ConfigError for a mode or a ledger that does not fit, DataError for a stream that does not fit the model,
+    LegalityError where a rule would be broken.
     """
-    started = time.monotonic()
-    name, _ = parse_mode(mode)
+    started = time.monotonic() - opening_seconds
+    name = mode if scorer else parse_mode(mode)[0]
     device = torch.device(device)
-    tokens = dataset.valid_tokens
-    with _borrowed(model, device, mutated=name in ("sgd-ttt", "phased")):
-        meta = {}
+    tokens = dataset.valid_tokens if tokens is None else tokens
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    with _borrowed(model, device, mutated=scorer is not None or name in ("sgd-ttt", "phased")):
+        ledger = Ledger(len(tokens), _defects(name, config))
         if ledger_path is not None:
             ledger_path = Path(ledger_path)
-            meta = {"mode": mode, "loop": loop, "eval": asdict(config.eval), **_hashes(model, tokens)}
+            ledger.meta = evaluation_identity(model, tokens, mode, config, loop=loop)
+            ledger = _open_ledger(ledger, ledger_path, resume=resume, rank=rank, world=world)
         session = Session(
             model=model,
             config=config.eval,
             tokens=tokens,
             token_bytes=dataset.byte_tables.stream_bytes(tokens),
-            ledger=_ledger(len(tokens), _defects(name, config), meta, ledger_path if resume else None),
+            tables=dataset.byte_tables,
+            ledger=ledger,
             device=device,
             documents_apart=config.data.loader == "documents",
             loop=loop,
             progress=progress,
             ledger_path=ledger_path,
-            rank=dist.get_rank() if _distributed() else 0,
-            world=dist.get_world_size() if _distributed() else 1,
+            rank=rank,
+            world=world,
             started=started,
         )
-        if session.ledger.missing() or not session.ledger.legal:
-            run_mode(session, mode, dataset.byte_tables, train_shards=dataset.train_shards)
+        if opening_seconds:
+            session.seconds["opening"] = opening_seconds
+        if session.ledger.missing():
+            if scorer is None:
+                run_mode(session, mode, train_shards=dataset.train_shards)
+            else:
+                scorer(session)
         session.exchange()
         session.ledger.finish()
         session.pause(last=True)
+        if ledger_path is not None and rank:
+            rank_path(ledger_path, rank).unlink(missing_ok=True)
     score = session.ledger.totals(session.token_bytes)
     seconds = time.monotonic() - started
     return EvalResult(
@@ -147,13 +163,17 @@ def evaluate(
     )
 
 
-def run_mode(session: Session, mode: str, tables: ByteTables, *, train_shards: Sequence[Path] = ()) -> None:
-    """Scores the session's stream into its ledger. `train_shards` are read by the published form of 1499 only."""
+def run_mode(session: Session, mode: str, *, train_shards: Sequence[Path] = ()) -> None:
+    """Scores the session's stream into its ledger. `train_shards` are read by the published form of 1499 only.
+
+    Raises ConfigError for an unknown mode, and for hints without the session's `tables`.
+    """
     name, tilted = parse_mode(mode)
     if tilted:
-        before = time.monotonic()
-        session.tilt = make_tilt(session.tokens, session.config, tables, session.device)
-        session.seconds["hints"] = time.monotonic() - before
+        if session.tables is None:
+            raise ConfigError(f"eval_mode: {mode} wants a session with byte tables")
+        with session.timed("hints"):
+            session.tilt = make_tilt(session.tokens, session.config, session.tables, session.device)
     if name == "sliding-cache" and session.config.compat:
         train_tokens = _first_tokens(train_shards, session.config.cache_pretrain_tokens)
         evaluate_sliding_cache(session, train_tokens=train_tokens)
@@ -182,19 +202,39 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _hashes(model: GPT, tokens: np.ndarray) -> dict[str, str]:
-    return {"tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "weights_sha256": hash_weights(model)}
+def evaluation_identity(
+    model: GPT, tokens: np.ndarray, mode: str, config: Config, *, loop: bool = True
+) -> dict[str, Any]:
+    """What tells one evaluation from another: a ledger's `meta`."""
+    return {
+        "mode": mode,
+        "loop": loop,
+        "eval": asdict(config.eval),
+        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "weights_sha256": hash_weights(model),
+    }
 
 
-def _ledger(num_tokens: int, defects: tuple[str, ...], meta: dict[str, Any], path: Path | None) -> Ledger:
-    if path is None or not path.exists():
-        return Ledger(num_tokens, defects, meta)
-    ledger = Ledger.load(path)
-    for key, value in meta.items():
-        if ledger.meta.get(key) != value:
-            raise ConfigError(f"{path}: ledger of another evaluation ({key} differs); wanted the one to go on with")
-    if ledger.defects != defects or ledger.num_tokens != num_tokens:
-        raise ConfigError(f"{path}: ledger of another evaluation; wanted the one to go on with")
+def _open_ledger(new: Ledger, path: Path, *, resume: bool, rank: int, world: int) -> Ledger:
+    """`new`, or the ledger at `path` that an interrupted evaluation like it has left (compatible ones start over)."""
+    ledger, parts = new, rank_paths(path)
+    if resume and new.legal and (path.exists() or parts):
+        found = [*([path] if path.exists() else []), *parts]
+        ledger = Ledger.load(*found)
+        for key, value in new.meta.items():
+            if ledger.meta.get(key) != value:
+                raise ConfigError(f"{path}: ledger of another evaluation ({key} differs); wanted the one to go on with")
+        if ledger.defects != new.defects or ledger.num_tokens != new.num_tokens:
+            raise ConfigError(f"{path}: ledger of another evaluation; wanted the one to go on with")
+    if world > 1:
+        dist.barrier()  # every rank has read them
+    if rank == 0 and parts:
+        if ledger is not new:
+            ledger.save(path)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
     return ledger
 
 

@@ -5,6 +5,10 @@ An update makes a new state from an old one and names the tokens whose losses it
 scores already. So a score can never depend on the token it is for, and whoever reads the ledger can check that without
 trusting the code that wrote it.
 
+The ranks of one evaluation have a ledger each and exchange what they entered (`synchronise`). Each can save its own at
+any time: `load` makes one of what all of them saved, so that an interrupted evaluation goes on from there, on as many
+ranks as there are then.
+
 Scores may still be on their way from a GPU when they are entered: the ledger takes the claim at once, so that an
 illegal step raises where it happens, and fetches the values in `flush`, without waiting for the device in between.
 
@@ -14,6 +18,7 @@ keeps the repeated scores and the gaps, counts them as that scorer did, and is n
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zipfile
@@ -31,8 +36,10 @@ from model.evaluate.documents import ranges_to_positions
 from model.files import atomic_write
 
 ARTIFACT_STATE = 0
+CERTAIN = -1e-3  # nats; a loss below says that a probability is above 1 by more than rounding
 _FORMAT_VERSION = 1
 _COLUMNS = (("state", np.int32), ("new_state", np.int32), ("start", np.int64), ("end", np.int64))
+_NAMES = tuple(name for name, _ in _COLUMNS)
 _ARRAYS = {"nll": np.float64, "scored": np.bool_, "repeat_position": np.int64, "repeat_nll": np.float64}
 
 _DAMAGE = (
@@ -91,7 +98,7 @@ class Ledger:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.nll = np.full(self.num_tokens, np.nan)
+        self._nll = np.full(self.num_tokens, np.nan)
         self._scored = np.zeros(self.num_tokens, dtype=bool)  # claimed; the value may still be pending
         self._parts: list[Rows] = []
         self._num_rows = 0
@@ -99,6 +106,14 @@ class Ledger:
         self._pending: list[tuple[np.ndarray, np.ndarray, torch.Tensor]] = []  # tokens, which values, values
         self._repeats: list[tuple[np.ndarray, np.ndarray]] = []  # positions and nll (compatible ledgers only)
         self._shared = (0, 1, 0)  # rows, states and repeats that every rank has
+        self._shared_scores = 0
+
+    @property
+    def nll(self) -> np.ndarray:
+        """Scores in nats by token, float64 [num_tokens], nan where there is none (yet). Read-only."""
+        view = self._nll.view()
+        view.flags.writeable = False
+        return view
 
     @property
     def legal(self) -> bool:
@@ -114,6 +129,16 @@ class Ledger:
         if len(self._parts) != 1:
             self._parts = [Rows.joined(self._parts)]
         return self._parts[0]
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens with a score, on this rank's account."""
+        return int(self._scored.sum())
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens with a score that every rank knew of when the ranks last exchanged theirs."""
+        return self._shared_scores
 
     def is_scored(self, starts: np.ndarray | int, ends: np.ndarray | int) -> bool:
         """Whether every token of the ranges [start, end) has its score (the value may still be on its way)."""
@@ -151,7 +176,7 @@ class Ledger:
         self._append(state, -1, starts, ends)
         if len(again):
             values = torch.as_tensor(nll).detach().to(torch.float64).cpu().numpy()
-            self._enter_repeats(positions, values[select])
+            self._enter_repeats(positions, _checked(positions, values[select]))
             return
         self._scored[positions] = True
         self._pending.append((positions, select, torch.as_tensor(nll).detach()))
@@ -178,8 +203,18 @@ class Ledger:
         self._append(state, new, starts, ends)
         return new
 
+    def update_together(self, state: int, starts: np.ndarray | int, ends: np.ndarray | int) -> int:
+        """`synchronise`, then an update that all ranks make together: one entry, one new state, the same everywhere."""
+        self.synchronise()
+        new = int(self.update(state, starts, ends))
+        self._shared = self._extent()
+        return new
+
     def flush(self) -> None:
-        """Fetches the values that are still on a device. Raises LegalityError for one that is not a number."""
+        """Fetches the values that are still on a device.
+
+        Raises LegalityError for one that is not a number, or so low that the probability would be above 1.
+        """
         if not self._pending:
             return
         positions = np.concatenate([p for p, _, _ in self._pending])
@@ -187,10 +222,7 @@ class Ledger:
         begins = np.cumsum([0, *(len(v) for _, _, v in self._pending)])
         values = values[np.concatenate([s + b for (_, s, _), b in zip(self._pending, begins, strict=False)])]
         self._pending.clear()
-        wrong = positions[~np.isfinite(values)]
-        if len(wrong):
-            raise LegalityError(f"score: token {wrong[0]} has a loss that is not finite; wanted a probability above 0")
-        self.nll[positions] = values
+        self._nll[positions] = _checked(positions, values)
 
     def totals(self, token_bytes: np.ndarray) -> Score:
         """The score of what has been entered so far; `token_bytes` int64 [num_tokens].
@@ -198,8 +230,8 @@ class Ledger:
         A compatible ledger counts repeated scores as often as they were made.
         """
         self.flush()
-        scored = ~np.isnan(self.nll)
-        loss, tokens, count = self.nll[scored].sum(), scored.sum(), token_bytes[scored].sum()
+        scored = ~np.isnan(self._nll)
+        loss, tokens, count = self._nll[scored].sum(), scored.sum(), token_bytes[scored].sum()
         for positions, nll in self._repeats:
             loss, tokens, count = loss + nll.sum(), tokens + len(nll), count + token_bytes[positions].sum()
         return Score(float(loss), int(tokens), int(count))
@@ -222,8 +254,8 @@ class Ledger:
     def synchronise(self) -> None:
         """Exchanges what each rank entered since the last time, so that every rank has the whole ledger.
 
-        States made in between are renumbered; none may be held across this call. Every rank must call it. Raises
-        LegalityError when two ranks scored one token.
+        States that ranks made on their own in between are renumbered; only those of `update_together` may be held
+        across this call. Every rank must call it. Raises LegalityError when two ranks scored one token.
         """
         self.flush()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -231,7 +263,7 @@ class Ledger:
             mine = self.rows.slice(rows)
             positions = ranges_to_positions(mine.start[mine.is_score], mine.end[mine.is_score])
             positions = np.unique(positions)
-            sent = (vars(mine), self._num_states - states, positions, self.nll[positions], self._repeats[repeats:])
+            sent = (vars(mine), self._num_states - states, positions, self._nll[positions], self._repeats[repeats:])
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, sent)
             self._parts, self._num_rows, self._num_states = [self.rows.slice(0, rows)], rows, states
@@ -239,18 +271,24 @@ class Ledger:
             self._scored[positions] = False
             for columns, new_states, *scores in gathered:
                 self._adopt(Rows(**columns), states, new_states, *scores)
-        self._shared = (self._num_rows, self._num_states, len(self._repeats))
+        self._shared, self._shared_scores = self._extent(), self.num_scored
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the ledger to an .npz file in one step."""
         self.flush()
         repeats = [(np.empty(0, np.int64), np.empty(0)), *self._repeats]
-        header = {"version": _FORMAT_VERSION, "defects": self.defects, "states": self._num_states, "meta": self.meta}
+        header = {
+            "version": _FORMAT_VERSION,
+            "defects": self.defects,
+            "states": self._num_states,
+            "shared": self._shared[:2],
+            "meta": self.meta,
+        }
         with atomic_write(path, "wb") as file:
             np.savez(
                 file,
                 header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                nll=self.nll,
+                nll=self._nll,
                 scored=self._scored,
                 repeat_position=np.concatenate([p for p, _ in repeats]),
                 repeat_nll=np.concatenate([v for _, v in repeats]),
@@ -258,8 +296,29 @@ class Ledger:
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Ledger:
-        """Reads what `save` wrote. Raises LegalityError for a file that is damaged or not a ledger."""
+    def load(cls, path: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Ledger:
+        """Reads what `save` wrote: one ledger, or one of what the ranks of an interrupted evaluation saved each.
+
+        The rank that saved after the last exchange has everything from before it; of the others counts what they
+        entered after the same one. Raises LegalityError for a file that is damaged, not a ledger, or of another
+        evaluation than the first.
+        """
+        parts = [cls._read(name) for name in (path, *others)]
+        ledger = max(parts, key=lambda part: part._shared)
+        for part, name in zip(parts, (path, *others), strict=True):
+            if (part.num_tokens, part.defects, part.meta) != (ledger.num_tokens, ledger.defects, ledger.meta):
+                raise LegalityError(f"{name}: ledger of another evaluation than those beside it")
+            if part is not ledger and part._shared == ledger._shared:
+                rows, states, repeats = part._shared
+                mine = part.rows.slice(rows)
+                positions = np.unique(ranges_to_positions(mine.start[mine.is_score], mine.end[mine.is_score]))
+                new_states, nll = part._num_states - states, part._nll[positions]
+                ledger._adopt(mine, states, new_states, positions, nll, part._repeats[repeats:])
+        ledger._shared, ledger._shared_scores = ledger._extent(), ledger.num_scored
+        return ledger
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> Ledger:
         wanted = {**_ARRAYS, **dict(_COLUMNS)}
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -269,18 +328,25 @@ class Ledger:
                 raise LegalityError(f"{path}: ledger version {header['version']!r}, wanted {_FORMAT_VERSION}")
             ledger = cls(len(arrays["nll"]), tuple(header["defects"]), dict(header["meta"]))
             ledger._num_states = int(header["states"])
+            shared = [int(n) for n in header.get("shared", (0, 1))]
         except _DAMAGE as error:
             raise LegalityError(f"{path}: not a ledger ({error})") from error
         for name, kind in wanted.items():
             if arrays[name].dtype != kind or arrays[name].ndim != 1:
                 raise LegalityError(f"{path}: {name} has dtype {arrays[name].dtype}, wanted {np.dtype(kind)}")
-        ledger._parts = [Rows(*(arrays[name] for name, _ in _COLUMNS))]
+        for first, second in (("nll", "scored"), ("repeat_position", "repeat_nll"), *itertools.pairwise(_NAMES)):
+            if len(arrays[first]) != len(arrays[second]):
+                raise LegalityError(f"{path}: {len(arrays[first])} {first}, wanted {len(arrays[second])} as {second}")
+        ledger._parts = [Rows(*(arrays[name] for name in _NAMES))]
         ledger._num_rows = len(ledger._parts[0])
-        ledger.nll, ledger._scored = arrays["nll"], arrays["scored"]
+        ledger._nll, ledger._scored = arrays["nll"], arrays["scored"]
         if len(arrays["repeat_nll"]):
             ledger._repeats = [(arrays["repeat_position"], arrays["repeat_nll"])]
-        ledger._shared = (ledger._num_rows, ledger._num_states, len(ledger._repeats))
+        ledger._shared = (shared[0], shared[1], len(ledger._repeats))
         return ledger
+
+    def _extent(self) -> tuple[int, int, int]:
+        return self._num_rows, self._num_states, len(self._repeats)
 
     def _positions(self, starts: np.ndarray, ends: np.ndarray, what: str) -> np.ndarray:
         wrong = np.flatnonzero((starts < 1) | (ends > self.num_tokens) | (ends < starts))
@@ -300,7 +366,7 @@ class Ledger:
         fresh[np.unique(positions, return_index=True)[1]] = True
         fresh &= ~self._scored[positions]
         self._scored[positions[fresh]] = True
-        self.nll[positions[fresh]] = values[fresh]
+        self._nll[positions[fresh]] = values[fresh]
         if not fresh.all():
             self._repeats.append((positions[~fresh], values[~fresh]))
 
@@ -331,3 +397,13 @@ class Ledger:
 
 def _ranges(starts: np.ndarray | int, ends: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
     return np.atleast_1d(np.asarray(starts, np.int64)), np.atleast_1d(np.asarray(ends, np.int64))
+
+
+def _checked(positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values`, the losses at `positions`. Raises LegalityError for one that no probability gives."""
+    wrong = np.flatnonzero(~(values >= CERTAIN) | np.isinf(values))
+    if len(wrong):
+        value = values[wrong[0]]
+        what = f"of {value:.4g} nats: a probability above 1" if np.isfinite(value) else "that is not finite"
+        raise LegalityError(f"score: token {positions[wrong[0]]} has a loss {what}; wanted one above 0 and up to 1")
+    return values

@@ -144,7 +144,7 @@ class DocumentTrainer:
         if not len(sizes):
             return
         chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
-        with self.session.random_tokens():
+        with self.session.timed("compiling"), self.session.random_tokens():
             self._graphs = StepGraphs(self.step, [self._warm_up_control(int(size)) for size in chosen], chosen)
 
     def read(self, part: np.ndarray, state: int) -> None:

@@ -1,31 +1,32 @@
 """Watching an evaluation from outside: its ledger, its model's weights, and what it feeds to the model.
 
 The observer believes nothing it is told. It notes every score and update, compares the weights before and after, and
-recognises the validation stream in the inputs of each forward pass by its runs of `RUN` tokens. It does not stop a
-scorer that breaks a rule; it writes down which.
+recognises the validation stream by its runs of `RUN` tokens in whatever is looked up in a table of embeddings, by the
+model or by a copy of it. It does not stop a scorer that breaks a rule; it writes down which.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.data.shards import BOS_ID
 from model.evaluate.documents import ranges_to_positions
-from model.evaluate.ledger import ARTIFACT_STATE, Ledger
+from model.evaluate.ledger import ARTIFACT_STATE, CERTAIN, Ledger
 from model.gpt import GPT
 
 RUN = 8  # inputs are recognised by so many tokens in a row
 ORDER = "score before update"
 ONCE = "single pass"
 WARM_UP = "warm-up"
+NORMALISATION = "normalisation"
+_aten = torch.ops.aten
 _MULTIPLIER = 1000003
 _NO_RUN = 0
 
@@ -54,9 +55,10 @@ class ObservedLedger(Ledger):
         self._weights = hash_weights(model) if model is not None else None
         self._named_update = False
         self._repeats_later = self._repeats_early = 0
+        self.entered = np.full(len(tokens), np.nan)  # the scores as they came
 
     def read(self, input_ids: Tensor) -> None:
-        """Notes a forward pass."""
+        """Notes a forward pass on these inputs."""
         targets = self._stream.targets(input_ids.detach().cpu().numpy())
         targets = targets[self.event_of[targets] < 0]
         self._reads[targets] += 1
@@ -65,10 +67,12 @@ class ObservedLedger(Ledger):
 
     def score(self, state: Any, starts: Any, ends: Any, nll: Any, select: Any = None) -> None:
         starts, ends = np.atleast_1d(starts), np.atleast_1d(ends)
-        positions = ranges_to_positions(starts, ends)
+        positions = self._positions(starts, ends, "score")
         self._compare_weights(int(positions[0]) if len(positions) else 0)
-        values = torch.as_tensor(nll).detach()
-        values = values if select is None else values[torch.as_tensor(select, device=values.device)]
+        taken = torch.as_tensor(nll).detach().to(torch.float64).cpu().numpy()
+        values = taken if select is None else taken[select]
+        if len(values) != len(positions):
+            raise ValueError(f"nll: got {len(values)} values, wanted one for each of {len(positions)} tokens")
         fresh = np.zeros(len(positions), dtype=bool)
         fresh[np.unique(positions, return_index=True)[1]] = True
         fresh &= self.event_of[positions] < 0
@@ -81,11 +85,14 @@ class ObservedLedger(Ledger):
         states = np.repeat(np.broadcast_to(state, starts.shape), ends - starts)
         self.first_state[positions[fresh]] = states[fresh] == ARTIFACT_STATE
         kept = positions[fresh]
+        self._scored[kept] = True
+        self._nll[kept] = self.entered[kept] = values[fresh]
+        wrong = kept[~(self.entered[kept] >= CERTAIN) | np.isinf(self.entered[kept])]
+        if len(wrong):
+            self.violations[NORMALISATION].append(f"token {wrong[0]} has a loss of {self.entered[wrong[0]]:.4g} nats")
         if len(kept):
-            super().score(ARTIFACT_STATE, kept, kept + 1, values[torch.as_tensor(fresh, device=values.device)])
             self.event_of[kept] = self._events
             self._events += 1
-        self.flush()
         if self._stop_at is not None and self.event_of[self._stop_at] >= 0:
             raise Enough
 
@@ -101,8 +108,12 @@ class ObservedLedger(Ledger):
 
     def close(self) -> None:
         """Draws the conclusions that need the whole run."""
-        if self.missing():
-            self.violations[ONCE].append(f"{self.missing()} tokens have no score")
+        unscored = int((self.event_of[1:] < 0).sum())
+        if unscored:
+            self.violations[ONCE].append(f"{unscored} tokens have no score")
+        altered = int((~((self._nll == self.entered) | (np.isnan(self._nll) & np.isnan(self.entered)))).sum())
+        if altered:
+            self.violations[ONCE].append(f"{altered} scores were altered after they were entered")
         if self._repeats_later:
             count = self._repeats_early + self._repeats_later
             self.violations[ONCE].append(f"{count} tokens went through the model more than once before their score")
@@ -162,17 +173,17 @@ def hash_weights(model: GPT) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def watched(model: GPT, ledger: ObservedLedger) -> Iterator[None]:
-    """Reports every forward pass of the model to the ledger while the block runs."""
-    hidden = model.hidden
+class Watch(TorchDispatchMode):
+    """Reports to a ledger every lookup in a table of the shape of the model's token embedding, whoever does it."""
 
-    def noted(input_ids: Tensor, **options: Any) -> Tensor:
-        ledger.read(input_ids)
-        return hidden(input_ids, **options)
+    def __init__(self, model: GPT, ledger: ObservedLedger) -> None:
+        super().__init__()
+        self._shape, self._ledger = model.tok_emb.shape, ledger
 
-    model.hidden = noted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.hidden
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = {_aten.embedding.default: 1, _aten.index_select.default: 2, _aten.index.Tensor: 1}.get(func)
+        if place is not None and args[0].shape == self._shape:
+            ids = args[place][0] if isinstance(args[place], list | tuple) else args[place]
+            if ids is not None and not ids.dtype.is_floating_point:
+                self._ledger.read(ids)
+        return func(*args, **(kwargs or {}))

@@ -80,7 +80,7 @@ def evaluate_phased(session: Session, *, initial_a: InitialA | None = None, seed
         session.exchange()
         if len(train):
             starts, ends = documents[train, 0], documents[train].sum(axis=1)
-            state = session.ledger.update(state, starts + 1, ends)
+            state = session.ledger.update_together(state, starts + 1, ends)
             train_base(session, ranges_to_positions(starts, ends))
 
 

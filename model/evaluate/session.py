@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import EvalConfig
+from model.data.tokenizer import ByteTables
 from model.errors import DataError
 from model.evaluate.bpb import Score
 from model.evaluate.documents import document_boundaries, pad_boundaries, ranges_to_positions
@@ -22,7 +24,7 @@ from model.evaluate.ledger import Ledger
 from model.evaluate.ngram_tilt import Tilt
 from model.gpt import GPT
 
-Progress = Callable[[Score, int, float], None]
+Progress = Callable[[Score, int, int], None]
 SAVE_SECONDS = 60.0
 REPORT_SECONDS = 0.5
 CU_SEQLENS_MULTIPLE = 64
@@ -33,9 +35,10 @@ class Session:
     """One evaluation of `model` on the stream `tokens` (uint16 [T]) under `config`.
 
     `targets` stands in for `tokens` where losses are taken: the verifier puts other candidates there. `documents_apart`
-    says whether attention stops at BOS. `loop` is the layer order; `graphs` allows CUDA
-    graphs. `progress(score so far, tokens in all, seconds)` is
-    called now and then on every rank with that rank's score; `ledger_path` is where rank 0 saves the ledger.
+    says whether attention stops at BOS. `tables` are what hints need of the tokenizer. `loop` is the layer order;
+    `graphs` allows CUDA graphs. `progress(score so far, tokens scored, tokens in all)` is called now and then: the
+    score is that of the tokens this rank knows of, their number an estimate for all ranks. `ledger_path` is where the
+    ledger is saved: by rank 0 there, by the others beside it.
     """
 
     model: GPT
@@ -46,6 +49,7 @@ class Session:
     device: torch.device
     documents_apart: bool
     targets: np.ndarray | None = None
+    tables: ByteTables | None = None
     tilt: Tilt | None = None
     loop: bool = True
     graphs: bool = True
@@ -140,15 +144,24 @@ class Session:
             for stream, tokens in zip(streams, aside, strict=True):
                 stream.copy_(tokens)
 
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the seconds of the block to those of a part of the evaluation."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
+
     def pause(self, *, last: bool = False) -> None:
-        """A point where nothing is half done: reports progress and saves the ledger when it is time."""
+        """A point where nothing is half done: reports progress and saves this rank's ledger when it is time."""
         now = time.monotonic()
         if self.progress is not None and (last or now >= self._next_report):
-            self.progress(self.ledger.totals(self.token_bytes), self.num_tokens - 1, now - self.started)
+            ledger, total = self.ledger, self.num_tokens - 1
+            done = ledger.num_shared + self.world * (ledger.num_scored - ledger.num_shared)
+            self.progress(ledger.totals(self.token_bytes), min(done, total), total)
             # Adding up a large ledger takes a while: at most a twentieth of the time.
             self._next_report = now + max(REPORT_SECONDS, 20 * (time.monotonic() - now))
-        if self.ledger_path is not None and self.world == 1 and (last or now - self._saved >= SAVE_SECONDS):
-            self.ledger.save(self.ledger_path)
+        if self.ledger_path is not None and not last and now - self._saved >= SAVE_SECONDS:
+            self.ledger.save(rank_path(self.ledger_path, self.rank))
             self._saved = time.monotonic()
 
     def exchange(self) -> None:
@@ -183,6 +196,16 @@ class Session:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """Where a rank saves its own part of the ledger `path`; rank 0's is the ledger itself."""
+    return path.with_name(f".{path.stem}.rank{rank}.npz") if rank else path
+
+
+def rank_paths(path: Path) -> list[Path]:
+    """Parts that ranks other than the first have left beside the ledger `path`."""
+    return sorted(path.parent.glob(f".{glob.escape(path.stem)}.rank*.npz"))
 
 
 def gradient(tensor: Tensor) -> Tensor:

@@ -131,8 +131,7 @@ def evaluate_sgd_ttt(session: Session) -> None:
         if chunk == chunks - 1 or config.sgd_ttt_epochs < 1 or not sequences or not len(mine):
             session.pause()
             continue
-        session.ledger.synchronise()
-        state = session.ledger.update(state, start + 1, start + sequences * seq_len + 1)
+        state = session.ledger.update_together(state, start + 1, start + sequences * seq_len + 1)
         rate = cosine_rate(chunk, chunks, config.sgd_ttt_lr)
         for _ in range(config.sgd_ttt_epochs):
             for starts in sequence_batches(start, end, seq_len, config.sgd_ttt_batch_seqs):

@@ -125,8 +125,7 @@ def evaluate_sliding_cache(
         if len(mine):
             blend.score(state, mine, adapters.inputs() if adapters else {})
         if adapters is not None:
-            session.ledger.synchronise()
-            state = session.ledger.update(state, batch[:, 0] + 1, batch[:, 0] + batch[:, 1] + 1)
+            state = session.ledger.update_together(state, batch[:, 0] + 1, batch[:, 0] + batch[:, 1] + 1)
             adapters.step(_window_loss(session, batch, mine, adapters.inputs()) if len(mine) else None)
             if adapters.steps >= config.cache_reset_every:
                 adapters.reset()
