@@ -1,10 +1,8 @@
-"""Records of whole runs, and their tables in the documentation.
+"""Records of whole runs, which bench.render puts into the documentation.
 
-    python -m bench.real_runs record RUN NAME    # a run's folder as bench/runs/NAME.json, without paths
-    python -m bench.real_runs render             # rewrites what stands between the markers
-    python -m bench.real_runs render --check     # exit status 1 where that would change a page
+    python -m bench.real_runs RUN NAME    # keeps what a run's folder says as bench/runs/NAME.json, without paths
 
-`<!-- run:NAME,OTHER -->` ... `<!-- /run -->` encloses a table with a column for each record.
+`<!-- run:NAME,OTHER -->` ... `<!-- /run -->` in a page encloses a table with a column for each record.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from typing import Any
 from model.presets import get_preset
 from model.run import RunDir
 
-ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "runs"
 MARKED = re.compile(r"^(<!-- run:([\w,-]+) -->\n).*?^(<!-- /run -->)", re.DOTALL | re.MULTILINE)
 PLACES = frozenset({"data_dir", "run_dir", "run_id"})  # settings that say where, not what
@@ -139,32 +135,14 @@ def rendered(page: str, folder: Path = RECORDS) -> str:
     return MARKED.sub(fill, page)
 
 
-def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = RECORDS) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.real_runs", description="Records of whole runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    record = commands.add_parser("record", help="keep what a run's folder says")
-    record.add_argument("run", type=Path)
-    record.add_argument("name")
-    render = commands.add_parser("render", help="write the records into README.md and docs/")
-    render.add_argument(
-        "--check", action="store_true", help="change nothing; exit status 1 where a page is out of date"
-    )
+def main(arguments: list[str] | None = None, folder: Path = RECORDS) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.real_runs", description="Keep what a run's folder says.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
     options = parser.parse_args(arguments)
-    if options.command == "record":
-        found = record_of(RunDir(options.run, writes=False))
-        (folder / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        return 0
-    stale = []
-    for page in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]):
-        before = page.read_text()
-        after = rendered(before, folder)
-        if after != before:
-            stale.append(page)
-            print(f"{page.relative_to(root)}: {'out of date' if options.check else 'written'}")
-            if not options.check:
-                page.write_text(after)
-    return 1 if options.check and stale else 0
+    found = record_of(RunDir(options.run, writes=False))
+    (folder / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

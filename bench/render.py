@@ -4,7 +4,8 @@
     python -m bench.render --check     # exit status 1 where that would change a page
 
 `<!-- results:SUITE -->` ... `<!-- /results -->` encloses a suite's tables, one for each machine in bench/results;
-`<!-- results:headline -->` the README's table, made of HEADLINE.
+`<!-- results:headline -->` the README's table, made of HEADLINE;
+`<!-- run:NAME,OTHER -->` ... `<!-- /run -->` whole runs side by side (real_runs.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from bench import real_runs
 from bench.headline import HEADLINE
 from bench.storage import RESULTS, Record, read_results
 from bench.table import DISTURBED, Row, commit_name
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = R
     results, stale = read_results(folder), []
     for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
         before = page.read_text()
-        after = rendered(before, results)
+        after = real_runs.rendered(rendered(before, results))
         if after == before:
             continue
         stale.append(page)

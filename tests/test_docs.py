@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import pytest
 
-from bench import real_runs
 from model import cli
 from model.environment import known_variables
 
@@ -167,11 +166,6 @@ CONSTANTS = frozenset({"989 TFLOP/s"})  # a GPU's nominal rate
 
 @EVERY_PAGE
 def test_measured_figures_come_from_records(page):
-    """Times and rates stand between the markers that `bench.render` and `bench.real_runs` fill, and nowhere else."""
+    """Times and rates stand between the markers that bench.render fills, and nowhere else."""
     text = re.sub(r"<!-- (?:results|run):.*?<!-- /(?:results|run) -->", "", page.read_text(), flags=re.S)
     assert set(MEASURED.findall(text)) <= CONSTANTS, page.name
-
-
-def test_tables_of_runs_are_up_to_date(capsys):
-    status = real_runs.main(["render", "--check"])
-    assert status == 0, f"python -m bench.real_runs render mends this: {capsys.readouterr().out}"

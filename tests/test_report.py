@@ -201,21 +201,16 @@ def test_runs_that_differ_by_seed_are_one_group(run, tmp_path):
 
 
 def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
-    folder, page = tmp_path / "records", tmp_path / "README.md"
-    folder.mkdir()
-    assert real_runs.main(["record", str(run), "tiny"], tmp_path, folder) == 0
-    text = (folder / "tiny.json").read_text()
+    real_runs.main([str(run), "tiny"], tmp_path)
+    text = (tmp_path / "tiny.json").read_text()
     record = json.loads(text)
     assert str(run.parent) not in text and not {"run_dir", "data_dir", "run_id"} & set(record["changed"])
     loaded = load_run(run)
     assert record["bpb"] == {mode: round(value, 5) for mode, value in loaded.bpb.items()}
     assert record["changed"]["vocab_size"] == 400 and record["artifact"]["bytes"] == loaded.artifact.size
-    page.write_text("a\n<!-- run:tiny -->\nold\n<!-- /run -->\nb\n")
-    assert real_runs.main(["render", "--check"], tmp_path, folder) == 1 and "old" in page.read_text()
-    assert real_runs.main(["render"], tmp_path, folder) == 0
-    assert real_runs.main(["render", "--check"], tmp_path, folder) == 0
-    assert f"| bits per byte, lora_ttt | {loaded.bpb['lora_ttt']:.5f} |" in page.read_text()
-    assert page.read_text().startswith("a\n") and page.read_text().endswith("b\n")
+    page = real_runs.rendered("a\n<!-- run:tiny,tiny -->\nold\n<!-- /run -->\nb\n", tmp_path)
+    assert page.startswith("a\n<!-- run:tiny,tiny -->\n") and page.endswith("<!-- /run -->\nb\n") and "old" not in page
+    assert "| bits per byte, lora_ttt | {0} | {0} |".format(f"{loaded.bpb['lora_ttt']:.5f}") in page
 
 
 def test_the_snapshot_has_every_source(run):
