@@ -163,6 +163,7 @@ def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> It
         yield Dist(rank, world, local_rank, target, host_group)
     except (Exception, Terminated) as error:
         # Groups stay: another rank may be inside a collective, and tearing down would wait for it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut the message off
         failure = _failure_elsewhere(store, rank, error)
         if failure is not None:
             raise failure from error
