@@ -105,6 +105,38 @@ def test_phases_in_stream_order_see_the_past_only() -> None:
 
 
 @pytest.mark.parametrize("order", ["length", "stream"])
+@pytest.mark.parametrize("phases", range(1, 9))
+def test_one_to_eight_phases_train_on_equal_parts(order: str, phases: int) -> None:
+    """Pull request 1727 restated: group after group is read; when the next boundary's number of documents has been,
+    the base weights learn from so many of them, those of the earliest groups first."""
+    documents, prefix, size = arrays()["docs"], 24, 4
+    plan = plan_phases(documents, order=order, group_size=size, prefix=prefix, phases=phases)
+    boundaries = [prefix * (i + 1) // phases for i in range(phases)]
+    if order == "stream":
+        groups = [[i] for i in range(len(documents))]
+    else:
+        by_length = sorted(range(len(documents)), key=lambda i: (documents[i, 1], i))
+        groups = [by_length[i : i + size] for i in range(0, len(documents), size)][::-1]
+    read: list[int] = []
+    parts = iter(plan)
+    for group in groups:
+        read += group
+        if boundaries and len(read) >= boundaries[0]:
+            now, train = next(parts)
+            trained_on = sorted(read, key=lambda i: (documents[i, 1], i)) if order == "length" else read
+            assert train.tolist() == trained_on[: boundaries.pop(0)]
+            done = [i for part, _ in plan[: plan_number(plan, now) + 1] for i in part.tolist()]
+            assert sorted(done) == sorted(read)
+    now, train = next(parts)
+    assert not len(train) and next(parts, None) is None and not boundaries
+    assert len(plan) == phases + 1
+
+
+def plan_number(plan: list[tuple[np.ndarray, np.ndarray]], part: np.ndarray) -> int:
+    return next(i for i, (read, _) in enumerate(plan) if read is part)
+
+
+@pytest.mark.parametrize("order", ["length", "stream"])
 @pytest.mark.parametrize("count, prefix, phases", [(0, 5, 2), (1, 5, 8), (3, 0, 4), (5, 5, 1), (5, 2, 8), (9, 100, 3)])
 def test_phases_at_the_edges(order: str, count: int, prefix: int, phases: int) -> None:
     documents = np.stack([np.arange(count) * 10, np.full(count, 11)], axis=1)

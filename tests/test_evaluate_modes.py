@@ -1,6 +1,7 @@
 """What holds for evaluations as a whole: edges, interruptions, ranks, adapters that do nothing."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,8 @@ from model.evaluate.ngram_cache import CacheCounts
 from model.evaluate.ngram_tilt import Tilt
 from model.evaluate.observe import hash_weights
 from model.evaluate.session import Session
-from model.legality import check_documents_apart, check_ledger
+from model.legality import check_documents_apart, check_ledger, furthest_seen
+from model.score import shown
 from tests import test_verify as small
 from tests.evaluation import arrays
 
@@ -301,3 +303,60 @@ def test_lora_ttt_of_a_session_without_documents_to_read() -> None:
     )
     evaluate_lora_ttt(session)
     assert len(ledger.rows) == 1
+
+
+@pytest.mark.parametrize("order", [pytest.param("stream", marks=pytest.mark.long), "length"])
+def test_phases_one_to_eight_score_every_token_before_they_learn(order: str) -> None:
+    """Every number of phases gives scores of its own; until the first phase ends, they are those of lora-ttt."""
+    tokens = stream(40, 9, 50, 33, 60, 20, 70, 12, 31)
+    documents = find_documents(tokens)
+    alone = evaluate(small.model(), dataset(tokens), "lora-ttt", CONFIG, device="cpu").ledger.nll
+    previous = None
+    for phases in range(1, 9):
+        config = CONFIG.replace(phased_num_phases=phases, phased_order=order, phased_prefix_docs=8)
+        result = evaluate(small.model(), dataset(tokens), "phased", config, device="cpu")
+        assert check_ledger(result.ledger, result.bpb).status == "pass"
+        seen = furthest_seen(result.ledger.rows, result.ledger.num_states)
+        rows = result.ledger.rows
+        assert order == "length" or (seen[rows.state] <= rows.start)[rows.is_score].all()
+        if order == "stream":
+            until = documents[8 // phases - 1].sum()
+            assert np.allclose(result.ledger.nll[1:until], alone[1:until], rtol=0, atol=2e-5)
+            assert np.abs(result.ledger.nll[until:] - alone[until:]).max() > 1e-3
+            assert previous is None or np.abs(result.ledger.nll - previous)[1:].max() > 1e-4
+            previous = result.ledger.nll
+
+
+def test_progress_shows_the_running_score_and_the_time_left(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("model.data.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("model.evaluate.session.REPORT_SECONDS", 0.0)
+    tokens = stream(*[90] * 12)
+    with shown("plain", len(tokens) - 1, quiet=False) as show:
+        result = evaluate(small.model(), dataset(tokens), "plain", CONFIG, device="cpu", progress=show)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert re.fullmatch(r"evaluating plain: [\d,]+ of 1,091 tokens, \d\.\d{4} bpb, [\d:]+ left", lines[2])
+    assert lines[-1] == f"evaluating plain: 1,091 of 1,091 tokens, {result.bpb:.4f} bpb"
+
+
+def test_an_evaluation_takes_its_time_from_opening_the_artifact() -> None:
+    result = evaluate(
+        small.model(),
+        dataset(stream(40)),
+        "plain+ngram-tilt",
+        CONFIG.replace(ngram_table_bits=8),
+        device="cpu",
+        opening_seconds=100.0,
+    )
+    assert 100.0 < result.seconds < 200.0
+    assert result.seconds_by_part["opening"] == 100.0 and 0 < result.seconds_by_part["hints"] < 100.0
+
+
+def test_a_compatible_evaluation_starts_over(tmp_path) -> None:
+    """Its repeated scores cannot be told from those of an interruption."""
+    path, config = tmp_path / "ledger.npz", CONFIG.replace(compat=True)
+    data = dataset(stream(40, 9, 50, 33))
+    once = evaluate(small.model(), data, "sliding-cache", config, device="cpu", ledger_path=path)
+    assert once.ledger.repeated() and not once.ledger.legal
+    again = evaluate(small.model(), data, "sliding-cache", config, device="cpu", ledger_path=path, resume=True)
+    assert again.ledger.repeated() == once.ledger.repeated() and again.bpb == once.bpb

@@ -1,6 +1,10 @@
 """Several processes find what one finds, in every mode, and go on where others were interrupted."""
 
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +14,15 @@ import torch.multiprocessing as mp
 from model.evaluate import evaluate
 from model.evaluate.ledger import Ledger
 from model.evaluate.session import rank_path, rank_paths
+from model.pipeline import run_pipeline
+from model.run import RunDir
+from model.score import score_artifact
 from tests import evaluation_ranks as ranks
 from tests import test_evaluate_modes as modes
 from tests import test_verify as small
+from tests.tiny import tiny_config, tiny_data
 
+ROOT = Path(__file__).parent.parent
 TOLERANCE = 2e-5  # nats: another split of a sum over ranks rounds otherwise
 
 multiprocessing.set_forkserver_preload(["tests.evaluation_ranks"])
@@ -103,3 +112,32 @@ def test_a_part_from_before_the_last_exchange_adds_nothing(tmp_path: Path) -> No
     new.save(tmp_path / "new.npz")
     whole = Ledger.load(tmp_path / "old.npz", tmp_path / "new.npz")
     assert len(whole.rows) == len(new.rows) and whole.num_scored == new.num_scored
+
+
+@pytest.mark.long
+def test_pgolf_eval_under_torchrun(tmp_path: Path) -> None:
+    rates = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64, "phased_prefix_docs": 6}
+    config = tiny_config(tiny_data(tmp_path), tmp_path / "runs", run_id="scored", **rates)
+    run_pipeline(config, stages=("train", "quantize"))
+    run, alone = tmp_path / "runs" / "scored", tmp_path / "runs" / "alone"
+    shutil.copytree(run, alone)
+    modes = ["plain", "lora-ttt", "phased"]
+    results = score_artifact(alone, modes, quiet=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "model.cli"]
+    command += ["eval", str(run), "--device", "cpu", *(part for mode in modes for part in ("--mode", mode))]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("bits per byte") == 1  # one process prints
+    assert [line.split(":")[0] for line in done.stderr.splitlines() if line.endswith(" bpb")] == [
+        "evaluating plain",
+        "evaluating lora_ttt",
+        "evaluating phased",
+    ]
+    found = RunDir(run, writes=False).result()["evaluation"]
+    assert len({round(result.bpb, 3) for result in results.values()}) == 3
+    for name, result in results.items():
+        assert found[name]["bpb"] == pytest.approx(result.bpb, rel=1e-6)
+        assert found[name]["tokens"] == result.tokens
+        assert Ledger.load(run / f"ledger_{name}.npz").missing() == 0
+    assert not list(run.glob(".*"))

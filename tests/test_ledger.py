@@ -63,6 +63,24 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         ledger.flush()
 
 
+@pytest.mark.parametrize("value", [-0.5, -2e-3])
+def test_a_probability_above_1_is_refused(value: float) -> None:
+    ledger = Ledger(10)
+    ledger.score(ARTIFACT_STATE, 4, 6, torch.tensor([-1e-6, value]))  # rounding may go a little below 0
+    with pytest.raises(LegalityError, match=f"token 5 has a loss of {value} nats: a probability above 1"):
+        ledger.flush()
+    compatible = Ledger(10, defects=("scores the end twice",))
+    compatible.score(ARTIFACT_STATE, 4, 6, np.ones(2))
+    with pytest.raises(LegalityError, match="a probability above 1"):
+        compatible.score(ARTIFACT_STATE, 5, 6, np.array([value]))
+
+
+def test_scores_are_not_to_be_written_to() -> None:
+    ledger = scored((1, 4))
+    with pytest.raises(ValueError, match="read-only"):
+        ledger.nll[1] = 0.0
+
+
 def test_the_number_of_values_must_fit() -> None:
     with pytest.raises(ValueError, match="got 2 values, wanted one for each of 3"):
         Ledger(10).score(ARTIFACT_STATE, 1, 4, torch.zeros(2))
