@@ -27,7 +27,7 @@ from model.config import Config
 from model.convert import from_reference
 from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
-from model.distributed import Dist, distributed, local_micro_batches
+from model.distributed import Dist, Terminated, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
 from model.evaluate import EvalResult, evaluate
 from model.files import sha256_bytes
@@ -325,6 +325,8 @@ def main() -> None:
         status = 128 + error.number
     except (click.exceptions.Abort, KeyboardInterrupt):
         status = 130
+    except Terminated as request:
+        status = int(request.code or 0)
     except (PgolfError, OSError) as error:
         _say_error(str(error))
         status = 1
@@ -333,9 +335,8 @@ def main() -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # After an error another rank may be inside a collective for good, and the library's threads do not always
-        # survive an interpreter that ends: leave at once, torchrun ends the others.
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Groups are not torn down after an error, and their threads would not survive an interpreter that ends.
         os._exit(status)
     sys.exit(status)
 
