@@ -49,9 +49,10 @@ def step(
 ) -> None:  # fmt: skip
     """One parameter tensor [slots, documents, ...], in place."""
     inner = p.numel() // (p.shape[0] * p.shape[1])
+    flags = None if reset is None else reset.contiguous().view(torch.uint8)
     with torch.cuda.device_of(p):
         _step_kernel[(triton.cdiv(p.numel(), BLOCK),)](
-            p, g, v, m, factors, None if reset is None else reset.view(torch.uint8), p.numel(), inner, p.shape[1],
+            p, g, v, m, factors, flags, p.numel(), inner, p.shape[1],
             lr, beta1, beta2, eps, 1.0 - lr * weight_decay,
             MOMENT=m is not None, RESET=reset is not None, ZERO=zero, UNIFORM=inner % BLOCK == 0, BLOCK=BLOCK,
             num_warps=WARPS,

@@ -183,7 +183,7 @@ def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) ->
         return False
     fits = can_describe(hidden) and can_describe(weight) and weight.shape[0] * hidden.element_size() % 16 == 0
     if not hidden.is_cuda:
-        return fits
+        return fits and hidden.dtype == torch.float32
     return fits and hidden.dtype == torch.bfloat16 and compute_capability(hidden.device.index) >= 90
 
 
@@ -235,7 +235,7 @@ def gradient(
 
 
 def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """out = rows * scale[:, None]; `out` may be `rows`."""
+    """out = rows * scale[:, None], scale [N] contiguous; `out` may be `rows`."""
     count, depth = rows.shape
     block = block_at_least(depth, 16, 1 << 16)
     per_program = max(1, 4096 // block)

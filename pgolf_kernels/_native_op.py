@@ -67,9 +67,9 @@ def _warn_once(name: str) -> None:
 
 def register_op(
     schema: str,
+    kernel: Callable[..., Any],
     *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
@@ -77,6 +77,7 @@ def register_op(
 ) -> Any:
     """Registers `pgolf::<schema>` and returns the op (call it like a function).
 
+    `kernel` runs on CPU tensors and, unless `cuda` is given, on CUDA tensors too: Triton slices choose inside.
     `backward` and `setup_context` are those of `torch.library.register_autograd`. Without them a derivative raises
     `RuntimeError` with the op's name and `not_differentiable`: an op with no formula at all would give silently wrong
     second derivatives. Under autocast the op sees its arguments unchanged and its body runs below autocast, so that
@@ -85,8 +86,8 @@ def register_op(
     LIBRARY.define(schema)
     name = schema.split("(", 1)[0]
     op = getattr(torch.ops.pgolf, name).default
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, cuda or kernel, "CUDA")
     torch.library.register_fake(f"pgolf::{name}", fake, lib=LIBRARY)
 
     def below_autocast(*args: Any) -> Any:

@@ -184,14 +184,15 @@ def _split(raw: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tens
 def _forward(
     q: Tensor, k: Tensor, v: Tensor | None, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cos, sin = cos.contiguous(), sin.contiguous()
+    gain, cos, sin = gain.contiguous(), cos.contiguous(), sin.contiguous()
     out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     out_v = torch.empty_like(out_k) if v is not None else out_k
     tokens = q.shape[0]
-    _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
-        q, k, k if v is None else v, gain, cos, sin, out_q, out_k, out_v, tokens, q.stride(0), k.stride(0),
-        cos.shape[0], eps, COPY=v is not None, **_shape(q, k, cos), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+            q, k, k if v is None else v, gain, cos, sin, out_q, out_k, out_v, tokens, q.stride(0), k.stride(0),
+            cos.shape[0], eps, COPY=v is not None, **_shape(q, k, cos), num_warps=WARPS,
+        )  # fmt: skip
     return out_q, out_k, out_v
 
 
@@ -210,15 +211,16 @@ def _backward(
     eps: float,
 ) -> Tensor:
     """Writes d_q, d_k and d_v; returns gain's gradient."""
-    grad_q, grad_k, cos, sin = grad_q.contiguous(), grad_k.contiguous(), cos.contiguous(), sin.contiguous()
+    grad_q, grad_k, gain, cos, sin = (t.contiguous() for t in (grad_q, grad_k, gain, cos, sin))
     shape = _shape(q, k, cos)
     tokens = q.shape[0]
     programs = min(triton.cdiv(tokens, TOKENS), 8 * _triton_op.grid_size(q))
     partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
     copy = grad_v is not None
-    _backward_kernel[(programs,)](
-        grad_q, grad_k, grad_v if copy else grad_k, q, k, gain, cos, sin, d_q, d_k, d_v if copy else d_k, partial,
-        tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0), cos.shape[0], eps, COPY=copy,
-        **shape, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _backward_kernel[(programs,)](
+            grad_q, grad_k, grad_v if copy else grad_k, q, k, gain, cos, sin, d_q, d_k, d_v if copy else d_k, partial,
+            tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0), cos.shape[0], eps, COPY=copy,
+            **shape, num_warps=WARPS,
+        )  # fmt: skip
     return partial.sum((0, 1))[: gain.numel()].to(gain.dtype)

@@ -162,11 +162,12 @@ def forward(
     if rows == 0:
         return total, normed
     grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
-    _forward_kernel[grid](
-        *_pad(streams), coefficients if weighted else first, total, normed, rows, eps, scale,
-        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows, WEIGHTED=weighted,
-        NORM=with_norm, num_warps=config.forward_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(first):
+        _forward_kernel[grid](
+            *_pad(streams), coefficients if weighted else first, total, normed, rows, eps, scale,
+            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
+            WEIGHTED=weighted, NORM=with_norm, num_warps=config.forward_warps,
+        )  # fmt: skip
     return total, normed
 
 
@@ -189,12 +190,13 @@ def backward(
         return d_streams, torch.zeros_like(coefficients) if weighted else first.new_empty(0)
     programs = _programs(rows, config.backward_rows, first, config.backward_programs)
     partial = first.new_empty((programs, len(streams), dim) if weighted else 1, dtype=torch.float32)
-    _backward_kernel[(programs,)](
-        *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
-        coefficients if weighted else first, first if d_total is None else d_total,
-        first if d_normed is None else d_normed, partial, rows, eps, scale,
-        STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows, WEIGHTED=weighted,
-        TOTAL=d_total is not None, NORM=d_normed is not None,
-        THROUGH=sum(1 << k for k, t in enumerate(through) if t is not None), num_warps=config.backward_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(first):
+        _backward_kernel[(programs,)](
+            *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
+            coefficients if weighted else first, first if d_total is None else d_total,
+            first if d_normed is None else d_normed, partial, rows, eps, scale,
+            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
+            WEIGHTED=weighted, TOTAL=d_total is not None, NORM=d_normed is not None,
+            THROUGH=sum(1 << k for k, t in enumerate(through) if t is not None), num_warps=config.backward_warps,
+        )  # fmt: skip
     return d_streams, partial.sum(0).to(coefficients.dtype) if weighted else first.new_empty(0)

@@ -51,6 +51,20 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return (tensor.is_cuda and has_triton()) or _interpreting
 
 
+def runs_narrow_triton(tensor: torch.Tensor) -> bool:
+    """The same for kernels built on 16-bit products; on a GPU fp32 stays with cuBLAS, the interpreter takes any."""
+    return runs_triton(tensor) and (tensor.dtype in (torch.bfloat16, torch.float16) or not tensor.is_cuda)
+
+
+def product_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
 @functools.cache
 def kernels(name: str) -> ModuleType:
     """The module of Triton kernels `pgolf_kernels._<name>_triton`."""

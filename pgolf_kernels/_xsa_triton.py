@@ -81,7 +81,8 @@ def forward(y: Tensor, v: Tensor, min_norm: float) -> Tensor:
     y, v = y.contiguous(), _triton_op.packed_heads(v)
     out = torch.empty_like(y)
     grid = (triton.cdiv(y.shape[0], TOKENS),)
-    _forward_kernel[grid](y, v, out, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS)
+    with torch.cuda.device_of(y):
+        _forward_kernel[grid](y, v, out, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS)
     return out
 
 
@@ -89,7 +90,8 @@ def backward(grad: Tensor, y: Tensor, v: Tensor, min_norm: float) -> tuple[Tenso
     grad, y, v = grad.contiguous(), y.contiguous(), _triton_op.packed_heads(v)
     d_y, d_v = torch.empty_like(y), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     grid = (triton.cdiv(y.shape[0], TOKENS),)
-    _backward_kernel[grid](
-        grad, y, v, d_y, d_v, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        _backward_kernel[grid](
+            grad, y, v, d_y, d_v, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS
+        )  # fmt: skip
     return d_y, d_v

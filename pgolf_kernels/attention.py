@@ -294,7 +294,7 @@ _backward_op = register_op(
     "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale) "
     "-> (Tensor, Tensor, Tensor)",
-    cpu=_backward_cpu,
+    _backward_cpu,
     cuda=_backward_cuda,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
@@ -320,7 +320,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
 _forward_op = register_op(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, bool causal, float scale) -> (Tensor, Tensor)",
-    cpu=_forward_cpu,
+    _forward_cpu,
     cuda=_forward_cuda,
     fake=_forward_fake,
     backward=_backward,

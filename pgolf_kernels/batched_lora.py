@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf_kernels._native_op import register_op
-from pgolf_kernels._triton_op import kernels, runs_triton
+from pgolf_kernels._triton_op import kernels, product_as, runs_narrow_triton
 
 MAX_RANK = 128
 
@@ -116,11 +116,6 @@ def low_size(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.
     return sum(b.shape[0] * rank * (depth + b.shape[1]) for b, rank in zip(lora_bs, ranks, strict=True))
 
 
-def _fused(x: Tensor) -> bool:
-    """Whether the Triton kernels take this input: 16-bit on a GPU, any dtype through the interpreter."""
-    return runs_triton(x) and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
-
-
 def _spread(present: Sequence[Tensor], parts: Sequence[int], bit: int) -> list[Tensor | None]:
     iterator = iter(present)
     return [next(iterator) if part & bit else None for part in parts]
@@ -140,7 +135,7 @@ def _forward(
 ) -> list[Tensor]:
     layout = Layout(rows, cu_seqlens, index)
     per_weight, per_residual = _spread(weights, parts, _WEIGHT), _spread(residuals, parts, _RESIDUAL)
-    if _fused(x) and x.numel():
+    if runs_narrow_triton(x) and x.numel():
         return kernels("batched_lora").forward(x, per_weight, lora_as, lora_bs, per_residual, layout, scale)
     ys, shrunk = [], []
     for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
@@ -156,7 +151,7 @@ def _forward(
     return [
         *ys,
         torch.cat(shrunk, dim=1) if len(shrunk) > 1 else shrunk[0],
-        x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0),
+        x.new_empty(low_size(lora_as, lora_bs, x.dtype) if runs_narrow_triton(x) else 0),
     ]
 
 
@@ -169,7 +164,7 @@ def _forward_fake(
 ) -> list[Tensor]:
     ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
     shrunk = x.new_empty((x.shape[0], sum(padded(a.shape[1], x.dtype) for a in lora_as)))
-    return [*ys, shrunk, x.new_empty(low_size(lora_as, lora_bs, x.dtype) if _fused(x) else 0)]
+    return [*ys, shrunk, x.new_empty(low_size(lora_as, lora_bs, x.dtype) if runs_narrow_triton(x) else 0)]
 
 
 def _backward_kernel(
@@ -191,12 +186,12 @@ def _backward_kernel(
     layout = Layout(rows, cu_seqlens, index)
     per_weight = _spread(weights, parts, _WEIGHT)
     d_weights = [
-        _product(grad.t(), x, weight.dtype) if want else weight.new_empty(0)
+        product_as(grad.t(), x, weight.dtype) if want else weight.new_empty(0)
         for grad, weight, want in zip(
             [g for g, part in zip(grads, parts, strict=True) if part & _WEIGHT], weights, wants_weights, strict=True
         )
     ]
-    if _fused(x) and x.numel():
+    if runs_narrow_triton(x) and x.numel():
         d_x, d_as, d_bs = kernels("batched_lora").backward(
             grads, x, per_weight, lora_as, lora_bs, shrunk, low, layout, scale, wants_x
         )
@@ -215,15 +210,6 @@ def _backward_kernel(
                 d_x = product if d_x is None else d_x.add_(product)
             d_x = _times(e, a.to(x.dtype), layout, d_x)
     return [x.new_empty(0) if d_x is None else d_x, *d_weights, *d_as, *d_bs]
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 def _backward_fake(
@@ -251,8 +237,7 @@ _backward_op = register_op(
     "batched_lora_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
     "Tensor shrunk, Tensor low, int[] parts, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, "
     "bool wants_x, bool[] wants_weights) -> Tensor[]",
-    cpu=_backward_kernel,
-    cuda=_backward_kernel,
+    _backward_kernel,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
 )
@@ -303,8 +288,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 _forward_op = register_op(
     "batched_lora(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] residuals, int[] parts, "
     "Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale) -> Tensor[]",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=_forward_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -382,8 +366,7 @@ _single_backward_op = register_op(
     "batched_lora_single_backward(Tensor grad, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor shrunk, "
     "Tensor low, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, bool wants_x, bool wants_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_single_backward_kernel,
-    cuda=_single_backward_kernel,
+    _single_backward_kernel,
     fake=_single_backward_fake,
     not_differentiable="double backward is not supported",
 )
@@ -408,8 +391,7 @@ def _single_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
 _single_op = register_op(
     "batched_lora_single(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? residual, Tensor? cu_seqlens, "
     "Tensor? adapter_index, SymInt rows, float scale) -> (Tensor, Tensor, Tensor)",
-    cpu=_single_forward,
-    cuda=_single_forward,
+    _single_forward,
     fake=_single_forward_fake,
     backward=_single_backward,
     setup_context=_single_setup_context,
@@ -483,7 +465,8 @@ def batched_lora_multi(
         for projection in adapted:
             projection.check(x, adapter_index, documents)
         flat = x.reshape(-1, x.shape[-1])
-        shared = (cu_seqlens, adapter_index, x.shape[1] if cu_seqlens is None else 0, float(scale))
+        bounds, index = (None if t is None else t.contiguous() for t in (cu_seqlens, adapter_index))
+        shared = (bounds, index, x.shape[1] if cu_seqlens is None else 0, float(scale))
         residual_rows = [None if p.residual is None else p.residual.reshape(flat.shape[0], -1) for p in adapted]
         if len(adapted) == 1:
             only = adapted[0]

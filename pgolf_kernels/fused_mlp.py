@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf_kernels._native_op import register_op
-from pgolf_kernels._triton_op import kernels, runs_triton
+from pgolf_kernels._triton_op import kernels, product_as, runs_narrow_triton
 
 
 def reference(
@@ -44,21 +44,16 @@ def reference(
 # ---- op --------------------------------------------------------------------------------------------------------------
 
 
-def _fused(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels take this input (fp32 only through the interpreter: on a GPU it stays with cuBLAS)."""
-    return runs_triton(x) and (x.dtype in (torch.bfloat16, torch.float16) or not x.is_cuda)
-
-
 def _keeps_sign(x: torch.Tensor) -> bool:
     """Whether a bit of h stands for u. float16 keeps u: its squares underflow below |u| = 2^-12."""
-    return _fused(x) and x.dtype != torch.float16
+    return runs_narrow_triton(x) and x.dtype != torch.float16
 
 
 def _forward(
     x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
-    if _fused(x) and x.numel():
+    if runs_narrow_triton(x) and x.numel():
         hidden, pre = kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
     else:
         pre = x @ w_up.t()
@@ -76,15 +71,6 @@ def _forward_fake(
     return x.new_empty((rows, w_down.shape[0])), x.new_empty((rows, hidden_dim)), pre
 
 
-def _product_into(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a @ b with fp32 accumulation, written as `dtype` without a rounding in between."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
 def _backward_kernel(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -98,9 +84,9 @@ def _backward_kernel(
     up, down = w_up.to(x.dtype), w_down.to(x.dtype)
     d_x, d_up, d_down = (x.new_empty(0, dtype=t.dtype) for t in (x, w_up, w_down))
     if wanted[2]:
-        d_down = _product_into(grad.t(), hidden, w_down.dtype)
+        d_down = product_as(grad.t(), hidden, w_down.dtype)
     if wanted[0] or wanted[1]:
-        if _fused(x) and x.numel():
+        if runs_narrow_triton(x) and x.numel():
             kept = hidden if _keeps_sign(x) else pre
             d_pre = kernels("fused_mlp").grad_pre(grad, down, kept, slope, _keeps_sign(x))
         else:
@@ -108,7 +94,7 @@ def _backward_kernel(
         if wanted[0]:
             d_x = d_pre @ up
         if wanted[1]:
-            d_up = _product_into(d_pre.t(), x, w_up.dtype)
+            d_up = product_as(d_pre.t(), x, w_up.dtype)
     return d_x, d_up, d_down
 
 
@@ -128,8 +114,7 @@ def _backward_fake(
 _backward_op = register_op(
     "fused_mlp_backward(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor hidden, Tensor pre, float slope, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    cpu=_backward_kernel,
-    cuda=_backward_kernel,
+    _backward_kernel,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
 )
@@ -157,8 +142,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 _forward_op = register_op(
     "fused_mlp(Tensor x, Tensor w_up, Tensor w_down, Tensor? residual, float slope) -> (Tensor, Tensor, Tensor)",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=_forward_fake,
     backward=_backward,
     setup_context=_setup_context,

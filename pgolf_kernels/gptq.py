@@ -205,7 +205,7 @@ def _factor_fake(hessian, diagonal, order):
 
 gptq_factor = register_op(
     "gptq_factor(Tensor hessian, Tensor diagonal, Tensor order) -> (Tensor, Tensor)",
-    cpu=_factor_cpu,
+    _factor_cpu,
     cuda=_factor_cuda,
     fake=_factor_fake,
     not_differentiable="not differentiable",
@@ -297,7 +297,7 @@ def _columns_fake(weights, factors, orders, scales, status, max_codes, residual,
 gptq_columns = register_op(
     "gptq_columns(Tensor[] weights, Tensor[] factors, Tensor[] orders, Tensor[] scales, Tensor[] status, "
     "int[] max_codes, bool residual, int block_size) -> Tensor[]",
-    cpu=_columns_cpu,
+    _columns_cpu,
     cuda=_columns_cuda if has_native_cuda() else reference_on_cuda("gptq_columns", gptq_columns_reference),
     fake=_columns_fake,
     not_differentiable="not differentiable: rounding has no useful derivative",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -214,7 +214,8 @@ def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tens
         return rows
     out = torch.empty_like(rows) if out is None else out
     if runs_triton(rows) and rows.dtype != torch.float64:
-        return kernels("linear_softcap_ce").scale_rows(rows, scale, out)
+        # The kernel reads one number after the other; an upstream gradient expanded from a scalar has stride 0.
+        return kernels("linear_softcap_ce").scale_rows(rows, scale.contiguous(), out)
     return torch.mul(rows, scale[:, None], out=out)
 
 
@@ -411,15 +412,13 @@ _NO_DOUBLE = "double backward is not supported"
 _backward_op = register_op(
     f"linear_softcap_ce_backward(Tensor upstream, Tensor dlogits, Tensor scale, Tensor inner, Tensor low, "
     f"{_INPUTS.replace('Tensor targets, ', '')}, bool[] needs) -> {_GRADIENTS}",
-    cpu=_backward,
-    cuda=_backward,
+    _backward,
     fake=_backward_fake,
     not_differentiable=_NO_DOUBLE,
 )
 _recompute_op = register_op(
     f"linear_softcap_ce_recompute(Tensor upstream, {_INPUTS}, Tensor sums, bool[] needs, {_SCALARS}) -> {_GRADIENTS}",
-    cpu=_recompute,
-    cuda=_recompute,
+    _recompute,
     fake=_recompute_fake,
     not_differentiable=_NO_DOUBLE,
 )
@@ -454,16 +453,14 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 _forward_op = register_op(
     f"linear_softcap_ce_forward({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=_forward_fake,
     backward=_autograd,
     setup_context=_setup_context,
 )
 _keep_op = register_op(
     f"linear_softcap_ce_keep({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_keep,
-    cuda=_keep,
+    _keep,
     fake=_keep_fake,
     backward=_autograd,
     setup_context=_setup_context,
@@ -561,35 +558,25 @@ def linear_softcap_cross_entropy(
     return loss if hints is None else (loss, hint_log_probs.detach())
 
 
+class ScoreOptions(TypedDict, total=False):
+    """The keywords of :func:`score_tokens`: those of :func:`linear_softcap_cross_entropy` that bear on a score."""
+
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    doc_ids: Tensor | None
+    temperature: float
+    hints: Tensor | None
+    ignore_index: int
+
+
 def score_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap: float | None = 30.0,
-    *,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    temperature: float = 1.0,
-    hints: Tensor | None = None,
-    ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 30.0, **options: Unpack[ScoreOptions]
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Per-token losses [N] for scoring: :func:`linear_softcap_cross_entropy` with reduction "none" under no_grad.
 
     Exact: hyperbolic tangent and exponential to float32 accuracy, a per-token loss within 1e-5 of float64 on the same
-    logits. With hints: (losses, log p(hint)).
+    logits. `options`: lora_a, lora_b, doc_ids, temperature, hints and ignore_index, as there. With hints: (losses,
+    log p(hint)). Raises what that function raises, and TypeError for another keyword.
     """
     with torch.no_grad():
-        return linear_softcap_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            softcap,
-            lora_a=lora_a,
-            lora_b=lora_b,
-            doc_ids=doc_ids,
-            temperature=temperature,
-            hints=hints,
-            reduction="none",
-            ignore_index=ignore_index,
-        )
+        return linear_softcap_cross_entropy(hidden, weight, targets, softcap, reduction="none", **options)

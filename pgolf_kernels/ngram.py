@@ -170,7 +170,7 @@ def _hints_fake(tokens, orders, table_bits, numbers, has_leading_space, is_bound
 _ngram_hints = register_op(
     "ngram_hints(Tensor tokens, int[] orders, int table_bits, float[] numbers, Tensor? has_leading_space, "
     "Tensor? is_boundary, bool full_hash) -> (Tensor, Tensor)",
-    cpu=_hints_cpu,
+    _hints_cpu,
     cuda=_hints_cuda,
     fake=_hints_fake,
     not_differentiable="not differentiable: hints are counts of tokens",

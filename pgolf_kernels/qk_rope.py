@@ -96,8 +96,7 @@ def _backward_kernel(
 _backward_op = register_op(
     "qk_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor gain, Tensor cos, Tensor sin, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=_backward_kernel,
-    cuda=_backward_kernel,
+    _backward_kernel,
     fake=lambda grad_q, grad_k, q, k, gain, cos, sin, eps: tuple(t.new_empty(t.shape) for t in (q, k, gain)),
     not_differentiable="double backward is not supported",
 )
@@ -116,8 +115,7 @@ def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any
 
 _forward_op = register_op(
     "qk_rope(Tensor q, Tensor k, Tensor gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=lambda q, k, gain, cos, sin, eps: (q.new_empty(q.shape), k.new_empty(k.shape)),
     backward=_backward,
     setup_context=_setup_context,
@@ -188,8 +186,7 @@ def _project_backward_kernel(
 _project_backward_op = register_op(
     "qkv_rope_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
     " Tensor raw, Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    cpu=_project_backward_kernel,
-    cuda=_project_backward_kernel,
+    _project_backward_kernel,
     fake=lambda grad_q, grad_k, grad_v, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
         x.new_empty(x.shape if wanted[0] else (0,)),
         x.new_empty((raw.shape[1], x.shape[1]) if wanted[1] else (0,)),
@@ -222,8 +219,7 @@ def _project_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
 _project_op = register_op(
     "qkv_rope(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor gain, Tensor cos, Tensor sin, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_project,
-    cuda=_project,
+    _project,
     fake=_project_fake,
     backward=_project_backward,
     setup_context=_project_setup_context,

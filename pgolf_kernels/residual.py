@@ -128,8 +128,7 @@ def _ones(stream: Tensor) -> Tensor:
 _backward_op = register_op(
     "combine_norm_backward(Tensor[] streams, Tensor? coefficients, Tensor? d_total, Tensor? d_normed,"
     " Tensor?[] through, float scale, float eps) -> (Tensor[], Tensor)",
-    cpu=_backward,
-    cuda=_backward,
+    _backward,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
 )
@@ -172,8 +171,7 @@ def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) ->
 
 _op = register_op(
     "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_norm) -> (Tensor, Tensor)",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=_forward_fake,
     backward=_differentiate,
     setup_context=_setup_context,

@@ -230,7 +230,7 @@ def _with_grad_on_cuda(logits: Tensor, targets: Tensor, upstream: Tensor, *scala
 _backward_op = register_op(
     "softcap_ce_backward(Tensor upstream, Tensor logits, Tensor targets, Tensor lse, float softcap, float temperature, "
     "int ignore_index) -> Tensor",
-    cpu=_backward,
+    _backward,
     cuda=_backward if has_native_cuda() else reference_on_cuda("softcap_ce_backward", _gradient_reference),
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
@@ -239,7 +239,7 @@ _backward_op = register_op(
 _with_grad_op = register_op(
     "softcap_ce_with_grad(Tensor logits, Tensor targets, Tensor upstream, float softcap, float temperature, "
     "int ignore_index) -> (Tensor, Tensor)",
-    cpu=_with_grad,
+    _with_grad,
     cuda=_with_grad if has_native_cuda() else reference_on_cuda("softcap_ce_with_grad", _with_grad_on_cuda),
     fake=_with_grad_fake,
     not_differentiable="not differentiable: it returns the gradient itself",
@@ -264,7 +264,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, _lse: Any, _hint_log_probs: Any
 _forward_op = register_op(
     "softcap_ce_forward(Tensor logits, Tensor targets, Tensor? hints, float softcap, float temperature, "
     "int ignore_index) -> (Tensor, Tensor, Tensor)",
-    cpu=_forward,
+    _forward,
     cuda=_forward if has_native_cuda() else reference_on_cuda("softcap_ce_forward", _forward_on_cuda),
     fake=_forward_fake,
     backward=_autograd,

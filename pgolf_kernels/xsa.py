@@ -62,8 +62,7 @@ def _backward_kernel(grad: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> tu
 
 _backward_op = register_op(
     "xsa_backward(Tensor grad, Tensor y, Tensor v) -> (Tensor, Tensor)",
-    cpu=_backward_kernel,
-    cuda=_backward_kernel,
+    _backward_kernel,
     fake=lambda grad, y, v: (y.new_empty(y.shape), v.new_empty(v.shape)),
     not_differentiable="double backward is not supported",
 )
@@ -79,8 +78,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 _forward_op = register_op(
     "xsa(Tensor y, Tensor v) -> Tensor",
-    cpu=_forward,
-    cuda=_forward,
+    _forward,
     fake=lambda y, v: y.new_empty(y.shape),
     backward=_backward,
     setup_context=_setup_context,

@@ -166,6 +166,23 @@ def test_upstream_gradients_and_retained_graph(recompute: bool, device: torch.de
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scalar_losses_expand_their_upstream_gradient(
+    dtype: torch.dtype, recompute: bool, device: torch.device
+) -> None:
+    problem = draw(dtype, device)
+    for softcap in (30.0, None):
+        call = (problem.hidden, problem.weight, problem.targets, softcap)
+        total = linear_softcap_cross_entropy(*call, reduction="sum", recompute=recompute)
+        expanded = torch.autograd.grad(total, problem.leaves(), torch.tensor(0.5, device=device))
+        losses = linear_softcap_cross_entropy(*call, reduction="none", recompute=recompute)
+        dense = torch.autograd.grad(losses, problem.leaves(), torch.full_like(losses, 0.5))
+        for a, b in zip(expanded, dense, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_reductions(device: torch.device) -> None:
     problem = draw(torch.float32, device)
     inputs = (problem.hidden, problem.weight)
@@ -402,6 +419,17 @@ def interpreted() -> None:
             torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
             for mine, wanted in zip(own, gradients, strict=True):
                 assert relative(mine, wanted) < 1e-5
+    # A scalar loss expands its upstream gradient: stride 0. With and without the fused product.
+    for vocab, softcap, dtype in ((204, 30.0, torch.float32), (203, 30.0, torch.float32), (204, None, torch.float16)):
+        problem = draw(dtype, rows=150, width=40, vocab=vocab)
+        for recompute in (False, True):
+            call = (problem.hidden, problem.weight, problem.targets, softcap)
+            expected = torch.autograd.grad(linear_softcap_cross_entropy(*call, recompute=recompute), problem.leaves())
+            with interpreting():
+                own = torch.autograd.grad(linear_softcap_cross_entropy(*call, recompute=recompute), problem.leaves())
+            for mine, wanted in zip(own, expected, strict=True):
+                assert relative(mine, wanted) < (1e-5 if dtype == torch.float32 else 1e-3)
+    problem = draw(torch.float32, rows=150, width=40, vocab=204)
     module = kernels("linear_softcap_ce")
     assert not module.takes(problem.hidden, problem.weight, 41.0, 1.0)
     assert not module.takes(problem.hidden, problem.weight, 0.0, 1.0)
