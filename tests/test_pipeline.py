@@ -223,6 +223,9 @@ def test_published_commands(system, small_data, tmp_path):
     assert f"val_loss: {result['val_loss']:.8f}  val_bpb: {result['val_bpb']:.8f}" in done.output
     assert f"artifact: {result['artifact']['bytes']:,} bytes" in done.output
     assert "environment: SEED -> seed=5" in done.output
+    assert all(f"environment: {name} -> " in done.output for name in PUBLISHED[system])
+    times = done.output.rpartition("\nseconds: ")[2]
+    assert all(f"{stage} " in times for stage in ("train", "quantize", "artifact", f"evaluate_{MODES[system]}"))
     stored = RunDir(tmp_path / "it").config()
     assert stored.preset == system
     assert stored.model.num_layers == 11
