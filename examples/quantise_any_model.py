@@ -2,28 +2,24 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pgolf_kernels import GptqRecipe, decode_codes, encode_codes, gptq_quantize_many
 
 
 def quantise_and_pack(model: nn.Module, batches: list[Tensor], bits: int) -> tuple[bytes, list[Tensor]]:
     """(the packed codes, a scale for each row of each matrix); batches are typical inputs of the model."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hessians = [torch.zeros(layer.in_features, layer.in_features) for layer in layers]
+    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)}
 
-    def add(hessian: Tensor, x: Tensor) -> None:
-        hessian.addmm_(x.flatten(0, -2).T, x.flatten(0, -2))
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if layer in hessians:
+            x = inputs[0].flatten(0, -2)
+            hessians[layer].addmm_(x.T, x)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, h=h: add(h, args[0]))
-        for layer, h in zip(layers, hessians, strict=True)
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), register_module_forward_pre_hook(add):
         for batch in batches:
             model(batch)
-    for hook in hooks:
-        hook.remove()
-    found = gptq_quantize_many([layer.weight.detach() for layer in layers], hessians, GptqRecipe(bits=bits))
+    found = gptq_quantize_many([m.weight.detach() for m in hessians], list(hessians.values()), GptqRecipe(bits=bits))
     return encode_codes([codes.numpy() for codes, _ in found]), [scales for _, scales in found]
 
 

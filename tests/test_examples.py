@@ -22,6 +22,12 @@ def test_the_loss_is_the_models_own():
     assert ours > 5  # an untrained model: about ln 512
 
 
+def test_the_model_is_huggingfaces_where_it_is_installed():
+    transformers = pytest.importorskip("transformers")
+    model = runpy.run_path(str(EXAMPLES / "causal_lm_loss.py"))["build_model"]()
+    assert isinstance(model, transformers.LlamaForCausalLM)
+
+
 def test_packed_codes_are_smaller_than_their_bits():
     bits, error = main_of("quantise_any_model")()
     assert bits < 4
