@@ -1,14 +1,10 @@
 """The adapters' AdamW: against torch's, with documents at their own steps, resets, its Triton kernel."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pgolf_kernels import adapter_adamw
-from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels._triton_op import interpreting
 from tests import triton_aot
 
 SHAPES = [(2, 3, 64, 64), (2, 3, 5, 7), (1, 3, 9)]
@@ -94,25 +90,9 @@ def test_op_contract():
     torch.library.opcheck(torch.ops.pgolf.adapter_adamw_.default, arguments)
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernel_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_adapter_adamw"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-@pytest.mark.parametrize("moment", [False, True])
-def test_triton_kernel_compiles_for_hopper_without_spills(monkeypatch, moment):
-    module = kernels("adapter_adamw")
-    seen = triton_aot.record(monkeypatch, module)
-    p = torch.empty(17, 64, 96, 512, device="meta")
-    factors, reset = torch.empty(64, 2, device="meta"), torch.empty(64, dtype=torch.bool, device="meta")
-    module.step(p, p, p, p if moment else None, factors, reset, True, 1e-4, 0.9 * moment, 0.999, 1e-10, 0.5)
-    triton_aot.assert_no_spills(seen, launches=1)
+    triton_aot.run_interpreted("tests.test_adapter_adamw")
 
 
 @pytest.mark.gpu

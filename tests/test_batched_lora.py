@@ -1,16 +1,13 @@
 """Batched LoRA: dense and packed batches against fp64, its contract, its Triton kernels interpreted and compiled."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from pgolf_kernels import batched_lora, batched_lora_multi
-from pgolf_kernels._triton_op import has_triton, interpreting, kernels
-from pgolf_kernels.batched_lora import Layout, _forward_op, _single_op, reference
+from pgolf_kernels._triton_op import interpreting
+from pgolf_kernels.batched_lora import _forward_op, _single_op, reference
 from tests import triton_aot
 
 
@@ -211,42 +208,9 @@ def test_wrong_arguments_are_named(change, error, message):
         batched_lora(**(_GOOD | change))
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_batched_lora"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-@pytest.mark.long
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch, packed, dtype):
-    module = kernels("batched_lora")
-    seen = triton_aot.record(monkeypatch, module)
-
-    def empty(*size, dtype=dtype):
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    x, outs = empty(64 * 2048, 512), (512, 256, 256)
-    weights = [empty(out, 512) for out in outs]
-    a, b = (
-        [empty(64, 96, 512, dtype=torch.float32) for _ in outs],
-        [empty(64, o, 96, dtype=torch.float32) for o in outs],
-    )
-    index = empty(64, dtype=torch.int64)
-    layout = Layout(0, empty(65, dtype=torch.int32), index) if packed else Layout(2048, None, index)
-    residuals = [empty(64 * 2048, 512), None, None]
-    *_, s, low = module.forward(x, weights, a, b, residuals, layout, 1.0)
-    forward_launches = packed + 3 + 1 + 3  # the map of tiles, casts, shrink, projections
-    triton_aot.assert_no_spills(seen, launches=forward_launches)
-    grads = [empty(64 * 2048, out) for out in outs]
-    module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
-    triton_aot.assert_no_spills(seen, launches=forward_launches + packed + 2 * 3 + 1)  # e, dA and dB of each; dx
+    triton_aot.run_interpreted("tests.test_batched_lora")
 
 
 @pytest.mark.gpu

@@ -1,14 +1,10 @@
 """Fused MLP: the op against fp64, its gradients and contract, its Triton kernels interpreted, compiled and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pgolf_kernels import fused_mlp
-from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.fused_mlp import _backward_op, _forward_op, reference
 from tests import triton_aot
 
@@ -152,27 +148,9 @@ def test_wrong_arguments_are_named(change, error, message):
         fused_mlp(**arguments)
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_fused_mlp"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch, dtype):
-    module = kernels("fused_mlp")
-    seen = triton_aot.record(monkeypatch, module)
-    x = torch.empty(98304, 512, dtype=dtype, device="meta")
-    w_up, w_down = (torch.empty(size, dtype=dtype, device="meta") for size in ((2048, 512), (512, 2048)))
-    keeps_sign = dtype == torch.bfloat16
-    hidden, pre = module.up(x, w_up, 0.5, keeps_sign)
-    module.grad_pre(x, w_down, hidden if keeps_sign else pre, 0.5, keeps_sign)
-    triton_aot.assert_no_spills(seen, launches=2)
+    triton_aot.run_interpreted("tests.test_fused_mlp")
 
 
 @pytest.mark.gpu

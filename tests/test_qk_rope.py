@@ -1,14 +1,10 @@
 """Norm, rotary embedding and gain of queries and keys: against fp64, gradients, contract, Triton kernels."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pgolf_kernels import qk_rope
-from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.qk_rope import EPS, _forward_op, reference
 from tests import triton_aot
 
@@ -119,25 +115,9 @@ def test_wrong_arguments_are_named(change, error, message):
         qk_rope(**(arguments | change))
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.test_qk_rope"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch):
-    module = kernels("qk_rope")
-    seen = triton_aot.record(monkeypatch, module)
-    q, k = (torch.empty(98304, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
-    gain, cos = torch.empty(8, device="meta"), torch.empty(98304, 8, device="meta")
-    module.forward(q, k, gain, cos, cos, EPS)
-    forward_launches = len(seen)
-    module.backward(q, k, q, k, gain, cos, cos, EPS)
-    assert 0 < forward_launches < len(seen)
-    triton_aot.assert_no_spills(seen, launches=len(seen))
+    triton_aot.run_interpreted("tests.test_qk_rope")
 
 
 @pytest.mark.gpu

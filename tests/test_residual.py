@@ -1,16 +1,13 @@
 """Weighted sums of residual streams: the op against fp64, its gradients, and its Triton kernels."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pgolf_kernels import combine, combine_norm, norm_residual
 from pgolf_kernels import residual as op_module
-from pgolf_kernels._triton_op import has_triton, interpreting
+from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.residual import EPS, reference
+from tests import triton_aot
 
 SHAPES = [(3, (10, 64)), (8, (7, 48)), (1, (2, 5, 512)), (5, (33, 96))]
 
@@ -152,14 +149,9 @@ def test_wrong_arguments_are_named():
         combine([good], torch.randn(2, 8))
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_residual"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    triton_aot.run_interpreted("tests.test_residual")
 
 
 @pytest.mark.gpu

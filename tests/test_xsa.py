@@ -1,14 +1,10 @@
 """XSA: the op against fp64, its gradients and contract, its Triton kernels interpreted, compiled and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pgolf_kernels import xsa
-from pgolf_kernels._triton_op import has_triton, interpreting, kernels
+from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.xsa import MIN_NORM, _forward_op, reference
 from tests import triton_aot
 
@@ -102,22 +98,9 @@ def test_wrong_arguments_are_named(y, v, error, message):
         xsa(y, v)
 
 
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.test_xsa"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-def test_triton_kernels_compile_for_hopper_without_spills(monkeypatch):
-    module = kernels("xsa")
-    seen = triton_aot.record(monkeypatch, module)
-    y, v = (torch.empty(98304, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 4))
-    module.forward(y, v, MIN_NORM)
-    module.backward(y, y, v, MIN_NORM)
-    triton_aot.assert_no_spills(seen, launches=2)
+    triton_aot.run_interpreted("tests.test_xsa")
 
 
 @pytest.mark.gpu

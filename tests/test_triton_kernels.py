@@ -1,0 +1,138 @@
+"""Every Triton kernel, at the launches that training and test-time training make, compiled for sm_90 without spills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf_kernels._triton_op import kernels
+from pgolf_kernels.batched_lora import Layout
+from pgolf_kernels.residual import CONFIG
+from tests import triton_aot
+
+ROWS, WIDTH, HIDDEN, VOCAB = 98304, 512, 2048, 8192
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+EPS = torch.finfo(FP32).eps
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def fused_mlp(module: ModuleType, dtype: torch.dtype) -> None:
+    x, w_up, w_down = (empty(*shape, dtype=dtype) for shape in ((ROWS, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)))
+    keeps_sign = dtype == BF16
+    hidden, pre = module.up(x, w_up, 0.5, keeps_sign)
+    module.grad_pre(x, w_down, hidden if keeps_sign else pre, 0.5, keeps_sign)
+
+
+def linear_softcap_ce(module: ModuleType, vocab: int) -> None:
+    hidden, weight, powers = empty(ROWS, WIDTH), empty(vocab, WIDTH), empty(ROWS, vocab)
+    index, value = empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=FP32)
+    # Training has no hints, scoring no gradient. Both at once, which nothing here asks for, spill two registers.
+    module.losses(hidden, weight, index, None, 30.0, 1.0, -100, value, value, value, powers)
+    for hints in (None, index):
+        module.losses(hidden, weight, index, hints, 30.0, 1.0, -100, value, value, value, None)
+    module.gradient(hidden, weight, index, 30.0, 1.0, value, value, powers)
+    for rows in (hidden, empty(ROWS, WIDTH, dtype=FP32), empty(ROWS, 96)):
+        module.scale_rows(rows, value, rows)
+
+
+def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tuple[int, ...]) -> None:
+    """Three projections of one input, with adapters picked by an index and one residual; or the head's."""
+    documents, length = 64, 2048
+    x = empty(documents * length, WIDTH, dtype=dtype)
+    weights = [empty(out, WIDTH, dtype=dtype) for out in outs]
+    a = [empty(documents, 96, WIDTH, dtype=FP32) for _ in outs]
+    b = [empty(documents, out, 96, dtype=FP32) for out in outs]
+    index = empty(documents, dtype=torch.int64)
+    bounds = empty(documents + 1, dtype=torch.int32)
+    layout = Layout(0, bounds, index) if packed else Layout(length, None, index)
+    grads = [empty(len(x), out, dtype=dtype) for out in outs]
+    *_, s, low = module.forward(x, weights, a, b, [grads[0], *[None] * (len(outs) - 1)], layout, 1.0)
+    module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
+
+
+def adapter_adamw(module: ModuleType, moment: bool) -> None:
+    p = empty(17, 64, 96, WIDTH, dtype=FP32)
+    factors, reset = empty(64, 2, dtype=FP32), empty(64, dtype=torch.bool)
+    for flags, zero in ((None, False), (reset, False), (reset, True)):
+        module.step(p, p, p, p if moment else None, factors, flags, zero, 1e-4, 0.9 * moment, 0.999, 1e-10, 0.5)
+
+
+def qk_rope(module: ModuleType) -> None:
+    q, k = (empty(ROWS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    gain, cos = empty(HEADS, dtype=FP32), empty(2048, 8, dtype=FP32)
+    raw = empty(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    module.forward(q, k, gain, cos, cos, EPS)
+    module.backward(q, k, q, k, gain, cos, cos, EPS)
+    module.forward_packed(raw, HEADS, KV_HEADS, gain, cos, cos, EPS)
+    module.backward_packed(q, k, k, raw, gain, cos, cos, EPS)
+
+
+def xsa(module: ModuleType) -> None:
+    y, v = (empty(ROWS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    module.forward(y, v, 1e-12)
+    module.backward(y, y, v, 1e-12)
+
+
+def residual(module: ModuleType, count: int) -> None:
+    """`count` streams with their norm, all read again later or none; a sum without norm; 0: the norm alone."""
+    streams = [empty(ROWS, WIDTH) for _ in range(max(count, 1))]
+    coefficients = empty(count, WIDTH, dtype=FP32) if count else None
+    d_total = streams[0] if count else None
+    for through in ([None] * len(streams), streams):
+        module.backward(streams, coefficients, d_total, streams[0], through, 1.0, EPS, CONFIG)
+    module.forward(streams, coefficients, 1.0, EPS, True, CONFIG)
+    if count:
+        module.forward(streams, coefficients, 1.0, EPS, False, CONFIG)
+        module.backward(streams, coefficients, d_total, None, [None] * count, 1.0, EPS, CONFIG)
+
+
+LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
+    "adapter_adamw": [(adapter_adamw, (False,)), (adapter_adamw, (True,))],
+    "batched_lora": [
+        (batched_lora, (False, BF16, (512, 256, 256))),
+        (batched_lora, (True, BF16, (512, 256, 256))),
+        (batched_lora, (False, FP16, (512, 256, 256))),
+        (batched_lora, (True, FP16, (512, 256, 256))),
+        (batched_lora, (True, BF16, (VOCAB,))),
+    ],
+    "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],
+    "linear_softcap_ce": [(linear_softcap_ce, (VOCAB,)), (linear_softcap_ce, (8200,))],
+    "qk_rope": [(qk_rope, ())],
+    "residual": [(residual, (count,)) for count in range(9)],
+    "xsa": [(xsa, ())],
+}
+SLOW = ("batched_lora", "residual")
+
+
+def _modules() -> set[str]:
+    import pgolf_kernels
+
+    folder = Path(pgolf_kernels.__file__).parent
+    return {path.stem[1 : -len("_triton")] for path in folder.glob("_*_triton.py")}
+
+
+def test_every_module_of_kernels_is_compiled() -> None:
+    assert set(LAUNCHES) == _modules()
+
+
+@triton_aot.needs_triton
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in LAUNCHES]
+)
+def test_kernels_compile_for_hopper_without_spills(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module = kernels(name)
+    kernel_names = {kernel for kernel in vars(module) if kernel.endswith("_kernel")}
+    seen = triton_aot.record(monkeypatch, module)
+    for launch, arguments in LAUNCHES[name]:
+        launch(module, *arguments)
+    assert {kernel.name for kernel in seen} == kernel_names
+    triton_aot.assert_no_spills(seen)
