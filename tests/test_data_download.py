@@ -25,7 +25,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.requests, self.break_after = folder, [], {}
-        self.fail = set()
+        self.fail, self.fail_after_break = set(), set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -74,6 +74,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + limit] if limit else data[start:])
             if limit:
                 self.close_connection = True
+                self.server.fail |= self.server.fail_after_break & {path.name}
 
 
 @pytest.fixture
@@ -161,6 +162,20 @@ def test_a_download_that_was_stopped_goes_on_with_the_next_file(hub, tmp_path):
     hub.fail, hub.requests = set(), []
     download(hub, tmp_path / "out")
     assert [name for name, _ in hub.requests] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+
+
+def test_a_download_that_was_stopped_inside_a_file_goes_on_with_that_file(hub, tmp_path, monkeypatch):
+    name = "fineweb_train_000001.bin"
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.break_after[name], hub.fail_after_break = 3000, {name}
+    with pytest.raises(DataError, match=r"run again to go on from here"):
+        download(hub, tmp_path / "out", train_shards=2)
+    assert not (tmp_path / "out" / "datasets" / NAME / name).exists()
+    hub.fail, hub.requests = set(), []
+    download(hub, tmp_path / "out", train_shards=2)
+    assert [file for file, _ in hub.requests if file.endswith(".bin")] == [name]
+    assert same_files(hub, tmp_path / "out", [f"datasets/{NAME}/{name}"])
+    assert not (tmp_path / "out" / ".download").exists()
 
 
 def test_a_damaged_local_file_is_fetched_again(hub, tmp_path):

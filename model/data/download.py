@@ -7,7 +7,8 @@ In the repository, under a prefix (`datasets`):
     tokenizers/fineweb_8192_bpe.model
 
 Here, under `out`, the same without the prefix. A file gets its name once its header and size (and its hash, where the
-manifest has one) were checked. A connection that breaks goes on at that byte, a stopped download with that file.
+manifest has one) were checked. A connection that breaks goes on at that byte; a download that was stopped goes on with
+the file that it was in, from its start: huggingface_hub keeps no half file from one process for the next.
 """
 
 from __future__ import annotations
