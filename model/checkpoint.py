@@ -25,6 +25,7 @@ from model.files import atomic_folder, sha256_file
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d{8})")
+_UNFINISHED = ".step_*.*"  # what `atomic_folder` was building when a process was killed
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -51,7 +52,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
             raise PgolfError(f"{path}: cannot be written ({error}), wanted a disk with enough space") from error
         header = {"format": FORMAT_VERSION, "step": step, "sha256": sha256_file(temporary / _TENSORS), "state": state}
         (temporary / _STATE).write_text(json.dumps(header), encoding="utf-8")
-    for old in list_checkpoints(folder)[: -max(keep, 1)]:
+    for old in [*list_checkpoints(folder)[: -max(keep, 1)], *folder.glob(_UNFINISHED)]:
         shutil.rmtree(old)
     return path
 

@@ -33,6 +33,48 @@ def test_old_ones_are_pruned_and_nothing_else_is_left(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step_00000020", "step_00000100"]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".step_00000007.0a1b2c3d.tmp", ".step_00000005.0a1b2c3d.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors.safetensors").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) == (None, [])
+    save_checkpoint(tmp_path, 8, TENSORS, {}, keep=2)
+    assert os.listdir(tmp_path) == ["step_00000008"]
+
+
+@pytest.mark.parametrize("loader", ["documents", "stream"])
+def test_another_number_of_ranks_can_go_on(data, tmp_path, loader):
+    """Here the state that two ranks would have written; tests/test_distributed.py has real ones."""
+    trainer = saved_by_two(data, tmp_path, loader)
+    trainer.resume()
+    assert trainer.step == 3
+    assert trainer.loader.state_dict()["position"]["token"] > 0
+    trainer.close()
+
+
+def test_another_number_of_ranks_is_refused_where_each_has_its_own_order(data, tmp_path):
+    trainer = saved_by_two(data, tmp_path, "shuffled")
+    with pytest.raises(
+        ArtifactError, match=r"step_00000003: written by 2 ranks.*--loader shuffled.*again; got 1"
+    ):
+        trainer.resume()
+    assert trainer.step == 0
+    trainer.close()
+
+
+def saved_by_two(data, tmp_path, loader):
+    config = tiny_config(data, tmp_path, loader=loader, warmup_steps=0)
+    trainer = Trainer(config, open_dataset(data), run_of(config), Dist.single())
+    trainer._start_clock()
+    for _ in range(3):
+        trainer._one_step(schedule.settings_at(config.train, trainer.step, 0.0, has_loop=True), 0.0)
+    checkpoint = load_checkpoint(trainer.save())
+    trainer.close()
+    state = {**checkpoint.state, "ranks": checkpoint.state["ranks"] * 2}
+    save_checkpoint(checkpoint.path.parent, checkpoint.step, checkpoint.tensors, state, keep=1)
+    return Trainer(config, open_dataset(data), run_of(config), Dist.single())
+
+
 def test_the_latest_whole_one_is_taken(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, TENSORS, {}, keep=3)
