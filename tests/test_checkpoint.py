@@ -54,9 +54,7 @@ def test_another_number_of_ranks_can_go_on(data, tmp_path, loader):
 
 def test_another_number_of_ranks_is_refused_where_each_has_its_own_order(data, tmp_path):
     trainer = saved_by_two(data, tmp_path, "shuffled")
-    with pytest.raises(
-        ArtifactError, match=r"step_00000003: written by 2 ranks.*--loader shuffled.*again; got 1"
-    ):
+    with pytest.raises(ArtifactError, match=r"step_00000003: written by 2 ranks.*--loader shuffled.*again; got 1"):
         trainer.resume()
     assert trainer.step == 0
     trainer.close()
