@@ -23,7 +23,7 @@ from model.gpt import GPT
 
 Scorer = Callable[[Session], None]
 LENGTHS = (100, 3, 40, 60, 40, 24, 40, 1, 55)  # of the probe's documents; the same length is the same text
-SHORT = (40, 24, 40)  # of those for the normalisation check
+SHORT = (24, 3, 24)  # of those for the normalisation check
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def _stream(lengths: tuple[int, ...], texts: dict[int, np.ndarray]) -> np.ndarra
 def small_settings(config: Config) -> Config:
     """The settings at the probe's scale: short windows, chunks and phases; rates and switches stay."""
     return config.replace(
-        eval_seq_len=64,
-        eval_stride=16,
+        eval_seq_len=32,
+        eval_stride=8,
         eval_batch_seqs=4,
         ttt_eval_seq_len=64,
         ttt_chunk_size=16,
@@ -74,9 +74,9 @@ def small_settings(config: Config) -> Config:
         ttt_lora_rank=min(4, config.eval.ttt_lora_rank),
         phased_prefix_docs=min(6, config.eval.phased_prefix_docs),
         phased_num_phases=min(2, config.eval.phased_num_phases),
-        global_ttt_chunk_tokens=64,
+        global_ttt_chunk_tokens=32,
         global_ttt_batch_seqs=2,
-        sgd_ttt_chunk_tokens=64,
+        sgd_ttt_chunk_tokens=32,
         sgd_ttt_batch_seqs=4,
         ngram_table_bits=min(12, config.eval.ngram_table_bits),
         cache_reset_every=2,

@@ -134,16 +134,17 @@ def shown(name: str, tokens: int, *, quiet: bool) -> Iterator[Progress]:
         def show(score: Score, done: int, total: int) -> None:
             nonlocal resumed
             resumed = done if resumed < 0 else resumed
-            left = ""
-            if resumed < done < total and not sys.stderr.isatty():  # the bar has it already
-                seconds = (time.monotonic() - started) * (total - done) / (done - resumed)
-                left = f", {_clock(seconds)} left"
+            left = time_left(started, done - resumed, total - resumed)
             task.unit = f"tokens, {score.bpb:.4f} bpb{left}"
             task.advance(done - task.done)
 
         yield show
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+def time_left(started: float, done: float, total: float) -> str:
+    """The time left for work of which `done` took since `started`, for a line; "" where a bar shows it already."""
+    if not 0 < done < total or sys.stderr.isatty():
+        return ""
+    minutes, seconds = divmod(round((time.monotonic() - started) * (total - done) / done), 60)
+    clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    return f", {clock} left"

@@ -51,7 +51,7 @@ from model.probe import BlackBox, Probe, Scorer, resolve
 PASS, FAIL, IMPLIED, SKIPPED = "pass", "fail", "implied", "skipped"
 CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training data"
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
-END_TOLERANCE = 0.02  # nats; another document length means other shapes, and rounding that test-time training amplifies
+END_TOLERANCE = 0.1  # nats that a BOS may be likelier for ending a document; another length rounds otherwise
 REPLACEMENTS = ("random", "one token", "reversed")
 _LEARNING_RATES = ("ttt_lora_lr", "sgd_ttt_lr", "global_ttt_lr", "global_ttt_warmup_start_lr")
 
@@ -65,8 +65,8 @@ class Sample:
     own: int = 12  # places where the token itself is replaced
     ends: int = 2  # documents whose end is replaced
     distributions: int = 3  # places where the vocabulary is asked for
-    candidates: int | None = 48  # tokens asked for at each of them; None: the whole vocabulary
-    full_tokens: int = 2048  # of the stream on which the evaluation's own settings are tried; 0: not at all
+    candidates: int | None = 32  # tokens asked for at each of them; None: the whole vocabulary
+    full_tokens: int = 1024  # of the stream on which the evaluation's own settings are tried; 0: not at all
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ def _check_causality(verifier: _Verifier) -> Check:
     for place in verifier.rng.choice(ends, size=min(sample.ends, len(ends)), replace=False).tolist():
         other = tokens.copy()
         other[place] = tokens[place - 1] if tokens[place - 1] != BOS_ID else tokens[1]
-        moved = box.run(other, targets=tokens.copy(), stop_at=place).entered[place] - base.entered[place]
-        if not abs(moved) <= END_TOLERANCE:
+        gained = box.run(other, targets=tokens.copy(), stop_at=place).entered[place] - base.entered[place]
+        if not gained <= END_TOLERANCE:
             return Check(CAUSALITY, FAIL, f"the score of the BOS at token {place} knows that the document ends there")
     return Check(CAUSALITY, PASS, f"{figure}; {sample.ends} ends moved")
 

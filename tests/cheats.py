@@ -159,6 +159,8 @@ def is_more_than_certain(session: Session) -> None:
 def keeps_the_better_of_a_copy(session: Session) -> None:
     """Scores with the model and with a copy that nobody watches, and keeps the better of the two."""
     copied = copy.deepcopy(session.model)
+    rows = copied.tok_emb.detach()
+    copied.tok_emb = torch.nn.Parameter(torch.cat([rows, rows[:1]]))  # no table that anybody knows
     for start, length, _ in _windows(session):
         window = np.array([[start, length, 0]])
         nll = session.window_scores(window)
@@ -166,7 +168,7 @@ def keeps_the_better_of_a_copy(session: Session) -> None:
         bounds = torch.tensor([0, length], dtype=torch.int32)
         logits = type(copied).logits(copied, ids, cu_seqlens=bounds, max_seqlen=64, temperature=0.9)[0]
         chosen = session.target_ids[start + 1 : start + 1 + length, None]
-        other = -torch.log_softmax(logits, -1).gather(1, chosen)[:, 0]
+        other = -torch.log_softmax(logits[:, : len(rows)], -1).gather(1, chosen)[:, 0]
         session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, torch.minimum(nll, other))
 
 

@@ -76,8 +76,8 @@ def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.
 
 @pytest.mark.long
 def test_a_part_of_the_set_is_scored_unless_the_whole_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(legality, "EVALUATED_TOKENS", 200)
-    report = verify_artifact(run, mode="sliding", **QUICK)
+    monkeypatch.setattr(legality, "EVALUATED_TOKENS", {"cpu": 200})
+    report = verify_artifact(run, mode="sliding", device="cpu", **QUICK)
     assert report.legal, report.lines()
     assert "199 scores" in figures(report)["ledger"] and "of the first 200 of" in figures(report)["ledger"]
     assert "--whole times all of them" in figures(report)["evaluation time"]

@@ -110,7 +110,7 @@ def test_honest_scorers_pass(scorer: str, changes: dict, tmp_path: Path) -> None
     assert ("in the order of processing" in report.checks[0].figure) == reordered
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["plain", *(pytest.param(mode, marks=pytest.mark.long) for mode in MODES[1:])])
 def test_modes_pass_by_their_names(mode: str) -> None:
     """A mode is the same function as above: one seed more, and no fresh process."""
     sample = Sample(seed=11, futures=3, own=3, ends=1, distributions=2, full_tokens=300)
@@ -149,12 +149,15 @@ def test_each_cheat_is_caught_by_its_check(cheat: str, check: str) -> None:
     [
         ("scores_twice_in_silence", [NORMALISATION, ONCE]),
         ("keeps_the_better_of_a_copy", [NORMALISATION, ONCE]),
-        ("minds_being_asked", [CAUSALITY, NORMALISATION]),
         ("scores_the_stream_whatever_is_asked", [CAUSALITY, NORMALISATION]),
     ],
 )
 def test_breaking_two_rules_is_caught_twice(cheat: str, checks: list[str]) -> None:
     assert verify(f"tests.cheats:{cheat}").failed == checks
+
+
+def test_asking_for_other_tokens_does_not_make_a_scorer_honest() -> None:
+    assert CAUSALITY in verify("tests.cheats:minds_being_asked").failed
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -174,7 +174,7 @@ def hash_weights(model: GPT) -> str:
 
 
 class Watch(TorchDispatchMode):
-    """Reports to a ledger every lookup in a table of the shape of the model's token embedding, whoever does it."""
+    """Reports to a ledger every lookup in a table like the model's token embedding, or with more rows, by whoever."""
 
     def __init__(self, model: GPT, ledger: ObservedLedger) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         place = {_aten.embedding.default: 1, _aten.index_select.default: 2, _aten.index.Tensor: 1}.get(func)
-        if place is not None and args[0].shape == self._shape:
+        if place is not None and args[0].shape[1:] == self._shape[1:] and len(args[0]) >= self._shape[0]:
             ids = args[place][0] if isinstance(args[place], list | tuple) else args[place]
             if ids is not None and not ids.dtype.is_floating_point:
                 self._ledger.read(ids)
