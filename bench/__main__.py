@@ -229,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         say=lambda line: print(line, flush=True),
     )
     interrupted = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runner.measure()
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ import torch
 Call = Callable[[], Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROTATED_BYTES = (200 if DEVICE.type == "cuda" else 64) << 20  # several times the second-level cache
+ROTATED_SECONDS = 1.0  # at most so long is one way through all input sets
 ROUND_SECONDS = 0.02  # one round of graph replays: far above the cost of launching them
 ROUNDS, ROW_SECONDS = 20, 6.0  # rounds of a row: so many, or as fill that time, at least one
 
@@ -94,23 +95,30 @@ class Timed:
     how: str
 
 
-def rotations(work: Work) -> int:
-    """How many input sets make a round trip larger than the cache."""
-    return max(1, min(64, -(-ROTATED_BYTES // max(1, work.bytes))))
+def elapsed(call: Call) -> float:
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return max(time.perf_counter() - start, 1e-6)
 
 
-def timed(calls: list[Call], first: float) -> Timed:
+def seconds_once(call: Call) -> float:
+    """Seconds of a call that has run before; of the first one, with what it compiles, where that is long on a CPU."""
+    first = elapsed(call)
+    return first if DEVICE.type == "cpu" and first > ROW_SECONDS / 2 else elapsed(call)
+
+
+def rotations(work: Work, seconds: float) -> int:
+    """How many input sets make a round trip larger than the cache; fewer where a call is too slow for it to matter."""
+    return max(1, min(64, -(-ROTATED_BYTES // max(1, work.bytes)), int(ROTATED_SECONDS / seconds)))
+
+
+def timed(calls: list[Call], once: float) -> Timed:
     """CUDA: replays of one graph of all calls or, where they cannot be captured, the calls themselves. CPU: the calls.
 
-    They have run once before and taken `first` seconds then, with all that is compiled or built at first.
+    They have run before, so that nothing is compiled here, and take `once` seconds together.
     """
-    once = first
-    if DEVICE.type == "cuda" or first < ROW_SECONDS / 2:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        synchronize()
-        once = max(time.perf_counter() - start, 1e-6)
     if DEVICE.type == "cpu":
         rounds = max(1, min(ROUNDS, int(ROW_SECONDS / once)))
         return Timed(lambda: [call() for call in calls], len(calls), rounds, "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -173,14 +172,17 @@ def bench(request: pytest.FixtureRequest, recording: Any) -> Iterator[Callable[.
     ) -> None:
         with recording(case, provider) as recorder:
             amount = work(case)
-            inputs = [setup(case, common.DEVICE) for _ in range(common.rotations(amount))]
-            calls = [providers[provider](case, each) for each in inputs]
-            started = time.perf_counter()
-            for call in calls:
+
+            def draw() -> common.Call:
+                return providers[provider](case, setup(case, common.DEVICE))
+
+            calls = [draw()]
+            once = common.seconds_once(calls[0])
+            calls += [draw() for _ in range(common.rotations(amount, once) - 1)]
+            for call in calls[1:]:
                 call()
-            first = time.perf_counter() - started
             recorder.row.peak_bytes = common.peak_bytes(calls[0])
-            timed = common.timed(calls, first)
+            timed = common.timed(calls, once * len(calls))
             recorder.row.how = timed.how
             recorder.measure(timed.target, calls=timed.calls, rounds=timed.rounds)
             recorder.against(amount)
