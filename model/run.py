@@ -1,8 +1,8 @@
 """A run's folder: what was run, with what, and what came out.
 
     config.json        the whole configuration
-    provenance.json    versions, machine, data hash, source hash, command
-    source.zip         the Python, C++ and CUDA sources of both packages as they were
+    provenance.json    versions, machine, data hash, source hash, command; those of later stages under "later"
+    source.zip         the Python, C++ and CUDA sources of both packages as they were; source-HASH.zip of later stages
     metrics.jsonl      one line a training step or validation
     log.txt            what was printed
     result.json        results, merged in by each stage
@@ -71,16 +71,30 @@ class RunDir:
         return self.path / "model.pgolf"
 
     def start(self, config: Config, data_hash: str) -> None:
-        """Writes config, provenance and the source snapshot. For a run that goes on, checks its configuration."""
+        """Writes config, provenance and the source snapshot. For a run that goes on, checks its configuration.
+
+        Where the run began stays: a later stage or a resumed training is added to provenance.json under "later", and
+        sources that differ are kept beside the first ones.
+        """
         before = self._read("config.json")
         if before is not None:
             check_same_run(Config.from_dict(before), config)
         if not self.writes:
             return
         archive = _source_archive()
+        digest = hashlib.sha256(archive).hexdigest()
+        origin, first = provenance(data_hash, digest), self._read("provenance.json")
         self._write_json("config.json", config.to_dict())
-        self._write_json("provenance.json", provenance(data_hash, hashlib.sha256(archive).hexdigest()))
-        with atomic_write(self.path / "source.zip") as file:
+        if first is None:
+            self._write_json("provenance.json", origin)
+            self._write_sources("source.zip", archive)
+            return
+        self._write_json("provenance.json", {**first, "later": [*first.get("later", []), origin]})
+        if digest != first["source_sha256"]:
+            self._write_sources(f"source-{digest[:12]}.zip", archive)
+
+    def _write_sources(self, name: str, archive: bytes) -> None:
+        with atomic_write(self.path / name) as file:
             file.write(archive)
 
     def config(self) -> Config:

@@ -1,6 +1,7 @@
 """The report: what it says is what the run's files say, it is safe to open, and a browser shows all of it."""
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import real_runs
+from model import run as run_module
 from model.data.build import build_dataset
 from model.data.dataset import open_dataset
 from model.data.text import SAMPLE, read_documents
@@ -29,6 +31,7 @@ from model.report import write_report
 from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
+from model.run import RunDir
 from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
@@ -211,6 +214,24 @@ def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
     page = real_runs.rendered("a\n<!-- run:tiny,tiny -->\nold\n<!-- /run -->\nb\n", tmp_path)
     assert page.startswith("a\n<!-- run:tiny,tiny -->\n") and page.endswith("<!-- /run -->\nb\n") and "old" not in page
     assert "| bits per byte, lora_ttt | {0} | {0} |".format(f"{loaded.bpb['lora_ttt']:.5f}") in page
+
+
+def test_a_later_stage_leaves_where_the_run_began(run, tmp_path, monkeypatch):
+    copied = copy_run(run, tmp_path / "copy")
+    first = json.loads((copied / "provenance.json").read_text())
+    directory = RunDir(copied)
+    directory.start(directory.config(), first["data_sha256"])
+    monkeypatch.setattr(run_module, "_source_archive", lambda: b"other sources")
+    directory.start(directory.config(), first["data_sha256"])
+    origin = json.loads((copied / "provenance.json").read_text())
+    later = origin.pop("later")
+    assert origin == first and len(later) == 2
+    assert {path.name for path in copied.glob("source*.zip")} == {
+        "source.zip",
+        f"source-{hashlib.sha256(b'other sources').hexdigest()[:12]}.zip",
+    }
+    text = report(copied).text
+    assert first["source_sha256"] in text and text.count("with other sources") == 1
 
 
 def test_the_snapshot_has_every_source(run):

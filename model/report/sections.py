@@ -256,11 +256,15 @@ def _origin(run: Run) -> Iterator[Markup]:
         "commit": tag("code", origin.get("commit") or "not a checkout") if origin else None,
         "sources": _hash("source.zip, SHA-256", origin.get("source_sha256")),
         "data": _hash("fingerprint", origin.get("data_sha256")),
-        "machine": f"{_machine(run)}, {origin['threads']} threads" if "threads" in origin else None,
+        "machine": f"{_machine(run)}, CPU threads: {origin['threads']}" if "threads" in origin else None,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "folder": tag("code", run.path),
     }
-    yield table(["", ""], [[name, value] for name, value in facts.items() if value])
+    rows = [[name, value] for name, value in facts.items() if value]
+    for later in origin.get("later", []):
+        sources = "" if later["source_sha256"] == origin["source_sha256"] else ", with other sources"
+        rows.append(["later", join([tag("code", " ".join(later["command"])), f" at {later['started']}{sources}"])])
+    yield table(["", ""], rows)
     changed = _changed(run)
     values = [(section, name, value) for section, name, value in run.config.items()]
     marked = [i for i, (_, name, _) in enumerate(values) if name in changed]
