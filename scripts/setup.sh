@@ -119,11 +119,11 @@ if [ $installed = no ]; then
     [ -d "$venv" ] || "$python" -m venv "$venv"
     index=""
     if [ $gpu = yes ]; then
-        say "installing into $venv: downloads about 3 GB, PyTorch with CUDA among it; takes 7 GB of disk and some minutes"
+        say "installing into $venv: downloads about 3 GB, PyTorch with CUDA among it; takes 6 GB of disk and some minutes"
     else
         index=$("$venv/bin/python" scripts/cpu_index.py)
         say "installing into $venv: downloads about 0.6 GB, PyTorch for CPUs among it; takes 2 GB of disk and some minutes" \
-            "(3 and 7 GB where only PyTorch with CUDA can be had)"
+            "(3 and 6 GB where only PyTorch with CUDA can be had)"
     fi
     quiet=--quiet
     [ ! -t 1 ] || quiet=""

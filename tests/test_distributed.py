@@ -33,8 +33,8 @@ def data(tmp_path_factory):
 
 
 def torchrun(*arguments: object, processes: int = 2, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"--max-restarts={restarts}", "-m", *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "-m", *map(str, arguments)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
 
