@@ -76,11 +76,6 @@ class ModelConfig:
         return min(len(encoder), len(decoder))
 
     def validate(self) -> None:
-        _require(self.vocab_size >= 2, "vocab_size", self.vocab_size, "at least 2")
-        _require(self.vocab_size <= 65536, "vocab_size", self.vocab_size, "at most 65536 (shards hold uint16)")
-        _require(self.num_layers >= 1, "num_layers", self.num_layers, "at least 1")
-        _require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
-        _require(self.num_kv_heads >= 1, "num_kv_heads", self.num_kv_heads, "at least 1")
         _require(
             self.model_dim % self.num_heads == 0,
             "model_dim",
@@ -108,14 +103,12 @@ class ModelConfig:
             self.loop_start,
             "0 <= loop_start <= loop_end < num_layers",
         )
-        _require(self.num_loops >= 0, "num_loops", self.num_loops, "at least 0")
         _require(
             -1 <= self.parallel_start <= self.num_layers,
             "parallel_start",
             self.parallel_start,
             "-1 (none) to num_layers",
         )
-        _require(self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "above 0")
 
 
 @dataclass(frozen=True)
@@ -265,22 +258,23 @@ class Config:
 
     def validate(self) -> None:
         """Raises ConfigError naming the field, its value and what was wanted."""
-        self.model.validate()
         for section, name, value in self.items():
             _check_literal(section, name, value)
-        train = self.train
-        _require(train.micro_batches >= 1, "micro_batches", train.micro_batches, "at least 1")
+            _check_range(name, value)
+        self.model.validate()
+        train, quant = self.train, self.quant
         _require(
             train.train_batch_tokens % train.micro_batches == 0,
             "train_batch_tokens",
             train.train_batch_tokens,
             f"a multiple of micro_batches={train.micro_batches}",
         )
-        for name in ("matrix_bits", "mlp_bits", "embed_bits"):
-            _require(2 <= getattr(self.quant, name) <= 8, name, getattr(self.quant, name), "2 to 8")
-        _require(0 <= self.quant.prune_fraction < 1, "prune_fraction", self.quant.prune_fraction, "0 <= value < 1")
-        _require(1 <= self.eval.phased_num_phases <= 8, "phased_num_phases", self.eval.phased_num_phases, "1 to 8")
-        _require(1 <= self.eval.ttt_lora_rank <= 128, "ttt_lora_rank", self.eval.ttt_lora_rank, "1 to 128")
+        _require(
+            self.data.train_seq_len == 0 or quant.calibration_tokens % self.data.train_seq_len == 0,
+            "calibration_tokens",
+            quant.calibration_tokens,
+            f"a multiple of train_seq_len={self.data.train_seq_len}",
+        )
 
     def items(self) -> list[tuple[str, str, Any]]:
         """(section, field, value) of every field below the sections."""
@@ -321,10 +315,7 @@ class Config:
                 section = _SECTIONS[key]
                 unknown = sorted(set(value) - {f.name for f in dataclasses.fields(section)})
                 _require(not unknown, f"config section {key!r}", unknown, f"fields of {section.__name__}")
-                given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                for name, setting in given.items():
-                    _check_type(name, setting)
-                parts[key] = section(**given)
+                parts[key] = section(**{name: _checked_type(name, setting) for name, setting in value.items()})
             else:
                 raise ConfigError(f"config: got section {key!r}, wanted one of preset, {', '.join(_SECTIONS)}")
         return cls(**parts)
@@ -341,16 +332,66 @@ def _check_literal(section: str, name: str, value: Any) -> None:
         _require(value in allowed, name, value, "one of " + ", ".join(map(str, allowed)))
 
 
-def _check_type(name: str, value: Any) -> None:
-    """Literals are checked by `_check_literal`; an integer is a float, a truth value no number."""
+_WITHIN = {
+    "vocab_size": (2, 65536),  # shards hold uint16
+    "matrix_bits": (2, 8),
+    "mlp_bits": (2, 8),
+    "embed_bits": (2, 8),
+    "phased_num_phases": (1, 8),
+    "ttt_lora_rank": (1, 128),
+    "warmdown_frac": (0, 1),
+    "min_lr": (0, 1),
+    "late_qat_threshold": (0, 1),
+}
+# fmt: off
+_BELOW_ONE = frozenset({
+    "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start", "ema_decay", "prune_fraction",
+    "ttt_beta1", "ttt_beta2", "global_ttt_momentum", "sgd_ttt_momentum",
+})
+_ABOVE_ZERO = frozenset({"mlp_mult", "logit_softcap", "rope_base", "timeout_seconds"})
+_AT_LEAST_ONE = frozenset({
+    "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len", "cu_bucket_size", "muon_steps",
+    "train_batch_tokens", "micro_batches", "keep_checkpoints", "calibration_batches", "calibration_tokens",
+    "gptq_block_size", "eval_seq_len", "eval_stride", "eval_batch_seqs", "ttt_chunk_size", "ttt_batch_size",
+    "ttt_eval_seq_len", "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "sgd_ttt_chunk_tokens",
+    "sgd_ttt_batch_seqs",
+})
+_AT_LEAST_ZERO = frozenset({
+    "num_loops", "bigram_vocab_size", "train_seq_len", "seed", "iterations", "max_wallclock_seconds",
+    "reserve_seconds", "warmup_steps", "warmdown_iters", "enable_looping_at", "matrix_lr", "tied_embed_lr",
+    "scalar_lr", "adam_eps", "muon_momentum_warmup_steps", "muon_wd", "embed_wd", "adam_wd", "grad_clip_norm",
+    "train_log_every", "val_loss_every", "checkpoint_every", "gptq_damping", "attn_clip_sigmas", "mlp_clip_sigmas",
+    "embed_clip_sigmas", "phased_prefix_docs", "ttt_lora_lr", "ttt_weight_decay", "global_ttt_lr", "sgd_ttt_lr",
+    "sgd_ttt_freeze_blocks", "ttt_grad_steps", "global_ttt_epochs", "sgd_ttt_epochs",
+})
+# fmt: on
+
+
+def _check_range(name: str, value: Any) -> None:
+    if name in _WITHIN:
+        low, high = _WITHIN[name]
+        _require(low <= value <= high, name, value, f"{low} to {high}")
+    elif name in _BELOW_ONE:
+        _require(0 <= value < 1, name, value, "0 <= value < 1")
+    elif name in _ABOVE_ZERO:
+        _require(value > 0, name, value, "above 0")
+    elif name in _AT_LEAST_ONE:
+        _require(value >= 1, name, value, "at least 1")
+    elif name in _AT_LEAST_ZERO:
+        _require(value >= 0, name, value, "at least 0")
+
+
+def _checked_type(name: str, value: Any) -> Any:
+    """A value from JSON as its field has it: integers serve as floats, lists as tuples. Literals are checked later."""
     kind = field_types()[name]
     if kind is float:
         good = type(value) in (int, float) and abs(value) < 1e300
     elif typing.get_origin(kind) is tuple:
-        good = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
+        good = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
     else:
         good = typing.get_origin(kind) is Literal or type(value) is kind
     _require(good, name, value, f"a value of type {getattr(kind, '__name__', kind)}")
+    return float(value) if kind is float else tuple(value) if isinstance(value, list) else value
 
 
 _SECTIONS: dict[str, type] = {

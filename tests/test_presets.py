@@ -65,6 +65,45 @@ def test_demo_has_a_step_budget_and_the_parts_of_the_large_presets():
     assert demo.train.cuda_graphs is False
 
 
+# Numbers that may have any value, or that are held against others (tests below).
+FREE = {"negative_slope", "rope_dims", "qk_gain_init", "tied_embed_init_std", "xsa_last_n", "loop_start", "loop_end"}
+FREE |= {"parallel_start", "bigram_dim", "loop_start_step", "global_ttt_warmup_start_lr", "global_ttt_warmup_chunks"}
+FREE |= {"global_ttt_grad_clip", "sgd_ttt_grad_clip"}
+
+
+def test_every_number_of_training_has_a_range():
+    for _, name, value in get_preset("pr1530").items():
+        if type(value) not in (int, float) or name in FREE or name.startswith(("ngram_", "cache_")):
+            continue
+        for impossible in (-1, float("nan")):
+            with pytest.raises(ConfigError, match=f"{name}: got {impossible}, wanted "):
+                get_preset("pr1530").replace(**{name: impossible})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batches": 0}, "micro_batches: got 0, wanted at least 1"),
+        ({"micro_batches": 5}, "train_batch_tokens: got 786432, wanted a multiple of micro_batches=5"),
+        ({"vocab_size": 65537}, "vocab_size: got 65537, wanted 2 to 65536"),
+        ({"muon_momentum": 1.0}, "muon_momentum: got 1.0, wanted 0 <= value < 1"),
+        ({"logit_softcap": 0.0}, "logit_softcap: got 0.0, wanted above 0"),
+        ({"embed_bits": 9}, "embed_bits: got 9, wanted 2 to 8"),
+        ({"calibration_tokens": 1000}, "calibration_tokens: got 1000, wanted a multiple of train_seq_len=2048"),
+        ({"num_heads": 3}, "model_dim: got 512, wanted a multiple of num_heads=3"),
+        ({"num_kv_heads": 3}, "num_heads: got 8, wanted a multiple of num_kv_heads=3"),
+        ({"rope_dims": 7}, "rope_dims: got 7, wanted even"),
+        ({"loop_end": 11}, "loop_start: got 3, wanted 0 <= loop_start <= loop_end < num_layers"),
+        ({"parallel_start": 12}, "parallel_start: got 12"),
+        ({"xsa_last_n": 12}, "xsa_last_n: got 12"),
+        ({"loader": "random"}, "loader: got 'random', wanted one of documents, shuffled, stream"),
+    ],
+)
+def test_values_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        get_preset("pr1530").replace(**changes)
+
+
 def test_unknown_preset():
     with pytest.raises(ConfigError, match="preset: got 'pr9', wanted one of demo, pr1413"):
         get_preset("pr9")
