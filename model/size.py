@@ -13,11 +13,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from model.artifact import Header, decode_artifact, encode_artifact, read_artifact
+from model.codecs import get_codec
 from model.config import Config
 from model.errors import ArtifactError, ConfigError
 from model.gpt import GPT
@@ -30,8 +32,11 @@ BUDGET = 16_000_000
 
 @dataclass(frozen=True)
 class SizeRow:
-    """A tensor, or a part of the file. `entropy` is that of the codes (order 0) in bits a weight; the bytes of a
-    section are shared out to its tensors by entropy (codes) or by length (the rest)."""
+    """A tensor, or a part of the file. `entropy` is that of the codes (order 0) in bits a weight.
+
+    The bytes of a section are shared out to its tensors: codes to each class by what it takes when it is coded alone
+    (general compressors: by entropy) and within a class by entropy; scales and the rest by length.
+    """
 
     name: str
     kind: str  # class: embed, attn, mlp, bigram, other; or file
@@ -39,6 +44,11 @@ class SizeRow:
     bits: int
     entropy: float
     bytes: float
+
+    @property
+    def stored(self) -> float:
+        """Bits a weight in the file, scales included."""
+        return 8 * self.bytes / max(_size(self.shape), 1)
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,13 @@ class SizeReport:
             groups.setdefault((row.kind, row.bits), []).append(row)
         result = []
         for (kind, bits), rows in groups.items():
+            if kind == "file":
+                result += rows
+                continue
             weights = sum(_size(row.shape) for row in rows)
             entropy = sum(row.entropy * _size(row.shape) for row in rows) / max(weights, 1)
-            result.append(SizeRow(f"{len(rows)} tensors", kind, (weights,), bits, entropy, sum(r.bytes for r in rows)))
+            name = f"{len(rows)} tensor{'s' if len(rows) > 1 else ''}"
+            result.append(SizeRow(name, kind, (weights,), bits, entropy, sum(row.bytes for row in rows)))
         return result
 
 
@@ -93,13 +107,14 @@ def size_rows(quantized: QuantizedModel, header: Header) -> list[SizeRow]:
     """The tensors of an artifact, the largest first, and what belongs to none of them."""
     sections = {section.name: section.size for section in header.sections}
     entropies = {matrix.name: entropy_of(matrix.codes) for matrix in quantized.matrices}
-    coded = sum(entropies[m.name] * m.codes.numel() for m in quantized.matrices) or 1.0
+    information = {m.name: max(entropies[m.name], 1e-6) * m.codes.numel() for m in quantized.matrices}
+    coded = _bytes_by_class(quantized, header, information)
     scales = sum(matrix.scales.numel() for matrix in quantized.matrices) or 1
     stored = sum(tensor.value.numel() * tensor.value.element_size() for tensor in quantized.tensors) or 1
     rows = []
     for matrix in quantized.matrices:
         entropy = entropies[matrix.name]
-        size = sections["codes"] * entropy * matrix.codes.numel() / coded
+        size = coded[_class_of(matrix.name)] * information[matrix.name]
         size += sections["scales"] * matrix.scales.numel() / scales
         rows.append(SizeRow(matrix.name, _class_of(matrix.name), matrix.shape, matrix.bits, entropy, size))
     for tensor in quantized.tensors:
@@ -110,25 +125,42 @@ def size_rows(quantized: QuantizedModel, header: Header) -> list[SizeRow]:
     return [*rows, SizeRow("header", "file", (), 0, 0.0, float(header.size))]
 
 
+def _bytes_by_class(quantized: QuantizedModel, header: Header, information: dict[str, float]) -> dict[str, float]:
+    """Bytes of the codes' section for each bit of information (by matrix), by class."""
+    section = next(section for section in header.sections if section.name == "codes")
+    bits: dict[str, float] = {}
+    members: dict[str, list[np.ndarray]] = {}
+    for matrix in quantized.matrices:
+        kind = _class_of(matrix.name)
+        bits[kind] = bits.get(kind, 0.0) + information[matrix.name]
+        members.setdefault(kind, []).append(matrix.codes.numpy())
+    alone = bits
+    if section.codec in ("static", "context"):
+        alone = {kind: float(len(get_codec(section.codec).encode(codes))) for kind, codes in members.items()}
+    whole = sum(alone.values()) or 1.0
+    return {kind: section.size * alone[kind] / whole / bits[kind] for kind in bits}
+
+
 def print_table(report: SizeReport, budget: int = BUDGET) -> Table:
-    """The report as a table: classes, then tensors, then the totals against the budget."""
+    """The report as a table: classes, then tensors, then the totals against the budget. Entropy and what is stored
+    (scales included) are bits a weight."""
     table = Table(title="predicted from the weights" if report.predicted else None, box=None, pad_edge=False)
-    for title in ("tensor", "class", "shape", "bits", "entropy", "bytes", "share"):
+    for title in ("tensor", "class", "shape", "bits", "entropy", "stored", "bytes", "share"):
         table.add_column(title, justify="left" if title in ("tensor", "class") else "right")
-    for rows in (report.classes(), report.rows):
+    classes = report.classes()
+    for rows in (classes, report.rows):
         for row in rows:
             share = f"{row.bytes / report.artifact_bytes:.2%}"
-            shape = " x ".join(map(str, row.shape))
+            shape = " x ".join(f"{n:,}" if rows is classes else str(n) for n in row.shape)
             bits = str(row.bits or "")
-            table.add_row(
-                row.name, row.kind, shape, bits, f"{row.entropy:.3f}" if bits else "", f"{row.bytes:,.0f}", share
-            )
+            measures = (f"{row.entropy:.3f}", f"{row.stored:.3f}") if bits else ("", "")
+            table.add_row(row.name, row.kind, shape, bits, *measures, f"{row.bytes:,.0f}", share)
         table.add_section()
-    table.add_row("artifact", "", "", "", "", f"{report.artifact_bytes:,}", "")
+    table.add_row("artifact", "", "", "", "", "", f"{report.artifact_bytes:,}", "")
     if report.code_bytes:
-        table.add_row("code", "", "", "", "", f"{report.code_bytes:,}", "")
+        table.add_row("code", "", "", "", "", "", f"{report.code_bytes:,}", "")
     left = budget - report.total
-    table.add_row("total", "", "", "", "", f"{report.total:,}", f"{abs(left):,} {'left' if left >= 0 else 'over'}")
+    table.add_row("total", "", "", "", "", "", f"{report.total:,}", f"{abs(left):,} {'left' if left >= 0 else 'over'}")
     return table
 
 

@@ -33,7 +33,7 @@ MAX_STRIDE = 16
 _CODES_MAGIC = b"PGC1"
 _MODES = {"static": b"S", "context": b"C"}
 MAX_MATRICES = 1 << 12  # a matrix of another shape than the last has models of its own: milliseconds and megabytes
-_FREE_CODES, _CODES_PER_BYTE = 1 << 26, 1 << 10
+_FREE_CODES, _CODES_PER_BYTE = 1 << 22, 1 << 10
 
 
 def byte_shuffle_reference(data: bytes, stride: int, tail: Tail = "strided") -> bytes:
@@ -141,7 +141,7 @@ def can_hold(size: int, shapes: Iterable[tuple[int, ...]]) -> bool:
     """Whether so many bytes of any codec may claim to stand for matrices of these shapes.
 
     Nearly constant matrices shrink without limit, so that a few bytes could ask a reader for any amount of memory and
-    time: beyond the first 2^26 entries each 1024 want a byte. Rows and columns count as 1 at least.
+    time: beyond the first 2^22 entries each 1024 want a byte. Rows and columns count as 1 at least.
     """
     return sum(math.prod(max(n, 1) for n in shape) for shape in shapes) <= _FREE_CODES + size * _CODES_PER_BYTE
 

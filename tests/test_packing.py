@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from model.static_decoder import decode_static
-from pgolf_kernels.packing import byte_shuffle, byte_shuffle_reference, byte_unshuffle, decode_codes, encode_codes
+from pgolf_kernels import _native
+from pgolf_kernels.packing import (
+    _varint,
+    byte_shuffle,
+    byte_shuffle_reference,
+    byte_unshuffle,
+    decode_codes,
+    encode_codes,
+)
 from tests.golden import load_npz
 
 GOLDEN = load_npz("byte_shuffle.npz")
@@ -221,6 +229,44 @@ def test_sizes_are_checked_before_anything_is_allocated() -> None:
     body = bytes([1, 1, 1, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F])
     with pytest.raises(ValueError, match="more than"):
         decode_codes(b"PGC1S" + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_few_bytes_cannot_ask_for_much(mode: str) -> None:
+    """Columns without rows, many little groups, large constant matrices: refused before anything is allocated."""
+
+    def varints(*numbers: int) -> bytes:
+        return b"".join(_varint(number) for number in numbers)
+
+    for body, message in (
+        (varints(1, 0, 1 << 40, 1), "cannot hold"),
+        (varints(1, 1 << 40, 0, 1), "cannot hold"),
+        (varints(1, 1 << 12, 1 << 11, 1), "cannot hold"),
+        (varints(1, 1, 1, 4097), "more than 4096"),
+        (varints(3000, *(n for i in range(3000) for n in (1, 1 + i % 2, 2))), "more than 4096"),
+    ):
+        data = (b"PGC1S" if mode == "static" else b"PGC1C") + zlib.crc32(body).to_bytes(4, "little") + body
+        for decode in (decode_codes, decode_static) if mode == "static" else (decode_codes,):
+            with pytest.raises(ValueError, match=message if decode is decode_codes else "coded matrices"):
+                decode(data)
+    with pytest.raises(ValueError, match="would stand for all of them"):
+        encode_codes([np.zeros((1 << 12, 1 << 11), np.int8)], mode=mode)
+    with pytest.raises(ValueError, match="wanted at most 4096"):
+        encode_codes([np.zeros((1, 1), np.int8)] * 4097, mode=mode)
+
+
+def test_what_goes_wrong_in_a_group_of_its_own_thread_is_an_exception() -> None:
+    addresses = [(0, 0, 1 << 60)]  # no rows of more columns than there is memory for
+    with pytest.raises((MemoryError, ValueError)):
+        _native.decode_context(bytes([0, 0, 64, 0]), addresses, 2)
+
+
+def test_predicted_rows_of_several_matrices_are_counted_together() -> None:
+    draw = np.random.default_rng(8)
+    tall = [(draw.normal(0, 6, (35000, 1)) + draw.normal(0, 2, (35000, 2))).round().astype(np.int8) for _ in range(2)]
+    for matrices in (tall, tall[:1]):
+        for got, wanted in zip(decode_codes(encode_codes(matrices, mode="context")), matrices, strict=True):
+            assert np.array_equal(got, wanted)
 
 
 def test_what_encode_codes_refuses() -> None:

@@ -235,11 +235,24 @@ def test_files_that_are_none() -> None:
         with pytest.raises(ArtifactError, match=message):
             parse_public_artifact(data)
     packed = PACKINGS["brotli with header"](raw)
+    stream = PACKINGS["zlib, appended tail"](raw)
+    with pytest.raises(ArtifactError, match="the stream ends early"):
+        parse_public_artifact(stream[:-4])
     for size in range(0, len(packed), 9973):
         with pytest.raises(ArtifactError):
             parse_public_artifact(packed[:size])
     with pytest.raises(ArtifactError, match="unpacks to more than"):
         parse_public_artifact(brotli.compress(bytes((1 << 28) + 1), quality=1))
+
+
+def test_a_small_file_cannot_ask_for_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.public_artifact.SIZE_LIMIT", 4096)
+    shared = torch.ones(300)
+    with pytest.raises(ArtifactError, match="repeat a tensor"):
+        parse_public_artifact(zlib.compress(saved({"w": {str(i): shared for i in range(14)}, "m": {}})))
+    pieces = b"".join(storage(2, "DoubleStorage").replace(b"X\x01\x00\x00\x000", text(str(i))) for i in range(300))
+    with pytest.raises(ArtifactError, match="storages overlap"):
+        PickleMachine(pieces.replace(b"K\x02", b"K\x04"), lambda key: bytes(32)).run()
 
 
 def test_a_row_scale_or_one_scale(tmp_path: Path) -> None:

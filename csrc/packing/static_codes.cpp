@@ -260,8 +260,10 @@ std::vector<uint8_t> encode_static(const ConstMatrices& matrices, int threads) {
 
 void decode_static(const uint8_t* data, int64_t size, const Matrices& matrices) {
   const uint8_t* end = data + size;
-  if (size < 1 || data[0] > kMaxLanesLog) throw DamagedData("its number of lanes is damaged");
-  const int lanes_log = *data++;
+  int64_t codes = 0;
+  for (const auto& matrix : matrices) codes += matrix.size();
+  const int lanes_log = lanes_log_for(codes);
+  if (size < 1 || *data++ != lanes_log) throw DamagedData("its number of lanes is damaged");
   const std::vector<Group> groups = groups_of(matrices);
   std::vector<const uint8_t*> headers;
   for (size_t g = 0; g < groups.size(); ++g) {
