@@ -29,7 +29,7 @@ from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
 from model.distributed import Dist, Terminated, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
-from model.evaluate import EvalResult, evaluate
+from model.evaluate import EvalResult, evaluate, parse_mode
 from model.files import sha256_bytes
 from model.gpt import GPT
 from model.quantize import quantize_model
@@ -70,6 +70,7 @@ def run_pipeline(
     unknown = set(stages) - set(STAGES)
     if unknown:
         raise ConfigError(f"stages: got {', '.join(sorted(unknown))}, wanted some of {', '.join(STAGES)}")
+    parse_mode(config.eval.eval_mode)  # an unknown one is refused before hours of training
     ranks = ranks or Dist.single("cuda" if torch.cuda.is_available() else "cpu")
     config = config.replace(run_id=agree_run_id(config, ranks))
     with ranks.together("opening the data set"):
@@ -220,12 +221,17 @@ def _portable(config: Config) -> Config:
 
 def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
     """Scores the artifact plainly and in the preset's mode."""
+    started = time.monotonic()
     model = load_model(run.artifact_path, ranks.device)
+    opening = time.monotonic() - started
     for mode in dict.fromkeys(("plain", config.eval.eval_mode)):
         name = mode_name(mode)
         with _timed(run, f"evaluate_{name}"):
             ledger = run.path / f"ledger_{name}.npz"
-            _record(run, name, evaluate(model, dataset, mode, config, device=ranks.device, ledger_path=ledger))
+            result = evaluate(
+                model, dataset, mode, config, device=ranks.device, ledger_path=ledger, opening_seconds=opening
+            )
+            _record(run, name, result)
     final = run.result()["evaluation"][mode_name(config.eval.eval_mode)] if ranks.is_main else {}
     run.merge_result({"val_loss": final.get("val_loss"), "val_bpb": final.get("bpb")})
 
@@ -277,6 +283,8 @@ def train_command(
         if ranks.is_main:
             print_settings(settings)
         for config in _seeded(settings, seeds):
+            if seeds and ranks.is_main:
+                click.echo(f"seed {config.train.seed}")
             result = run_pipeline(
                 config,
                 ranks=ranks,
@@ -287,6 +295,7 @@ def train_command(
             )
             if ranks.is_main:
                 _summarise(result)
+            started = time.perf_counter()  # of the next seed's run
 
 
 def _seeded(settings: Settings, seeds: str | None) -> list[Config]:

@@ -269,6 +269,8 @@ def run_main(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (("--preset", "pr9"), "pr9"),
         (("--seeds", "1,x"), "seeds: got '1,x', wanted integers"),
         (("--reserve-seconds", "700"), "reserve_seconds: got 700"),
+        (("--eval-mode", "phazed"), "eval_mode: got 'phazed', wanted one of plain"),
+        (("--matrix-lr", "-1"), "matrix_lr: got -1.0, wanted at least 0"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, data, tmp_path, arguments, message):
