@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import torch
 
 # What two results must agree in for their times to be compared, where both say it.
 SAME = ("device", "cpu", "cpu_model", "threads")
+GIVEN = ("PGOLF_BENCH_TOKENS", "PGOLF_BENCH_TOKENIZER", "PGOLF_CODES")  # files that a run was given, see data.py
 
 
 class Refused(Exception):
@@ -42,8 +44,15 @@ def environment(arguments: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "cuda": torch.version.cuda if gpu else None,
+        "given": {name: _sha256(os.environ[name]) for name in GIVEN if os.environ.get(name)},
         "command": os.environ.get("PGOLF_BENCH_COMMAND") or shlex.join(["python", "-m", "pytest", *arguments]),
     }
+
+
+@functools.cache
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def machine_name(device: str) -> str:

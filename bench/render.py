@@ -79,6 +79,7 @@ def machine_line(record: Record) -> str:
     environment, ceilings = record.environment, record.ceilings
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
     load = environment.get("load_at_start")
+    given = environment.get("given", {}) if any("given" in row.case for row in record.rows) else {}
     parts = [
         f"{environment['device']}, {environment['threads']} threads",
         torch,
@@ -86,6 +87,7 @@ def machine_line(record: Record) -> str:
         f"copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, matrix product "
         f"{digits(ceilings['flop_per_s'] / 1e12)} TFLOP/s",
         f"load average at the start {load}" if load is not None else "",
+        ", ".join(f"{name} sha256 {value[:16]}" for name, value in given.items()),
         environment.get("note", ""),
         f"`{environment['command']}`",
     ]

@@ -128,3 +128,17 @@ def test_committed_results_say_where_they_come_from():
             assert machine.machine_name(record.environment["device"]) == record.machine
             assert record.commit["id"] and record.environment["command"] and record.environment["torch"]
             assert all(row.seconds is not None or row.absent for row in record.rows)
+
+
+def test_files_that_a_run_was_given_are_named_by_hash(tmp_path, monkeypatch):
+    file = tmp_path / "tokens.bin"
+    file.write_bytes(b"abc")
+    monkeypatch.setenv("PGOLF_BENCH_TOKENS", str(file))
+    monkeypatch.delenv("PGOLF_CODES", raising=False)
+    given = machine.environment([])["given"]
+    assert given["PGOLF_BENCH_TOKENS"].startswith("ba7816bf8f01cfea") and "PGOLF_CODES" not in given
+    run = a_run(Row("ngram/stream", "given text of 3 tokens", "pgolf_kernels", 1e-3))
+    run["machine_info"]["pgolf"]["given"] = given
+    storage.save(tmp_path, run, "first")
+    lines = render.render_suite(storage.read_results(tmp_path), "ngram")
+    assert "PGOLF_BENCH_TOKENS sha256 ba7816bf8f01cfea" in lines[0] and str(tmp_path) not in "".join(lines)

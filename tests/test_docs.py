@@ -18,6 +18,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Options of other people's commands that the pages name.
 FOREIGN = frozenset(
     {"--standalone", "--nproc_per_node", "--max-restarts", "--no-deps", "--find-links", "--inplace", "--all-files"}
+    | {"--benchmark-storage", "--benchmark-compare", "--benchmark-compare-fail"}
 )
 
 
