@@ -295,10 +295,9 @@ def _from_planes(entries: Sequence[Entry], planes: dict[str, list[np.ndarray]]) 
     coded = [entry for entry in entries if entry.bits]
     scales = unpack_scales(planes["scales"], [e.shape[0] for e in coded], [e.filter for e in coded])
     for e, codes, scale in zip(coded, map(torch.from_numpy, planes["codes"]), scales, strict=True):
-        limit = 2 ** (e.bits - 1)
-        if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
-            raise ArtifactError(f"section 'codes': tensor {e.name!r}: a code does not fit its {e.bits} bits")
         matrices.append(QuantizedMatrix(e.name, e.parameter, e.index, e.bits, codes, scale))
+        with _naming("codes"):
+            matrices[-1].check_codes()
     position, flat = 0, {}
     for name, dtype in _DTYPES.items():
         if any(entry.kind == name for entry in entries):

@@ -274,6 +274,26 @@ def pack(run: Path, out: Path, budget: int, **options: Any) -> None:
         raise PgolfError(f"{out}: {submission.total - budget:,} bytes over the budget")
 
 
+@cli.command()
+@click.argument("source", type=FILE)
+@click.argument("target", type=ANY_PATH)
+@click.option("--preset", help="The network of a public system's file, such as pr1530.")
+@click.option("--codec", help="Codec of an artifact that is written [default: as it was, context for public files].")
+def convert(source: Path, target: Path, **options: str | None) -> None:
+    """Turn an artifact into safetensors (by TARGET's name), or safetensors or a public system's file into an artifact.
+
+    No code of SOURCE is run, whatever it is.
+
+    \b
+    pgolf convert runs/NAME/model.pgolf model.safetensors
+    pgolf convert final_model.int6.ptz model.pgolf --preset pr1530
+    """
+    from model.exchange import convert
+
+    convert(source, target, **options)
+    click.echo(f"wrote {target}, {target.stat().st_size:,} bytes")
+
+
 cli.add_command(Deferred("verify", "model.legality", "verify_command", "Say whether a score is legal, check by check."))
 
 

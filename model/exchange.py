@@ -1,4 +1,4 @@
-"""Artifacts as safetensors files, for tools that do not know the container.
+"""Artifacts from and to other files: safetensors, for tools that do not know the container, and the public systems'.
 
 A quantised matrix becomes "<name>.codes" (int8 [R, C]) and "<name>.scales" (fp16 [R]), W = codes * scales[:, None];
 other tensors keep their names. The metadata entry "pgolf" holds the rest of the artifact's header as JSON.
@@ -15,12 +15,62 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.artifact import Artifact, Header, header_document, read_document
-from model.errors import ArtifactError
+from model.artifact import (
+    MAGIC,
+    Artifact,
+    Header,
+    build_model,
+    decode_artifact,
+    encode_artifact,
+    header_document,
+    read_artifact,
+    read_document,
+    write_artifact,
+)
+from model.errors import ArtifactError, ConfigError
 from model.files import atomic_write
+from model.presets import get_preset
+from model.public_artifact import import_public, read_public_artifact
 from model.quantized import PlainTensor, QuantizedMatrix, QuantizedModel
 
 METADATA_KEY = "pgolf"
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    preset: str | None = None,
+    codec: str | None = None,
+) -> None:
+    """Writes the model of `source` to `target`, without loss.
+
+    source: an artifact, a file of `export_safetensors` (its name ends in .safetensors), or a public system's artifact
+    file, whose network is that of `preset`. target: a safetensors file if its name says so, else an artifact, coded
+    with `codec` (None: as the configuration says). Raises ArtifactError, ConfigError for a public file without a preset.
+    """
+    artifact = _read(Path(source), preset)
+    config = artifact.config.replace(codec=codec) if codec else artifact.config
+    if Path(target).suffix == ".safetensors":
+        export_safetensors(target, artifact)
+    else:
+        header = artifact.header
+        write_artifact(target, artifact.quantized, config, header.provenance, tokenizer_sha256=header.tokenizer_sha256)
+
+
+def _read(path: Path, preset: str | None) -> Artifact:
+    if path.suffix == ".safetensors":
+        return import_safetensors(path)
+    with open(path, "rb") as file:
+        ours = file.read(len(MAGIC)) == MAGIC
+    if ours:
+        return read_artifact(path)
+    if preset is None:
+        raise ConfigError(f"{path}: not an artifact of this package; wanted --preset for a public system's file")
+    config = get_preset(preset)
+    quantized = import_public(read_public_artifact(path), config.model)
+    build_model(config, quantized.state_dict())
+    return decode_artifact(encode_artifact(quantized, config.replace(codec="static"), {"from": path.name})[0])
 
 
 def export_safetensors(path: str | os.PathLike[str], artifact: Artifact) -> None:
@@ -71,6 +121,7 @@ def _from_tensors(document: dict[str, Any], tensors: dict[str, Tensor]) -> Artif
             codes = take(f"{e.name}.codes", e.shape, "int8")
             scales = take(f"{e.name}.scales", e.shape[:1], "float16")
             matrices.append(QuantizedMatrix(e.name, e.parameter, e.index, e.bits, codes, scales))
+            matrices[-1].check_codes()
         else:
             plain.append(PlainTensor(e.name, e.parameter, e.index, take(e.name, e.shape, e.kind)))
     if tensors:

@@ -32,6 +32,12 @@ class QuantizedMatrix:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
+    def check_codes(self) -> None:
+        """Raises ArtifactError when a code is not one of -2^(bits-1) .. 2^(bits-1) - 1."""
+        limit = 2 ** (self.bits - 1)
+        if self.codes.numel() and not -limit <= int(self.codes.min()) <= int(self.codes.max()) < limit:
+            raise ArtifactError(f"tensor {self.name!r}: a code does not fit its {self.bits} bits")
+
     def dequantize(self) -> Tensor:
         """codes * scales[:, None] in fp32, [R, C]."""
         return self.codes.float() * self.scales.float()[:, None]

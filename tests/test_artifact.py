@@ -20,9 +20,12 @@ from model.artifact import (
     write_artifact,
 )
 from model.codecs import CODECS, get_codec
+from model.data.loaders import Batch
 from model.errors import ArtifactError
-from model.exchange import export_safetensors, import_safetensors
+from model.exchange import convert, export_safetensors, import_safetensors
 from model.planes import FILTERS, best_filter, pack_scales, scale_plane_shapes, unpack_scales
+from model.presets import get_preset
+from model.quantize import quantize_model
 from model.quantized import PlainTensor, QuantizedModel
 from tests.artifacts import resigned, same, small_artifact, small_model_config, small_quantized, with_section
 from tests.systems import golden_model
@@ -41,12 +44,19 @@ def test_round_trip_of_every_codec(tmp_path: Path, codec: str) -> None:
     assert same(artifact.state_dict, small_quantized().state_dict())
 
 
-def test_the_loaded_model_scores_as_the_dequantised_weights_bit_for_bit(tmp_path: Path) -> None:
-    write_artifact(tmp_path / "a", small_quantized(), small_model_config())
-    loaded = load_model(tmp_path / "a")
-    model, golden = golden_model("pr1530")
-    model.load_state_dict(small_quantized().state_dict())
+@pytest.mark.parametrize("preset", ["pr1413", "pr1499", "pr1514", "pr1530", "pr1727"])
+def test_the_loaded_model_scores_as_the_dequantised_weights_bit_for_bit(preset: str, tmp_path: Path) -> None:
+    """Each system's network and recipe; from its artifact, and from that by way of safetensors."""
+    model, golden = golden_model("pr1530" if preset == "pr1727" else preset)
+    config = dataclasses.replace(get_preset(preset), model=model.config)
     inputs, targets = golden["input_ids"].long(), golden["target_ids"].long()
+    quantized = quantize_model(model, config, [Batch(inputs, targets, None, inputs.shape[1])])
+    write_artifact(tmp_path / "a", quantized, config)
+    convert(tmp_path / "a", tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+    model.load_state_dict(quantized.state_dict())
+    loaded = load_model(tmp_path / "c")
     with torch.no_grad():
         expected = model.loss(inputs, targets, reduction="none")
         assert torch.equal(loaded.loss(inputs, targets, reduction="none"), expected)
@@ -230,6 +240,11 @@ def test_safetensors_export_and_import(tmp_path: Path) -> None:
         encode_artifact(imported.quantized, imported.config, imported.header.provenance, tokenizer_sha256="ab" * 32)[0]
         == small_artifact()
     )
+    wide = dataclasses.replace(artifact.quantized.matrices[0], bits=2)
+    broken = QuantizedModel((wide, *artifact.quantized.matrices[1:]), artifact.quantized.tensors)
+    export_safetensors(tmp_path / "broken.safetensors", dataclasses.replace(artifact, quantized=broken))
+    with pytest.raises(ArtifactError, match="does not fit its 2 bits"):
+        import_safetensors(tmp_path / "broken.safetensors")
     (tmp_path / "other").write_bytes(b"\xff" * 200)
     with pytest.raises(ArtifactError, match="other"):
         import_safetensors(tmp_path / "other")

@@ -20,9 +20,10 @@ import torch
 import zstandard
 from torch import Tensor
 
-from model.artifact import build_model, decode_artifact, encode_artifact
+from model.artifact import build_model, decode_artifact, encode_artifact, read_artifact
 from model.convert import from_reference, to_reference
-from model.errors import ArtifactError
+from model.errors import ArtifactError, ConfigError
+from model.exchange import convert
 from model.files import sha256_bytes
 from model.presets import get_preset
 from model.public_artifact import (
@@ -243,6 +244,20 @@ def test_files_that_are_none() -> None:
             parse_public_artifact(packed[:size])
     with pytest.raises(ArtifactError, match="unpacks to more than"):
         parse_public_artifact(brotli.compress(bytes((1 << 28) + 1), quality=1))
+
+
+def test_converting_a_public_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "final_model.int6.ptz"
+    path.write_bytes(PACKINGS["brotli with header"](saved(public_content())))
+    with pytest.raises(ConfigError, match="wanted --preset"):
+        convert(path, tmp_path / "model.pgolf")
+    with pytest.raises(ArtifactError, match=r"tok_emb|has shape"):
+        convert(path, tmp_path / "model.pgolf", preset="pr1530")
+    monkeypatch.setattr("model.exchange.get_preset", lambda name: small_model_config())
+    convert(path, tmp_path / "model.pgolf", preset="pr1530", codec="static")
+    artifact = read_artifact(tmp_path / "model.pgolf")
+    assert same(artifact.state_dict, small_quantized().state_dict())
+    assert artifact.header.sections[0].codec == "static" and artifact.header.provenance == {"from": path.name}
 
 
 def test_a_small_file_cannot_ask_for_much(monkeypatch: pytest.MonkeyPatch) -> None:
