@@ -140,7 +140,8 @@ class Muon:
         if bank.exchange is None:
             return bank.gradient.to(bank.momentum.dtype)
         bank.exchange.wait()
-        return bank.exchange.share.to(bank.momentum.dtype).div_(self._ranks.world)
+        # A copy also where the dtype is the same: global clipping asks twice, and the sum must stay.
+        return bank.exchange.share.to(bank.momentum.dtype, copy=True).div_(self._ranks.world)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, factor: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -135,6 +136,18 @@ def test_state_is_the_same_on_every_rank(shards, name):
             loader.next_batch()
         states.append(loader.state_dict())
     assert states[0] == states[1]
+
+
+def test_closing_forgets_the_thread_and_what_it_holds(shards):
+    loader = make("packing", shards)
+    loader.next_batch()
+    reader = weakref.ref(loader._reader)
+    loader.close()
+    gc.collect()
+    assert reader() is None
+    loader.close()
+    loader.next_batch()
+    loader.close()
 
 
 def test_dropping_a_loader_ends_its_thread(shards):

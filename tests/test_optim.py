@@ -83,6 +83,15 @@ def test_banks_of_one_shape_share_a_newton_schulz_and_change_nothing():
         torch.testing.assert_close(together[name], param, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_share_of_the_gradients_can_be_asked_for_twice(dtype):
+    """As global clipping does: once for the norm, once for the step."""
+    muon = Muon({"qo_bank": nn.Parameter(torch.randn(3, 4, 4))}, TrainConfig(), Dist(1, 2, 1, RANKS.device), dtype)
+    (bank,) = muon._banks
+    bank.exchange.share.fill_(6.0)  # the sum over both ranks
+    assert [muon.shares()[0].unique().tolist() for _ in range(2)] == [[3.0], [3.0]]
+
+
 def reference_adamw(p, g, m, v, step, lr, wd, config):
     """The formula, one tensor, fp64."""
     m.mul_(config.beta1).add_(g, alpha=1 - config.beta1)

@@ -312,7 +312,7 @@ class Loader:
         if self._prefetch > 0:
             if self._reader is None:
                 self._reader = _Reader(self._source, self._prefetch, self._pin)
-                weakref.finalize(self, self._reader.stop)
+                self._stop = weakref.finalize(self, self._reader.stop)
             tokens, cu_seqlens, max_seqlen, self._position = self._reader.get()
         else:
             tokens, cu_seqlens, max_seqlen, self._position = _read(self._source, self._pin)
@@ -344,7 +344,7 @@ class Loader:
     def close(self) -> None:
         """Ends the thread that reads ahead and forgets what it has read."""
         if self._reader is not None:
-            self._reader.stop()
+            self._stop()
             self._reader = None
             self._source.seek(self._position)
 
