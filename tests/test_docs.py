@@ -170,3 +170,11 @@ def test_measured_figures_come_from_records(page):
     """Times and rates stand between the markers that bench.render fills, and nowhere else."""
     text = re.sub(r"<!-- (?:results|run):.*?<!-- /(?:results|run) -->", "", page.read_text(), flags=re.S)
     assert set(MEASURED.findall(text)) <= CONSTANTS, page.name
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_every_command_is_named(name):
+    text = (ROOT / name).read_text()
+    assert [
+        command for command in cli.cli.commands if f"pgolf {command}" not in text and f"`{command}`" not in text
+    ] == []

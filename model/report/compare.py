@@ -176,4 +176,4 @@ def _difference(values: list[float], base: list[float]) -> str:
 
 
 def _p(value: float) -> str:
-    return f"{value:.3g}" if value >= 1e-4 else f"{value:.0e}"
+    return f"{value:.3g}" if value >= 1e-4 else f"{value:.1e}"
