@@ -135,7 +135,7 @@ SCENARIOS = {f.__name__: f for f in (agreement, weights, killed, everywhere, alo
 
 
 def play(scenario: str, folder: Path) -> None:
-    with distributed("cpu", timeout_seconds=60) as ranks:
+    with distributed("cpu", timeout_seconds=200) as ranks:
         SCENARIOS[scenario](folder, ranks)
 
 

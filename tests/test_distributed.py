@@ -221,7 +221,7 @@ def test_a_rank_that_fails_alone_leaves_no_other_waiting(data, tmp_path, scenari
     assert heard in done.stderr
     if scenario == "alone":
         assert "rank 1: out of memory on cpu" in done.stderr
-    assert time.monotonic() - started < 50  # less than the ranks' own limit of 60 s
+    assert time.monotonic() - started < 150  # less than the ranks' own limit of 200 s
 
 
 @pytest.mark.long
