@@ -104,7 +104,9 @@ def ninja_file(output: Path, build: Path, nvcc: Path | None) -> str:
         includes += [f"-I{include}", "-DPGOLF_CUDA"]
         links = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         archs = gencode_flags(os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS))
-    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-trapping-math", *openmp]
+    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *openmp]
+    # Nothing is reassociated or contracted; but loops may be vectorised where C's traps and errno would forbid it.
+    host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     device = ["-Xptxas", "-v", "--threads", "0", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     lines = [
         RULES.format(
@@ -122,6 +124,15 @@ def ninja_file(output: Path, build: Path, nvcc: Path | None) -> str:
         objects.append(target)
     lines += [f"build {path(output)}: link {' '.join(objects)}", f"default {path(output)}", ""]
     return "\n".join(lines)
+
+
+def _link_into_checkout(output: Path) -> None:
+    """After `pip install .` the tests run in the checkout, where Python finds the packages' sources first: the module
+    must be beside them. One that was built in place stays."""
+    beside = ROOT / "pgolf_kernels" / output.name
+    if beside.is_symlink() or not beside.exists():
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(os.path.relpath(output, beside.parent))
 
 
 class NinjaBuild(build_ext):
@@ -145,6 +156,8 @@ class NinjaBuild(build_ext):
                 file=sys.stderr,
             )
             self._ninja(output, None)
+        if Path(self.build_lib).resolve().parent == ROOT / "build":
+            _link_into_checkout(output)
 
     def _ninja(self, output: Path, nvcc: Path | None) -> None:
         build = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")

@@ -42,18 +42,27 @@ sanitizers() {
     )
 }
 
-# The wheel in an environment that has nothing else: outside the checkout, so that the wheel itself is imported.
+# The wheel in an environment that has nothing else: outside the checkout, so that the wheel itself is imported. The same
+# wheel on processors without AVX and without AVX-512, which qemu stands in for.
 wheel() {
     rm -rf "$work/wheel" "$work/wheel-venv"
     PGOLF_CUDA=0 "$python" -m pip wheel --quiet --no-deps -w "$work/wheel" .
     "$python" -m venv "$work/wheel-venv"
     clean=$(cd "$work/wheel-venv/bin" && pwd)
     # shellcheck disable=SC2046  # one option and its value, or nothing
-    "$clean/python" -m pip install --quiet -c constraints.txt $("$python" scripts/cpu_index.py) "$work"/wheel/*.whl
+    "$clean/python" -m pip install --quiet -c constraints.txt $("$python" scripts/cpu_index.py) "$(ls "$work"/wheel/*.whl)[test]"
+    cp -r tests pyproject.toml "$work/wheel"
     (
         cd "$work/wheel"
         "$clean/pgolf" doctor
         "$clean/pgolf" demo --steps 2 --runs "$PWD/runs"
+        for processor in Nehalem max,-avx512f; do
+            command -v qemu-x86_64 >/dev/null 2>&1 || continue
+            printf '== the wheel on qemu -cpu %s\n' "$processor"
+            OMP_NUM_THREADS=1 qemu-x86_64 -cpu "$processor" "$clean/python" -m pytest -q -p no:cacheprovider \
+                -m "not long and not gpu" -k "golden or round_trip or reference" \
+                tests/test_softcap_ce.py tests/test_gptq.py tests/test_packing.py tests/test_ngram.py
+        done
     )
 }
 
@@ -61,6 +70,7 @@ step "long tests" env OMP_NUM_THREADS=1 "$python" -m pytest -m long
 step "address and undefined-behaviour sanitizers" sanitizers
 step "wheel in a clean environment" wheel
 command -v nvcc >/dev/null 2>&1 || skip "nvcc on all .cu files" "no nvcc"
+command -v qemu-x86_64 >/dev/null 2>&1 || skip "the wheel on older processors" "no qemu-x86_64"
 command -v chromium >/dev/null 2>&1 || skip "report page in a browser" "no chromium"
 printf '\nmake check: all that ran has passed'
 if [ -s "$skipped" ]; then printf '; skipped:\n' && cat "$skipped"; else printf ', nothing was skipped\n'; fi

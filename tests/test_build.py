@@ -86,6 +86,25 @@ def test_cpu_build_in_a_folder_with_a_space(build, tmp_path, monkeypatch):
     assert built_with_cuda(run_build(build, tmp_path)) == "False"
 
 
+def test_checkout_finds_the_module_after_an_ordinary_install(build, tmp_path, monkeypatch):
+    """`pip install .` builds under build/lib*; the tests import the checkout's packages. Other folders are left alone,
+    and so is a module that was built in place."""
+    monkeypatch.setenv("PGOLF_CUDA", "0")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    beside = tmp_path / "pgolf_kernels"
+    beside.mkdir()
+    run_build(build, tmp_path / "elsewhere")
+    assert list(beside.iterdir()) == []
+    for _ in range(2):
+        output = run_build(build, tmp_path / "build")
+        (link,) = beside.iterdir()
+        assert link.is_symlink() and link.resolve() == output.resolve()
+    link.unlink()
+    link.write_bytes(b"built in place")
+    run_build(build, tmp_path / "build")
+    assert link.read_bytes() == b"built in place"
+
+
 def test_auto_compiles_cuda_with_the_nvcc_of_cuda_home(build, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", compiles=True)))
     assert built_with_cuda(run_build(build, tmp_path)) == "True"
