@@ -18,7 +18,7 @@ from pathlib import Path
 from bench import real_runs
 from bench.headline import HEADLINE
 from bench.storage import RESULTS, Record, read_results
-from bench.table import DISTURBED, Row, commit_name
+from bench.table import DISTURBED, Row, commit_name, rate_text, significant
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
@@ -42,17 +42,12 @@ def is_peer(provider: str) -> bool:
     return not provider.startswith("pgolf") and not provider.endswith(("alone", "only")) and provider != "memcpy"
 
 
-def digits(value: float) -> str:
-    """Three significant digits, all of them before the point where the number is large."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
 def seconds(value: float) -> str:
     """In the unit that suits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
-            return f"{digits(value / size)} {unit}"
-    return f"{digits(value * 1e6)} µs"
+            return f"{significant(value / size)} {unit}"
+    return f"{significant(value * 1e6)} µs"
 
 
 def result(row: Row) -> str:
@@ -68,13 +63,6 @@ def outcome(row: Row) -> str:
     return seconds(row.seconds) + (f" ({result(row)})" if result(row) else "")
 
 
-def rate(row: Row) -> str:
-    """In the unit of the ceiling: operations where there are any that count, else bytes."""
-    if row.flop_per_s > 0:
-        return f"{digits(row.flop_per_s / 1e12)} TFLOP/s"
-    return f"{digits(row.bytes_per_s / 1e9)} GB/s" if row.bytes_per_s else ""
-
-
 def machine_line(record: Record) -> str:
     environment, ceilings = record.environment, record.ceilings
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
@@ -84,8 +72,8 @@ def machine_line(record: Record) -> str:
         f"{environment['device']}, {environment['threads']} threads",
         torch,
         f"commit `{commit_name(record.commit)}`",
-        f"copy {digits(ceilings['bytes_per_s'] / 1e9)} GB/s, matrix product "
-        f"{digits(ceilings['flop_per_s'] / 1e12)} TFLOP/s",
+        f"copy {significant(ceilings['bytes_per_s'] / 1e9)} GB/s, matrix product "
+        f"{significant(ceilings['flop_per_s'] / 1e12)} TFLOP/s",
         f"load average at the start {load}" if load is not None else "",
         ", ".join(f"{name} sha256 {value[:16]}" for name, value in given.items()),
         environment.get("note", ""),
@@ -116,7 +104,7 @@ def record_lines(record: Record) -> list[str]:
                     row.provider,
                     seconds(row.seconds),
                     f"{row.seconds / ours:.2f}" if ours else "",
-                    rate(row),
+                    rate_text(row),
                     f"{row.of_floor:.0%}" if row.of_floor else "",
                     f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
                     result(row),

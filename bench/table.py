@@ -62,33 +62,38 @@ def seconds_text(value: float) -> str:
     return f"{value * 1e6:9.2f} µs"
 
 
+def significant(value: float) -> str:
+    """Three significant digits, all of them before the point where the number is large."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def rate_text(row: Row) -> str:
+    """In the unit of the ceiling: operations where there are any that count, else bytes."""
+    if row.flop_per_s:
+        return f"{significant(row.flop_per_s / 1e12)} TFLOP/s"
+    return f"{significant(row.bytes_per_s / 1e9)} GB/s" if row.bytes_per_s else ""
+
+
 class Printer:
     """Lines of a table, row by row: a headline before each new group, the ratio to the group's first time."""
 
     def __init__(self) -> None:
         self.group = ""
-        self.ours: float | None = None
+        self.ours: dict[str, float] = {}
 
     def lines(self, row: Row) -> Iterator[str]:
         if row.group != self.group:
-            self.group, self.ours = row.group, None
+            self.group = row.group
             yield f"{row.suite}  {row.case}"
         if row.seconds is None:
-            yield f"  {row.provider:<32} absent: {row.absent}"
+            yield f"  {row.provider:<38} absent: {row.absent}"
             return
-        self.ours = self.ours or row.seconds
-        rates = []
-        if row.bytes_per_s:
-            rates.append(f"{row.bytes_per_s / 1e9:7.1f} GB/s")
-        if row.flop_per_s:
-            rates.append(f"{row.flop_per_s / 1e12:7.2f} TFLOP/s")
-        if row.of_floor:
-            rates.append(f"{row.of_floor:4.0%} of ceiling")
-        if row.peak_bytes is not None:
-            rates.append(f"{row.peak_bytes / 1e6:6.0f} MB")
-        if row.how:
-            rates.append(row.how)
-        if row.others >= DISTURBED:
-            rates.append(f"disturbed: others took {row.others:.1f} cores")
-        ratio = row.seconds / self.ours
-        yield f"  {row.provider:<32}{seconds_text(row.seconds)} {ratio:7.2f}x  " + ", ".join(rates)
+        ratio = row.seconds / self.ours.setdefault(row.group, row.seconds)
+        parts = [
+            rate_text(row),
+            f"{row.of_floor:.0%} of ceiling" if row.of_floor else "",
+            f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
+            row.how,
+            f"disturbed: others took {row.others:.1f} cores" if row.others >= DISTURBED else "",
+        ]
+        yield f"  {row.provider:<38}{seconds_text(row.seconds)} {ratio:7.2f}x  {', '.join(filter(None, parts))}"
