@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 namespace pgolf {
+void bind_adapter_adamw(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
 void bind_ngram(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_native, m) {
   pgolf::bind_gptq(m);
   pgolf::bind_packing(m);
   pgolf::bind_ngram(m);
+  pgolf::bind_adapter_adamw(m);
 }

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pgolf_kernels._native_op import LIBRARY
+from pgolf_kernels import _native
+from pgolf_kernels._native_op import LIBRARY, num_threads, runs_native
 from pgolf_kernels._triton_op import kernels, runs_triton
 
 
@@ -59,10 +60,33 @@ def _step(
     for p, g, v, m, zero in zip(params, grads, exp_avg_sqs, moments, zeroed, strict=True):
         if p.numel() == 0:
             continue
+        arguments = (p, g, v, m, factors, reset, zero, lr, beta1, beta2, eps, weight_decay)
         if runs_triton(p) and p.dtype == torch.float32:
-            kernels("adapter_adamw").step(p, g, v, m, factors, reset, zero, lr, beta1, beta2, eps, weight_decay)
+            kernels("adapter_adamw").step(*arguments)
+        elif not p.is_cuda and p.dtype == torch.float32 and runs_native(p):
+            _step_native(*arguments)
         else:
-            _step_one(p, g, v, m, factors, reset, zero, lr, beta1, beta2, eps, weight_decay)
+            _step_one(*arguments)
+
+
+def _step_native(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    v: torch.Tensor,
+    m: torch.Tensor | None,
+    factors: torch.Tensor,
+    reset: torch.Tensor | None,
+    zero: bool,
+    *numbers: float,
+) -> None:
+    """One float32 tensor on the CPU, in one pass over memory."""
+    flags = None if reset is None else reset.contiguous()
+    shape = (p.shape[0], p.shape[1], p[0, 0].numel())
+    moment, clears = (0 if t is None else t.data_ptr() for t in (m, flags))
+    _native.adapter_adamw_cpu(
+        p.data_ptr(), g.data_ptr(), v.data_ptr(), moment, *shape, factors.data_ptr(), clears, zero, *numbers,
+        num_threads(),
+    )  # fmt: skip
 
 
 def _step_one(

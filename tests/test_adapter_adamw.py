@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf_kernels import adapter_adamw
+from pgolf_kernels import _native, adapter_adamw
 from pgolf_kernels._triton_op import interpreting
 from tests import triton_aot
 
@@ -58,9 +58,30 @@ def _documents_apart(beta1, device):
                 torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_documents_step_rest_and_restart_on_their_own(beta1):
+def test_documents_step_rest_and_restart_on_their_own(beta1, native, monkeypatch):
+    """In the compiled step and, as where nothing is compiled, in PyTorch."""
+    if not native:
+        monkeypatch.setattr(_native, "STANDS_IN", True, raising=False)
+        monkeypatch.setattr(_native, "adapter_adamw_cpu", None)
     _documents_apart(beta1, "cpu")
+
+
+def test_flags_with_any_stride_and_any_number_of_threads():
+    p, g, v = (torch.rand(2, 6, 40_003) for _ in range(3))
+    steps = torch.full((6,), 2)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count, reset in ((1, torch.zeros(6, dtype=torch.bool)), (3, torch.zeros((), dtype=torch.bool).expand(6))):
+            torch.set_num_threads(count)
+            mine, square = p.clone(), v.clone()
+            adapter_adamw([mine], [g], [square], steps, reset=reset, **SETTINGS)
+            results.append((mine, square))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize(
