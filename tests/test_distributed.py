@@ -225,6 +225,23 @@ def test_a_rank_that_fails_alone_leaves_no_other_waiting(data, tmp_path, scenari
 
 
 @pytest.mark.long
+def test_the_command_runs_every_stage_on_two_processes(data, tmp_path):
+    """And ends as a program does: nothing aborts while the interpreter goes."""
+    base = get_preset("demo").to_dict()
+    toys = tiny_config(data, tmp_path, eval_mode="lora-ttt", run_id="it", cuda_graphs=False)
+    flags = []
+    for section, name, value in toys.items():
+        if value != base[section][name]:
+            flags += [f"--{name.replace('_', '-')}", value]
+    done = torchrun("model.train", "--preset", "demo", "--device", "cpu", *flags)
+    check(done)
+    assert "terminate" not in done.stderr
+    result = RunDir(tmp_path / "it").result()
+    assert f"val_bpb: {result['bpb']['lora_ttt']:.8f}" in done.stdout
+    assert f"artifact: {result['artifact']['bytes']:,} bytes" in done.stdout
+
+
+@pytest.mark.long
 def test_the_command_refuses_a_batch_that_does_not_divide_on_every_rank(data, tmp_path):
     done = torchrun(
         "model.train", "--preset", "demo", "--data-dir", data, "--run-dir", tmp_path, "--vocab-size", "512",
