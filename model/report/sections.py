@@ -77,6 +77,9 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
         recent = sorted(r["tokens_per_second"] for r in run.steps[len(run.steps) // 2 :] if r.get("tokens_per_second"))
         if recent:
             yield "tokens per second, second half", f"{recent[len(recent) // 2]:,.0f}"
+        mfu = sorted(r["mfu"] for r in run.steps[len(run.steps) // 2 :] if r.get("mfu"))
+        if mfu:
+            yield "of the GPU's bf16 peak (MFU), second half", f"{mfu[len(mfu) // 2]:.1%}"
     seconds = run.result.get("seconds", {}).get("train")
     if seconds is not None:
         yield "seconds of training", f"{seconds:,.0f}"
