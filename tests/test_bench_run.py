@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import pgolf_kernels  # noqa: F401  # pytester forgets modules, torch not what they registered
 from bench import __main__ as runner
-from bench import storage
+from bench import common, machine, storage
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,7 @@ SUITE = textwrap.dedent(
     PROVIDERS = {"pgolf_kernels": quick, "blank": blank, "missing": missing, "ends": ends, "hangs": hangs,
                  "sleeps": sleeps, "peer": quick}
 
-    @pytest.mark.timeout(1)
+    @pytest.mark.timeout(2)
     @pytest.mark.parametrize("provider", PROVIDERS)
     @pytest.mark.parametrize("case", ["toy"])
     def test_part(bench, case, provider):
@@ -76,7 +78,7 @@ def test_a_run_goes_on_after_rows_that_fail_hang_or_end_the_process(toy, tmp_pat
     assert rows["blank"].absent == "AssertionError"
     assert rows["missing"].absent == "not here"
     assert rows["ends"].absent == "its process was ended by SIGKILL"
-    assert rows["hangs"].absent == "no result in 3 s"
+    assert rows["hangs"].absent == "no result in 4 s"
     assert "Timeout" in rows["sleeps"].absent
     assert 0.002 <= rows["pgolf_kernels"].seconds < 0.2 and 0.002 <= rows["peer"].seconds < 0.2
     assert run.failed == 0  # peers alone
@@ -125,6 +127,50 @@ def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
     record["benchmarks"][0]["fullname"] = "bench/bench_other.py::test_part"
     file.write_text(json.dumps(record))
     assert run_toy(pytester, toy, *options).ret != 0  # nothing was compared
+
+
+def test_what_cannot_be_captured_is_called_and_says_why(monkeypatch):
+    def waits(calls):
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(common, "graph_of", waits)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made = []
+    timed = common.timed([lambda: made.append(1), lambda: made.append(2)], once=0.01)
+    assert timed.how == "stream (called a synchronizing CUDA operation)"
+    assert timed.calls == 4 and timed.rounds == common.ROUNDS
+    assert made == [1, 2, 1, 2]
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_leaves_random_numbers_working():
+    x = torch.ones(8, device="cuda")
+    with pytest.raises(RuntimeError):
+        common.graph_of([lambda: x.sum().item()])
+    assert common.random_numbers_work()
+    common.graph_of([lambda: x * 2]).replay()
+    torch.cuda.synchronize()
+
+
+def test_slow_calls_get_fewer_input_sets():
+    assert common.rotations(common.Work(bytes=1 << 20), 1e-3) == min(64, common.ROTATED_BYTES >> 20)
+    assert common.rotations(common.Work(bytes=1 << 20), 0.3) == 3
+    assert common.rotations(common.Work(bytes=1 << 40), 1e-3) == 1
+    assert common.rotations(common.Work(bytes=1), 50.0) == 1
+
+
+def test_neighbours_see_another_process():
+    with machine.Neighbours() as alone:
+        sum(range(1 << 20))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with machine.Neighbours() as beside:
+            time.sleep(1.0)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert alone.cores >= 0.0 and beside.cores > 0.05
 
 
 def test_every_bench_is_collected():
