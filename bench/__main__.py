@@ -167,12 +167,19 @@ def bench_files() -> dict[str, Path]:
     }
 
 
+def absolute(path: str) -> Path:
+    return Path(path).absolute()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="names of bench_NAME.py (default: all)")
     parser.add_argument("-k", metavar="EXPRESSION", help="only tests that match, as pytest's -k")
+    parser.add_argument(
+        "--from", dest="source", type=absolute, metavar="FILE", help="--record what --json wrote to FILE"
+    )
     parser.add_argument("--peers", action="store_true", help="time the peers too, on the same inputs in the same run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the run here, anew after each row")
+    parser.add_argument("--json", type=absolute, metavar="FILE", help="write the run here, anew after each row")
     parser.add_argument(
         "--record", metavar="NAME", help="keep the run in bench/results under this name, with the peers"
     )
@@ -207,12 +214,22 @@ def check(files: dict[str, Path], names: Sequence[str], extra: list[str]) -> int
     return subprocess.run(command, cwd=ROOT).returncode
 
 
+def record(run: dict[str, Any], name: str) -> int:
+    written = os.path.relpath(storage.save(storage.RESULTS, run, name))
+    print(f"wrote {written}; python -m bench.render brings it into the documentation")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     files = bench_files()
     if unknown := [name for name in options.names if name not in files]:
         parser.error(f"got {unknown[0]!r}, wanted one of {', '.join(files)}")
+    if options.source:
+        if not options.record:
+            parser.error("--from: wanted --record NAME beside it")
+        return record(json.loads(options.source.read_text()), options.record)
     extra = ["-k", options.k] if options.k else []
     os.chdir(ROOT)
     if options.check:
@@ -224,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner = Runner(
         [*paths, *extra, *peers],
         folder / "pytest.log",
-        json_file=options.json.absolute() if options.json else None,
+        json_file=options.json,
         until=time.monotonic() + options.within if options.within else float("inf"),
         say=lambda line: print(line, flush=True),
     )
@@ -236,8 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
         interrupted = True
     if options.json and runner.done:
         print(f"wrote {options.json}")
+    elif runner.done:
+        rows = [asdict(row) for row in storage.rows_of(runner.run)]
+        print(json.dumps({"environment": runner.run["machine_info"]["pgolf"], "rows": rows}))
     if options.record and runner.run["benchmarks"]:
-        print(f"wrote {os.path.relpath(storage.save(storage.RESULTS, runner.run, options.record))}")
+        record(runner.run, options.record)
     if runner.failed or not runner.run["benchmarks"]:
         reason = f"{runner.failed} rows of this package failed" if runner.failed else "nothing was measured"
         print(f"{reason}; pytest's lines are in {runner.log}", file=sys.stderr)

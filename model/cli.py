@@ -315,6 +315,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option(
     "--record", metavar="NAME", help="Keep the run, peers included, in bench/results (docs are made of these)."
 )
+@click.option("--from", "source", type=FILE, help="Record what --json wrote to this file instead of measuring.")
 @click.option("--check", is_flag=True, help="Fail where a call has become slower than this machine's record.")
 @click.option("--within", type=float, metavar="SECONDS", help="End after that time with what there is.")
 def bench(names: tuple[str, ...], json_file: Path | None, **options: Any) -> None:
@@ -334,6 +335,7 @@ def bench(names: tuple[str, ...], json_file: Path | None, **options: Any) -> Non
     command += ["--json", str(json_file.absolute())] if json_file else []
     command += ["-k", options["expression"]] if options["expression"] else []
     command += ["--record", options["record"]] if options["record"] else []
+    command += ["--from", str(options["source"].absolute())] if options["source"] else []
     command += ["--within", str(options["within"])] if options["within"] else []
     command += [f"--{name}" for name in ("peers", "check") if options[name]]
     if status := subprocess.run(command, cwd=root).returncode:

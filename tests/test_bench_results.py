@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from bench import __main__ as runner
 from bench import machine, render, storage
 from bench.table import Printer, Row
 
@@ -142,3 +143,15 @@ def test_files_that_a_run_was_given_are_named_by_hash(tmp_path, monkeypatch):
     storage.save(tmp_path, run, "first")
     lines = render.render_suite(storage.read_results(tmp_path), "ngram")
     assert "PGOLF_BENCH_TOKENS sha256 ba7816bf8f01cfea" in lines[0] and str(tmp_path) not in "".join(lines)
+
+
+def test_a_run_measured_elsewhere_is_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(a_run(*NGRAM)))
+    monkeypatch.chdir(tmp_path)
+    assert runner.main(["--from", str(file), "--record", "h200"]) == 0
+    assert storage.read_results(tmp_path / "results")["ngram"][0].rows == list(NGRAM)
+    with pytest.raises(SystemExit):
+        runner.main(["--from", str(file)])
+    assert "wanted --record" in capsys.readouterr().err
