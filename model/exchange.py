@@ -47,7 +47,7 @@ def convert(
 
     source: an artifact, a file of `export_safetensors` (its name ends in .safetensors), or a public system's artifact
     file, whose network is that of `preset`. target: a safetensors file if its name says so, else an artifact, coded
-    with `codec` (None: as the configuration says). Raises ArtifactError, ConfigError for a public file without a preset.
+    with `codec` (None: as the configuration says). Raises ArtifactError; ConfigError for a public file with no preset.
     """
     artifact = _read(Path(source), preset)
     config = artifact.config.replace(codec=codec) if codec else artifact.config

@@ -11,7 +11,7 @@ from model.static_decoder import decode_static
 from pgolf_kernels.packing import decode_codes, encode_codes
 from tests.fuzz.mutations import in_memory, in_time, mutate
 
-STREAMS = 3000
+STREAMS = 2000
 
 
 def little_matrices() -> list[list[np.ndarray]]:
