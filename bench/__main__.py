@@ -7,6 +7,7 @@ brings the process down is noted as such, and a new process goes on with the nex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -75,21 +76,22 @@ class Runner:
                 start_new_session=True,
             )  # fmt: skip
         os.close(send)
+        how = "interrupted"
         try:
             how = self._listen(receive)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
+            if not how:
+                process.wait(timeout=GRACE)  # what pytest started may outlive it
+        except subprocess.TimeoutExpired:
+            pass
         finally:
             os.close(receive)
-        if how:
-            os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
         return how or (f"its process was ended by {signal.Signals(-status).name}" if status < 0 else f"exit {status}")
 
     def _listen(self, pipe: int) -> str:
-        """Takes in events until the pipe closes ("") or a limit passes (what happened)."""
+        """Takes in events until the last one or the pipe's end (""), or until a limit passes (what happened)."""
         rest, limit, since = b"", START_LIMIT, time.monotonic()
         while True:
             now = time.monotonic()
@@ -109,6 +111,8 @@ class Runner:
                 event = json.loads(line)
                 self._take(event)
                 since = time.monotonic()
+                if event["event"] == "end":
+                    return ""
                 if event["event"] == "start":
                     limit = (event["limit"] or ROW_LIMIT) + GRACE
 

@@ -234,6 +234,7 @@ def pytest_benchmark_compare_machine_info(
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A comparison in which nothing was compared has not been passed."""
+    session.config.stash[RUN].tell("end")
     if session.config.getoption("benchmark_compare") and exitstatus == pytest.ExitCode.OK:
         recorded = session.config.stash[RUN].recorded
         if not any(item.nodeid in recorded for item in session.items):
