@@ -25,6 +25,8 @@ from model.files import sha256_bytes
 from model.pipeline import mode_name
 from model.run import RunDir
 
+PATIENCE_SECONDS = 3600.0  # for the slowest rank: documents are dealt by an estimate of their cost
+
 
 def score_artifact(
     path: Path,
@@ -47,7 +49,7 @@ def score_artifact(
     Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
     than GPUs.
     """
-    with distributed(device) as ranks:
+    with distributed(device, timeout_seconds=PATIENCE_SECONDS) as ranks:
         return _score(path, modes, ranks, data_dir=data_dir, label=label, resume=resume, quiet=quiet, changes=changes)
 
 

@@ -29,7 +29,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from model.probe import BlackBox, Probe, Scorer, resolve
 PASS, FAIL, IMPLIED, SKIPPED = "pass", "fail", "implied", "skipped"
 CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training data"
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
+PRECISION = 0.02  # of an estimated sum, as a standard error; more tokens are asked for until it has it
 END_TOLERANCE = 0.1  # nats that a BOS may be likelier for ending a document; another length rounds otherwise
 REPLACEMENTS = ("random", "one token", "reversed")
 _LEARNING_RATES = ("ttt_lora_lr", "sgd_ttt_lr", "global_ttt_lr", "global_ttt_warmup_start_lr")
@@ -236,7 +237,7 @@ def _check_causality(verifier: _Verifier) -> Check:
         other = tokens.copy()
         other[place] = tokens[place - 1] if tokens[place - 1] != BOS_ID else tokens[1]
         gained = box.run(other, targets=tokens.copy(), stop_at=place).entered[place] - base.entered[place]
-        if not gained <= END_TOLERANCE:
+        if gained > END_TOLERANCE:
             return Check(CAUSALITY, FAIL, f"the score of the BOS at token {place} knows that the document ends there")
     return Check(CAUSALITY, PASS, f"{figure}; {sample.ends} ends moved")
 
@@ -312,15 +313,19 @@ def _check_normalisation(verifier: _Verifier) -> Check:
     worst, asked = 0.0, 0
     for start, end in stretches:
         place = int(rng.integers(start, end))
-        found = _Sum(verifier, tokens, place)
+        found = _Sum(verifier, tokens, place, verifier.sample.candidates)
+        while found.suspicious and not found.problem():
+            found = _Sum(verifier, tokens, place, 4 * len(found.probabilities), found.probabilities)
         asked = max(asked, len(found.probabilities))
+        if math.isnan(found.total) and verifier.base.violations.get(ONCE):
+            return Check(NORMALISATION, SKIPPED, f"token {place} gets no score")
         if found.problem():
             return Check(NORMALISATION, FAIL, f"at token {place}: {found.problem()}")
-        worst = max(worst, abs(found.total - 1.0) if found.complete else max(0.0, found.total - 1.0))
+        worst = max(worst, abs(found.total - 1.0))
     where = f"at {len(stretches)} places over"
     if asked == vocabulary:
         return Check(NORMALISATION, PASS, f"|sum - 1| <= {worst:.1e} {where} all {vocabulary} tokens")
-    return Check(NORMALISATION, PASS, f"sum - 1 <= {worst:.1e} {where} {asked} of {vocabulary} tokens (estimated)")
+    return Check(NORMALISATION, PASS, f"|sum - 1| <= {worst:.1e} {where} {asked} of {vocabulary} tokens (estimated)")
 
 
 class _Sum:
@@ -331,15 +336,30 @@ class _Sum:
     others. For those the model's own probabilities q are known, so that the draw has to show the difference only:
 
         sum = sum of p (asked for anyway) + sum of q (the others) + mean over the draw of (p - q) / chance to be drawn
+
+    Where that is rough or too far from 1, more tokens have to be asked for, in the end all: an estimate alone condemns
+    nobody.
+    `count`: how many are asked for (None: all); `known` are probabilities from before.
     """
 
-    def __init__(self, verifier: _Verifier, tokens: np.ndarray, place: int) -> None:
+    def __init__(
+        self,
+        verifier: _Verifier,
+        tokens: np.ndarray,
+        place: int,
+        count: int | None,
+        known: dict[int, float] | None = None,
+    ) -> None:
         box, rng, vocabulary = verifier.box, verifier.rng, verifier.box.model.config.vocab_size
-        count = verifier.sample.candidates
+        known = known or {}
+
+        def ask(candidates: Iterable[int]) -> dict[int, float]:
+            return {c: known[c] if c in known else _ask(box, tokens, place, c) for c in dict.fromkeys(candidates)}
+
         self.complete = count is None or count >= vocabulary
         self.error = 0.0
         if self.complete:
-            self.probabilities = {c: _ask(box, tokens, place, c) for c in range(vocabulary)}
+            self.probabilities = ask(range(vocabulary))
             self.total = sum(self.probabilities.values())
             return
         assert count is not None
@@ -348,12 +368,18 @@ class _Sum:
         likeliest = np.argsort(-q, kind="stable").tolist()
         sure = list(dict.fromkeys([int(tokens[place]), *followers[-count // 4 :], *likeliest]))[: count // 2]
         rest = np.setdiff1d(np.arange(vocabulary), sure)
-        chance = 0.5 * q[rest] / q[rest].sum() + 0.5 / len(rest)
+        chance = 0.75 * q[rest] / q[rest].sum() + 0.25 / len(rest)
         drawn = rng.choice(len(rest), size=count - len(sure), p=chance / chance.sum())
-        self.probabilities = {c: _ask(box, tokens, place, c) for c in dict.fromkeys([*sure, *rest[drawn].tolist()])}
+        self.probabilities = ask([*sure, *rest[drawn].tolist()])
         ratios = np.array([(self.probabilities[int(rest[i])] - q[rest[i]]) / chance[i] for i in drawn])
         self.total = float(sum(self.probabilities[c] for c in sure) + q[rest].sum() + ratios.mean())
         self.error = float(ratios.std(ddof=1) / math.sqrt(len(ratios)))
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the estimate is too rough, or further from 1 than chance would have it."""
+        rough = self.error > PRECISION
+        return not self.complete and (rough or abs(self.total - 1.0) > SUM_TOLERANCE + 3.0 * self.error)
 
     def problem(self) -> str:
         """What is wrong with the sum, or ""."""
@@ -364,8 +390,6 @@ class _Sum:
             return "the score does not depend on the token that is asked for, wanted losses of session.targets"
         if sum(values) > 1.0 + SUM_TOLERANCE or (self.complete and sum(values) < 1.0 - SUM_TOLERANCE):
             return f"probabilities of {len(values)} tokens sum to {sum(values):.6f}"
-        if self.total > 1.0 + SUM_TOLERANCE + 5.0 * self.error:
-            return f"probabilities sum to {self.total:.4f} +- {self.error:.4f}, estimated from {len(values)} tokens"
         return ""
 
 
