@@ -57,6 +57,10 @@ class Layout:
     cu_seqlens: Tensor | None
     index: Tensor | None
 
+    def planes(self, tensor: Tensor, adapters: int) -> Tensor:
+        """[N, columns] as [documents, rows, columns]; documents with no row count too."""
+        return tensor.view(adapters if self.index is None else len(self.index), self.rows, tensor.shape[1])
+
     def spans(self) -> list[tuple[slice, int]]:
         """(rows, adapter) of every packed document that has rows. Reads the bounds, so it waits for a GPU."""
         assert self.cu_seqlens is not None
@@ -70,10 +74,10 @@ def _times(x: Tensor, matrices: Tensor, layout: Layout, addend: Tensor | None = 
     """x_b M_b of every document, x [N, k], M [adapters, k, n] -> [N, n]; added to `addend` in place if there is one."""
     if layout.cu_seqlens is None:
         picked = matrices if layout.index is None else matrices[layout.index]
-        wide = x.view(-1, layout.rows, x.shape[1])
+        wide = layout.planes(x, len(matrices))
         if addend is None:
             return torch.bmm(wide, picked).flatten(0, 1)
-        addend.view(-1, layout.rows, addend.shape[1]).baddbmm_(wide, picked)
+        layout.planes(addend, len(matrices)).baddbmm_(wide, picked)
         return addend
     out = x.new_zeros((x.shape[0], matrices.shape[2])) if addend is None else addend
     for rows, adapter in layout.spans():
@@ -86,7 +90,7 @@ def _outer(u: Tensor, v: Tensor, count: int, dtype: torch.dtype, layout: Layout)
     wide = torch.promote_types(u.dtype, dtype)
     u, v = u.to(wide), v.to(wide)
     if layout.cu_seqlens is None:
-        products = torch.bmm(u.view(-1, layout.rows, u.shape[1]).mT, v.view(-1, layout.rows, v.shape[1]))
+        products = torch.bmm(layout.planes(u, count).mT, layout.planes(v, count))
         if layout.index is None:
             return products.to(dtype)
         out = products.new_zeros((count, *products.shape[1:]))

@@ -172,6 +172,25 @@ def test_compiled_equals_eager_also_under_autocast():
         assert eager.dtype == torch.float32 and torch.equal(eager, traced)
 
 
+def test_strided_and_empty_inputs():
+    wide, w, a, b = torch.randn(2, 3, 16), torch.randn(5, 8), torch.randn(2, 4, 8), torch.randn(2, 5, 4)
+    strided = batched_lora(wide[..., ::2], w, a, b)
+    torch.testing.assert_close(strided, reference(wide[..., ::2], w, a, b))
+    one = torch.zeros(1, dtype=torch.long).expand(2)  # stride 0
+    torch.testing.assert_close(batched_lora(wide[..., ::2], w, a, b, adapter_index=one)[0], strided[0])
+    bounds = torch.zeros(3, dtype=torch.int32)
+    for empty, options in (
+        (torch.empty(0, 8), {"cu_seqlens": bounds}),
+        (torch.empty(2, 0, 8), {}),
+        (torch.empty(0, 3, 8), {"adapter_index": torch.empty(0, dtype=torch.long)}),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (empty, w, a, b)]
+        y = batched_lora(*leaves, **options)
+        assert y.shape == (*empty.shape[:-1], 5)
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert grads[0].shape == empty.shape and not any(g.any() for g in grads[1:])
+
+
 def test_double_backward_raises():
     x, a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2)
     (gradient,) = torch.autograd.grad(batched_lora(x, None, a, b).sum(), x, create_graph=True)

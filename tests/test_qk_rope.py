@@ -86,6 +86,25 @@ def test_compiled_equals_eager_also_under_autocast():
                 assert eager.dtype == torch.float32 and torch.equal(eager, traced)
 
 
+def test_strided_and_empty_inputs():
+    joined, angles = torch.randn(5, 48), torch.randn(5, 3)
+    q, k = joined[:, :32].unflatten(1, (4, 8)), joined[:, 32:].unflatten(1, (2, 8))
+    gain = torch.full((), 1.5).expand(4)  # stride 0
+    tables = angles.T.contiguous().T.cos(), angles.T.contiguous().T.sin()
+    for mine, wanted in zip(qk_rope(q, k, gain, *tables), reference(q, k, gain, *tables), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    none = qk_rope(torch.empty(2, 0, 4, 8), torch.empty(2, 0, 2, 8), gain, torch.empty(0, 3), torch.empty(0, 3))
+    assert [t.shape for t in none] == [(2, 0, 4, 8), (2, 0, 2, 8)]
+
+
+def test_double_backward_raises():
+    q, k, angles = torch.randn(5, 4, 8, requires_grad=True), torch.randn(5, 2, 8), torch.randn(5, 3)
+    out, _ = qk_rope(q, k, torch.ones(4), angles.cos(), angles.sin())
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
 def test_tables_are_not_differentiable():
     (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
     with pytest.raises(RuntimeError, match="cos and sin are not differentiable"):

@@ -76,6 +76,13 @@ def test_compiled_equals_eager_also_under_autocast():
             assert torch.equal(xsa(y, v), compiled(y, v))
 
 
+def test_double_backward_raises():
+    y, v = torch.randn(5, 4, 8, requires_grad=True), torch.randn(5, 2, 8)
+    (gradient,) = torch.autograd.grad(xsa(y, v).square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
 def test_strided_and_empty_inputs():
     joined = torch.randn(5, 48)
     y, v = joined[:, :32].unflatten(1, (4, 8)), joined[:, 32:].unflatten(1, (2, 8))
