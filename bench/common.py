@@ -19,7 +19,6 @@ import functools
 import gc
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,11 +59,17 @@ def ceilings() -> Ceilings:
     gpu = DEVICE.type == "cuda"
     source = torch.empty((1 << 30) if gpu else (1 << 27), dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    copy = seconds_of(lambda: target.copy_(source))
+    copy = best_seconds(lambda: target.copy_(source))
     n = 8192 if gpu else 2048
     a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if gpu else torch.float32)
-    product = seconds_of(lambda: a @ a)
+    product = best_seconds(lambda: a @ a)
     return Ceilings(2 * source.numel() / copy, 2 * n**3 / product)
+
+
+def best_seconds(call: Call, rounds: int = 10) -> float:
+    """The fastest of some calls: what the machine can do, not what it did on the average."""
+    call()
+    return min(elapsed(call) for _ in range(rounds))
 
 
 def synchronize() -> None:
@@ -72,17 +77,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(call: Call, rounds: int = 7) -> float:
-    """Median of a call's time: host clock around a synchronised call, for what lasts far longer than a launch."""
+def elapsed(call: Call) -> float:
+    synchronize()
+    start = time.perf_counter()
     call()
-    times = []
-    for _ in range(rounds):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    synchronize()
+    return max(time.perf_counter() - start, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,6 @@ class Timed:
     calls: int
     rounds: int
     how: str
-
-
-def elapsed(call: Call) -> float:
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return max(time.perf_counter() - start, 1e-6)
 
 
 def seconds_once(call: Call) -> float:
