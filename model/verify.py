@@ -495,8 +495,9 @@ def answer(request: dict[str, Any], isolation: Isolation) -> None:
     box = BlackBox(resolve(request["scorer"], shards), model, Probe(tokens, tokens, config, config), tables)
     np.save(folder / "nll.npy", box.run(tokens).entered)
     hidden = "that are not there" if isolation.hidden else f"not opened by Python code ({isolation.reason})"
-    project = [str(Path(__file__).parent), str(Path(pgolf_kernels.__file__).parent)]
-    other = isolation.other_files([str(folder), *project])
+    kernels = Path(pgolf_kernels.__file__).parent  # and what an editable install writes beside it
+    project = [Path(__file__).parent, kernels, kernels.with_suffix(".egg-info")]
+    other = isolation.other_files([str(path) for path in (folder, *project)])
     (folder / "answer.json").write_text(
         json.dumps({"opened": isolation.opened, "reason": hidden, "other_files": other})
     )
