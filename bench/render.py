@@ -126,8 +126,8 @@ def render_suite(results: Results, suite: str) -> list[str]:
 
 
 def render_headline(results: Results) -> list[str]:
-    """For each entry and machine: the first case, our time, the peer's of that run."""
-    cells = []
+    """For each entry and machine: the first case, our time, the peer's of that run; then what has no record."""
+    cells, missing = [], []
     for part, label, wanted in HEADLINE:
         firsts: dict[str, tuple[str, list[Row]]] = {}
         for record in results.get(part.split("/")[0], []):
@@ -135,7 +135,7 @@ def render_headline(results: Results) -> list[str]:
                 if suite == part and rows[0].seconds is not None:
                     firsts.setdefault(record.environment["device"], (case, rows))
         if not firsts:
-            cells.append([label, "", NOT_RECORDED, "", "", ""])
+            missing.append(label)
         for device, (case, rows) in firsts.items():
             ours = rows[0]
             peers = [row for row in rows[1:] if row.seconds and is_peer(row.provider)]
@@ -151,7 +151,8 @@ def render_headline(results: Results) -> list[str]:
                     f"{best.seconds / ours.seconds:.2f}" if best and best.seconds and ours.seconds else "",
                 ]
             )
-    return table(["", "case and machine", "here", "of the ceiling", "peer", "times faster"], cells)
+    lines = table(["", "case and machine", "here", "of the ceiling", "peer", "times faster"], cells)
+    return [*lines, "", f"Without a record so far: {'; '.join(missing)}."] if missing else lines
 
 
 def rendered(text: str, results: Results) -> str:
