@@ -448,6 +448,7 @@ def _check_training_data(
             "config": box.probe.config.to_dict(),
             "folder": str(folder),
             "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "device": str(next(box.model.parameters()).device),
             "dtype": str(box.model.compute_dtype).removeprefix("torch."),
         }
@@ -482,6 +483,7 @@ def answer(request: dict[str, Any], isolation: Isolation) -> None:
     """The fresh process: runs the scorer on the request's stream and writes the scores and what was opened."""
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
+    torch.set_float32_matmul_precision(request["matmul_precision"])
     config = Config.from_dict(request["config"])
     model = GPT(config.model)
     model.load_state_dict(load_file(folder / "weights.safetensors"))

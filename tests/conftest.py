@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_matmul_precision() -> Iterator[None]:
-    """Training lowers the process's precision of fp32 products; the next test must not see it."""
-    before = torch.get_float32_matmul_precision()
+    """Training lowers the process's precision of fp32 products, also in a module's fixture; no test must see it."""
+    torch.set_float32_matmul_precision("highest")
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
