@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model.adapters import Adapters
 from model.config import ModelConfig
 from model.layers import (
+    add_linear_,
     attention_without_self,
     bigram_index,
     document_starts,
@@ -65,10 +66,21 @@ class _Weights:
 
 
 @dataclass
+class _Mixing:
+    """Coefficients of the residual stream, one row a stream, in fp32."""
+
+    reads: tuple[Tensor, ...]  # by layer [2, D]: of the input embedding and of the stream
+    gates: tuple[Tensor, ...]  # by skip [D]: of the stream where a skip joins; none for additive skips
+    skips: tuple[Tensor, ...]  # by skip [D]: of the skip
+    lanes: tuple[Tensor, ...]  # by layer [2, 3, D]: for each lane, of itself, attention and MLP
+
+
+@dataclass
 class _Pass:
     """What every block of one forward call shares."""
 
     weights: list[_Weights]
+    mixing: _Mixing
     cos: Tensor
     sin: Tensor
     starts: Tensor | None
@@ -191,7 +203,7 @@ class GPT(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
             max_seqlen = length
-        state = _Pass(self._weights(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect)
+        state = _Pass(self._weights(), self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect)
 
         x = nn.functional.embedding(ids, self.tok_emb).to(self.compute_dtype)
         if config.bigram_vocab_size:
@@ -277,6 +289,20 @@ class GPT(nn.Module):
         parts = (qo[:layers], kv[:layers], kv[layers:], o, up, down)
         return [_Weights(*matrices) for matrices in zip(*(part.to(dtype).unbind() for part in parts), strict=True)]
 
+    def _mixing(self) -> _Mixing:
+        """Computed for all layers at once: one by one, gradients of their slices would cost a launch or two each."""
+        config = self.config
+        gates: tuple[Tensor, ...] = ()
+        skips: Tensor = self.skip_weights
+        if config.skip_form == "gated":
+            open_gates = torch.sigmoid(self.skip_gates)
+            gates, skips = open_gates.unbind(), (1 - open_gates) * skips
+        lanes: tuple[Tensor, ...] = ()
+        if config.parallel_lanes == 2 and config.parallel_start >= 0:
+            of_lanes = torch.cat([self.lane_resid.unsqueeze(1), self.lane_mix], dim=1).mT
+            lanes = of_lanes.unsqueeze(-1).expand(-1, -1, -1, config.model_dim).unbind()
+        return _Mixing(self.resid_mix.flip(1).unbind(), gates, skips.unbind(), lanes)
+
     def _maybe_fake_quantize(self, weight: Tensor, clip_range: int) -> Tensor:
         per_matrix = weight.shape[-1] * weight.shape[-2]
         return fake_quantize(weight, clip_range) if self.late_qat and per_matrix > QAT_MIN_ELEMENTS else weight
@@ -299,55 +325,58 @@ class GPT(nn.Module):
                 lanes = (Stream.of(x), Stream.of(x))
             stream = Stream.of(x) if lanes is None else lanes[0]
             if skips and position < config.num_skips:
-                stream = self._join_skip(stream, skips.pop(), position)
+                stream = self._join_skip(stream, skips.pop(), position, state.mixing)
             if lanes is None:
                 x, _, x0 = self._block(stream, x0, layer, slot, state)
             else:
-                lanes = self._lane_block((stream, lanes[1]), x0, layer, slot, state)
+                lanes, x0 = self._lane_block((stream, lanes[1]), x0, layer, slot, state)
         if lanes is not None:
-            return lanes[0].scaled(0.5).plus(lanes[1].scaled(0.5)).norm(1.0)[1]
+            return lanes[0].scaled(0.5).plus(lanes[1].scaled(0.5)).norm(1.0, with_total=False)[1]
         if loop and config.loop_form == "rerun":
             for _ in range(config.num_loops):
                 for layer in range(config.loop_start, config.loop_end + 1):
                     x, _, x0 = self._block(Stream.of(x), x0, layer, layer, state)
         return norm_residual(x)[0]
 
-    def _join_skip(self, x: Stream, skip: Tensor, position: int) -> Stream:
-        weight = self.skip_weights[position]
-        if self.config.skip_form == "additive":
-            return x.plus(Stream.of(skip, weight))
-        gate = torch.sigmoid(self.skip_gates[position])
-        return x.scaled(gate).plus(Stream.of(skip, (1 - gate) * weight))
+    def _join_skip(self, x: Stream, skip: Tensor, position: int, mixing: _Mixing) -> Stream:
+        joined = x.scaled(mixing.gates[position]) if mixing.gates else x
+        return joined.plus(Stream.of(skip, mixing.skips[position]))
 
     def _norm_scale(self, layer: int) -> float:
         return 1.0 / math.sqrt(layer + 1) if self.config.ln_scale else 1.0
 
-    def _read(self, x: Stream, x0: Tensor, layer: int) -> tuple[Tensor, Tensor, Stream]:
-        """(h, n, again): the stream mixed with the input embedding, its norm, and what it was mixed from."""
-        mix = self.resid_mix[layer]
-        return Stream.of(x0, mix[1]).plus(x.scaled(mix[0])).norm(self._norm_scale(layer))
+    def _read(
+        self, x: Stream, x0: Tensor, layer: int, mixing: _Mixing, *, with_total: bool = True
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(h, n, again): the stream mixed with the input embedding, its norm, and x0 and the stream's activations."""
+        mix = mixing.reads[layer]
+        if x.coefficients is None:
+            mixed = Stream((x0, *x.tensors), mix)
+        else:
+            of_x0, of_x = mix.unbind()
+            mixed = Stream.of(x0, of_x0).plus(x.scaled(of_x))
+        return mixed.norm(self._norm_scale(layer), with_total=with_total)
 
     def _block(self, x: Stream, x0: Tensor, layer: int, slot: int, state: _Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """(output, the stream's last activation, x0); the latter two for later uses, see Stream.norm."""
-        h, normed, again = self._read(x, x0, layer)
+        """(output, the stream's last activation, x0); the latter two for later uses, see Stream."""
+        h, normed, again = self._read(x, x0, layer, state.mixing)
         y = self._attention(normed, layer, slot, state, residual=h)
         if not (self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer):
             normed, y = norm_residual(y, scale=self._norm_scale(layer))
-        return self._mlp(normed, layer, slot, state, residual=y), again.tensors[-1], again.tensors[0]
+        return self._mlp(normed, layer, slot, state, residual=y), again[-1], again[0]
 
     def _lane_block(
         self, lanes: tuple[Stream, Stream], x0: Tensor, layer: int, slot: int, state: _Pass
-    ) -> tuple[Stream, Stream]:
-        """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530)."""
-        _, normed, _ = self._read(lanes[0], x0, layer)
-        attended = Stream.of(self._attention(normed, layer, slot, state))
-        lane1, normed, _ = lanes[1].norm(self._norm_scale(layer))
-        fed = Stream.of(self._mlp(normed, layer, slot, state))
-        keep, post = self.lane_resid[layer], self.lane_mix[layer]
-        return (
-            lanes[0].scaled(keep[0]).plus(attended.scaled(post[0, 0])).plus(fed.scaled(post[1, 0])),
-            Stream.of(lane1).scaled(keep[1]).plus(attended.scaled(post[0, 1])).plus(fed.scaled(post[1, 1])),
-        )
+    ) -> tuple[tuple[Stream, Stream], Tensor]:
+        """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530). Each lane
+        becomes one activation first: it would be read once more by every later block otherwise."""
+        lane1, fed, again = lanes[1].norm(self._norm_scale(layer))
+        lane0, _ = lanes[0].replaced(lanes[1].tensors, again).sum()
+        _, attended, (x0, lane0) = self._read(Stream.of(lane0), x0, layer, state.mixing, with_total=False)
+        attended = self._attention(attended, layer, slot, state)
+        fed = self._mlp(fed, layer, slot, state)
+        first, second = state.mixing.lanes[layer].unbind()
+        return (Stream((lane0, attended, fed), first), Stream((lane1, attended, fed), second)), x0
 
     def _attention(
         self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None
@@ -361,16 +390,17 @@ class GPT(nn.Module):
         epsilon = norm_epsilon(normed.dtype)
         rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         if state.adapters is None:
-            q, k, v = qkv_rope(normed, *projections, **rope)
+            q, k, v, again = qkv_rope(normed, *projections, **rope)
         else:
             q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in state.adapters.qkv(slot, normed, projections))
             q, k = qk_rope(q, k, **rope)
+            again = v
         if config.value_residual:
             if layer == 0:
                 state.first_value = v
             else:
                 share = torch.softmax(self.v_lambda[layer - 1].to(v.dtype), dim=0)
-                v = share[0] * v + share[1] * state.first_value
+                v = again = share[0] * v + share[1] * state.first_value
         subtract_self = layer >= config.num_layers - config.xsa_last_n
         if subtract_self and config.xsa_form == "self_weight":
             y = attention_without_self(q, k, v, state.starts)
@@ -378,11 +408,11 @@ class GPT(nn.Module):
             packed = [t.reshape(rows * length, t.size(2), t.size(3)) for t in (q, k, v)]
             y = varlen_attention(packed[0], packed[1], packed[2], state.cu_seqlens, state.max_seqlen).view(q.shape)
             if subtract_self:
-                y = xsa(y, v)
+                y = xsa(y, again)
         y = y.reshape(rows, length, dim)
         if state.collect is not None:
             state.collect((f"blocks.{layer}.attn.o",), y)
-        output = _linear_residual(y, weights.o, residual)
+        output = nn.functional.linear(y, weights.o) if residual is None else add_linear_(residual, y, weights.o)
         if state.adapters is None:
             return output
         return state.adapters.add("o", slot, normed, output, self.attn_scale[layer])
@@ -401,11 +431,3 @@ class GPT(nn.Module):
         if state.adapters is None:
             return output
         return state.adapters.add("mlp", slot, normed, output, self.mlp_scale[layer])
-
-
-def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-    """x W^T; with `residual`, the sum, written over it: the product's accumulator starts from it without a copy."""
-    if residual is None:
-        return nn.functional.linear(x, weight)
-    residual.view(-1, weight.size(0)).addmm_(x.view(-1, weight.size(1)), weight.t())
-    return residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,31 @@ def norm_epsilon(dtype: torch.dtype) -> float:
 def rms_norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, with no weight."""
     return F.rms_norm(x, (x.size(-1),), eps=norm_epsilon(x.dtype))
+
+
+def add_linear_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total + x W^T, written over `total`: the product's accumulator starts from it without a copy.
+
+    total [..., out], x [..., in], weight [out, in]. In place on a view, autograd would copy the gradient three times.
+    """
+    return _AddLinear.apply(total, x, weight)
+
+
+class _AddLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.mark_dirty(total)
+        total.view(-1, weight.size(0)).addmm_(x.reshape(-1, weight.size(1)), weight.t())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, weight.size(0))
+        d_x = (flat @ weight).view_as(x) if ctx.needs_input_grad[1] else None
+        d_weight = flat.t() @ x.reshape(-1, weight.size(1)) if ctx.needs_input_grad[2] else None
+        return grad, d_x, d_weight
 
 
 def rope_tables(length: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernels of qk_rope.py: one program takes a few tokens, their query heads, key heads and (copied) values.
+"""Triton kernels of qk_rope.py: one program takes a few tokens, their query heads, key heads and gradients of values.
 
 A tile is [tokens * heads, d]. The rotation needs each row's columns twice, in place and with the halves of the first
 2 P swapped: the second load hits L1 and saves a shuffle through shared memory.
@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels import _triton_op
+from pgolf_kernels._triton_tile import sum_rows
 
 TOKENS = 8  # a tile; 4 warps then hold 32 values a thread
 WARPS = 4
+PROGRAMS = 8  # a multiprocessor, of the backward's persistent grid
 
 
 @triton.jit
@@ -58,29 +60,30 @@ def _turn(x_ptr, out_ptr, gain_ptr, cos_ptr, sin_ptr, tile, tokens, stride, leng
 
 
 @triton.jit
-def _copy(x_ptr, out_ptr, tile, tokens, stride, out_stride, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
-          TOKENS: tl.constexpr):  # fmt: skip
-    """Rows of WIDTH values from one stride to another."""
+def _gather(x_ptr, y_ptr, out_ptr, tile, tokens, out_stride, ADD: tl.constexpr, WIDTH: tl.constexpr,
+            WIDTH_PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Packed rows of x, or of x + y, into rows of another stride."""
     token = tile * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, WIDTH_PADDED)
     mask = (token < tokens)[:, None] & (column < WIDTH)[None, :]
     token = token.to(tl.int64)[:, None]
-    tl.store(out_ptr + token * out_stride + column[None, :],
-             tl.load(x_ptr + token * stride + column[None, :], mask=mask), mask=mask)  # fmt: skip
+    offsets = token * WIDTH + column[None, :]
+    value = tl.load(x_ptr + offsets, mask=mask)
+    if ADD:
+        value = (value.to(tl.float32) + tl.load(y_ptr + offsets, mask=mask).to(tl.float32)).to(value.dtype)
+    tl.store(out_ptr + token * out_stride + column[None, :], value, mask=mask)
 
 
 @triton.jit
-def _forward_kernel(q, k, v, gain, cos, sin, out_q, out_k, out_v, tokens, q_stride, k_stride, length, eps,
-                    COPY: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr,
-                    HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
+def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stride, length, eps,
+                    H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
+                    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
                     TOKENS: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0)
     _turn(q, out_q, gain, cos, sin, tile, tokens, q_stride, length, eps, True, H, H_PADDED, DIM, DIM_PADDED, PAIRS,
           TOKENS)  # fmt: skip
     _turn(k, out_k, gain, cos, sin, tile, tokens, k_stride, length, eps, False, HKV, HKV_PADDED, DIM, DIM_PADDED,
           PAIRS, TOKENS)  # fmt: skip
-    if COPY:
-        _copy(v, out_v, tile, tokens, q_stride, HKV * DIM, HKV * DIM, HKV_PADDED * DIM_PADDED, TOKENS)
 
 
 @triton.jit
@@ -109,10 +112,11 @@ def _turn_back(grad_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile,
 
 
 @triton.jit
-def _backward_kernel(grad_q, grad_k, grad_v, q, k, gain, cos, sin, d_q, d_k, d_v, partial, tokens, q_stride, k_stride,
-                     d_q_stride, d_k_stride, length, eps, COPY: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr,
-                     HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-                     PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def _backward_kernel(grad_q, grad_k, grad_v, grad_v2, q, k, gain, cos, sin, d_q, d_k, d_v, partial, tokens, q_stride,
+                     k_stride, d_q_stride, d_k_stride, length, eps, VALUES: tl.constexpr, H: tl.constexpr,
+                     H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr,
+                     DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """VALUES: how many gradients of the values there are to be added and written (0 to 2)."""
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
@@ -120,8 +124,9 @@ def _backward_kernel(grad_q, grad_k, grad_v, q, k, gain, cos, sin, d_q, d_k, d_v
                             True, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         unused = _turn_back(grad_k, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length, eps,
                             False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
-        if COPY:
-            _copy(grad_v, d_v, tile, tokens, HKV * DIM, d_q_stride, HKV * DIM, HKV_PADDED * DIM_PADDED, TOKENS)
+        if VALUES > 0:
+            _gather(grad_v, grad_v2, d_v, tile, tokens, d_q_stride, VALUES > 1, HKV * DIM, HKV_PADDED * DIM_PADDED,
+                    TOKENS)  # fmt: skip
     row = tl.arange(0, TOKENS * H_PADDED)
     tl.store(partial + tl.program_id(0) * (TOKENS * H_PADDED) + row, d_gain)
 
@@ -144,83 +149,42 @@ def _shape(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
 def forward(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(q', k') of q [N, H, d] and k [N, Hkv, d]."""
     q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
-    return _forward(q, k, None, gain, cos, sin, eps)[:2]
-
-
-def forward_packed(
-    raw: Tensor, heads: int, kv_heads: int, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(q', k', v) of raw [N, (H + 2 Hkv) d], the three projections side by side."""
-    return _forward(*_split(raw, heads, kv_heads), gain, cos, sin, eps)
+    gain, cos, sin = gain.contiguous(), cos.contiguous(), sin.contiguous()
+    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    tokens = q.shape[0]
+    with torch.cuda.device_of(q):
+        _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+            q, k, gain, cos, sin, out_q, out_k, tokens, q.stride(0), k.stride(0), cos.shape[0], eps,
+            **_shape(q, k, cos), num_warps=WARPS,
+        )  # fmt: skip
+    return out_q, out_k
 
 
 def backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and gain."""
-    q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
     d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    d_gain = _backward(grad_q, grad_k, None, q, k, gain, cos, sin, d_q, d_k, None, eps)
+    d_gain = backward_into(grad_q, grad_k, [], q, k, gain, cos, sin, eps, d_q, d_k, None)
     return d_q, d_k, d_gain
 
 
-def backward_packed(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, raw: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of raw (written in place of a concatenation) and gain."""
-    d_raw = torch.empty_like(raw)
-    heads, kv_heads = grad_q.shape[1], grad_k.shape[1]
-    q, k, _ = _split(raw, heads, kv_heads)
-    d_gain = _backward(grad_q, grad_k, grad_v.contiguous(), q, k, gain, cos, sin, *_split(d_raw, heads, kv_heads), eps)
-    return d_raw, d_gain
-
-
-def _split(raw: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    dim = raw.shape[1] // (heads + 2 * kv_heads)
-    q, k, v = raw.view(raw.shape[0], -1, dim).split([heads, kv_heads, kv_heads], dim=1)
-    return q, k, v
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor | None, gain: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    gain, cos, sin = gain.contiguous(), cos.contiguous(), sin.contiguous()
-    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    out_v = torch.empty_like(out_k) if v is not None else out_k
-    tokens = q.shape[0]
-    with torch.cuda.device_of(q):
-        _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
-            q, k, k if v is None else v, gain, cos, sin, out_q, out_k, out_v, tokens, q.stride(0), k.stride(0),
-            cos.shape[0], eps, COPY=v is not None, **_shape(q, k, cos), num_warps=WARPS,
-        )  # fmt: skip
-    return out_q, out_k, out_v
-
-
-def _backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Writes d_q, d_k and d_v; returns gain's gradient."""
-    grad_q, grad_k, gain, cos, sin = (t.contiguous() for t in (grad_q, grad_k, gain, cos, sin))
+def backward_into(
+    grad_q: Tensor, grad_k: Tensor, grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Writes d_q, d_k and the sum of up to two gradients of v into d_v (strided as d_q is); returns gain's gradient."""
+    q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
+    grad_q, grad_k, gain, cos, sin, *grad_vs = (t.contiguous() for t in (grad_q, grad_k, gain, cos, sin, *grad_vs))
     shape = _shape(q, k, cos)
     tokens = q.shape[0]
-    programs = min(triton.cdiv(tokens, TOKENS), 8 * _triton_op.grid_size(q))
+    programs = min(triton.cdiv(tokens, TOKENS), PROGRAMS * _triton_op.grid_size(q))
     partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
-    copy = grad_v is not None
+    first_v, second_v = (*grad_vs, grad_k, grad_k)[:2]
     with torch.cuda.device_of(q):
         _backward_kernel[(programs,)](
-            grad_q, grad_k, grad_v if copy else grad_k, q, k, gain, cos, sin, d_q, d_k, d_v if copy else d_k, partial,
-            tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0), cos.shape[0], eps, COPY=copy,
+            grad_q, grad_k, first_v, second_v, q, k, gain, cos, sin, d_q, d_k, d_k if d_v is None else d_v, partial,
+            tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0), cos.shape[0], eps, VALUES=len(grad_vs),
             **shape, num_warps=WARPS,
         )  # fmt: skip
-    return partial.sum((0, 1))[: gain.numel()].to(gain.dtype)
+    return sum_rows(partial.flatten(0, 1))[: gain.numel()].to(gain.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels import _triton_op
+from pgolf_kernels._triton_tile import sum_rows
 
 if TYPE_CHECKING:
     from pgolf_kernels.residual import ResidualConfig
@@ -49,7 +51,7 @@ def _weight(coefficients, k: tl.constexpr, columns, inside, WEIGHTED: tl.constex
 def _forward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, coefficients, total_ptr, normed_ptr, rows, eps, scale,
     STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
-    NORM: tl.constexpr,
+    TOTAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -62,7 +64,7 @@ def _forward_kernel(
             weight = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)
             pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
             total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-        if WEIGHTED:
+        if TOTAL:
             tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
         if NORM:
             factor = scale * tl.rsqrt(tl.sum(total * total, axis=1) / DIM + eps)
@@ -74,8 +76,10 @@ def _backward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, g0, g1, g2, g3, g4, g5, g6, g7, t0, t1, t2, t3, t4, t5, t6, t7,
     coefficients, d_total_ptr, d_normed_ptr, partial_ptr, rows, eps, scale,
     STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
-    TOTAL: tl.constexpr, NORM: tl.constexpr, THROUGH: tl.constexpr,
+    TOTAL: tl.constexpr, NORM: tl.constexpr, THROUGH: tl.constexpr, WANTED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """THROUGH and WANTED have a bit for each stream: whether it has a gradient from later uses, and whether its own is
+    asked for. SUMS: the coefficients' are."""
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     # One accumulator a coefficient row; unused ones are dropped by the compiler.
@@ -105,13 +109,14 @@ def _backward_kernel(
             inner = tl.sum(d_normed * total, axis=1) / DIM
             grad += scale * r[:, None] * (d_normed - total * (r * r * inner)[:, None])
         for k in tl.static_range(STREAMS):
-            d_stream = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)[None, :] * grad
-            if (THROUGH >> k) & 1:
-                later = _pick(t0, t1, t2, t3, t4, t5, t6, t7, k)
-                d_stream += tl.load(later + offsets, mask=mask, other=0.0).to(tl.float32)
-            target = _pick(g0, g1, g2, g3, g4, g5, g6, g7, k)
-            tl.store(target + offsets, d_stream.to(target.dtype.element_ty), mask=mask)
-            if WEIGHTED:
+            if (WANTED >> k) & 1:
+                d_stream = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)[None, :] * grad
+                if (THROUGH >> k) & 1:
+                    later = _pick(t0, t1, t2, t3, t4, t5, t6, t7, k)
+                    d_stream += tl.load(later + offsets, mask=mask, other=0.0).to(tl.float32)
+                target = _pick(g0, g1, g2, g3, g4, g5, g6, g7, k)
+                tl.store(target + offsets, d_stream.to(target.dtype.element_ty), mask=mask)
+            if SUMS:
                 # Read again rather than kept: the tile is in L1, and registers decide how many rows are in flight.
                 source = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
                 product = grad * tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -131,7 +136,7 @@ def _backward_kernel(
                     a6 += product
                 else:
                     a7 += product
-    if WEIGHTED:
+    if SUMS:
         partial = partial_ptr + tl.program_id(0) * STREAMS * DIM + columns
         for k in tl.static_range(STREAMS):
             tl.store(partial + k * DIM, tl.sum(_pick(a0, a1, a2, a3, a4, a5, a6, a7, k), axis=0), mask=inside)
@@ -150,6 +155,7 @@ def forward(
     coefficients: Tensor | None,
     scale: float,
     eps: float,
+    with_total: bool,
     with_norm: bool,
     config: ResidualConfig,
 ) -> tuple[Tensor, Tensor]:
@@ -157,8 +163,7 @@ def forward(
     dim = first.shape[-1]
     rows = first.numel() // dim
     weighted = coefficients is not None
-    total = torch.empty_like(first) if weighted else first.new_empty(0)
-    normed = torch.empty_like(first) if with_norm else first.new_empty(0)
+    total, normed = (torch.empty_like(first) if wanted else first.new_empty(0) for wanted in (with_total, with_norm))
     if rows == 0:
         return total, normed
     grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
@@ -166,7 +171,7 @@ def forward(
         _forward_kernel[grid](
             *_pad(streams), coefficients if weighted else first, total, normed, rows, eps, scale,
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
-            WEIGHTED=weighted, NORM=with_norm, num_warps=config.forward_warps,
+            WEIGHTED=weighted, TOTAL=with_total, NORM=with_norm, num_warps=config.forward_warps,
         )  # fmt: skip
     return total, normed
 
@@ -179,17 +184,19 @@ def backward(
     through: list[Tensor | None],
     scale: float,
     eps: float,
+    wanted: list[bool],
     config: ResidualConfig,
 ) -> tuple[list[Tensor], Tensor]:
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
     weighted = coefficients is not None
-    d_streams = [torch.empty_like(s) for s in streams]
+    sums = weighted and wanted[0]
+    d_streams = [torch.empty_like(s) if want else s.new_empty(0) for s, want in zip(streams, wanted[1:], strict=True)]
     if rows == 0:
-        return d_streams, torch.zeros_like(coefficients) if weighted else first.new_empty(0)
+        return d_streams, torch.zeros_like(coefficients) if sums else first.new_empty(0)
     programs = _programs(rows, config.backward_rows, first, config.backward_programs)
-    partial = first.new_empty((programs, len(streams), dim) if weighted else 1, dtype=torch.float32)
+    partial = first.new_empty((programs, len(streams), dim) if sums else 1, dtype=torch.float32)
     with torch.cuda.device_of(first):
         _backward_kernel[(programs,)](
             *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
@@ -197,6 +204,11 @@ def backward(
             first if d_normed is None else d_normed, partial, rows, eps, scale,
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
             WEIGHTED=weighted, TOTAL=d_total is not None, NORM=d_normed is not None,
-            THROUGH=sum(1 << k for k, t in enumerate(through) if t is not None), num_warps=config.backward_warps,
+            THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
+            num_warps=config.backward_warps,
         )  # fmt: skip
-    return d_streams, partial.sum(0).to(coefficients.dtype) if weighted else first.new_empty(0)
+    return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else first.new_empty(0)
+
+
+def _bits(flags: Iterable[bool]) -> int:
+    return sum(1 << k for k, flag in enumerate(flags) if flag)

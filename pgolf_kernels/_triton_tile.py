@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -35,3 +36,26 @@ def new_described(like: Tensor, rows: int, columns: int) -> Tensor:
     """An empty [rows, columns] whose rows the copy engine can write; past the columns lies padding."""
     step = 16 // like.element_size()
     return like.new_empty((rows, columns + -columns % step))[:, :columns]
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _sum_rows_kernel(x_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum over rows of contiguous fp32 x [rows, columns], [columns]: what persistent programs leave to be added.
+
+    A program sums 8 columns, so that a few hundred columns fill the device; always in the same order.
+    """
+    rows, columns = x.shape
+    out = x.new_empty(columns)
+    with torch.cuda.device_of(x):
+        _sum_rows_kernel[(triton.cdiv(columns, 8),)](x, out, rows, columns, ROWS=256, COLUMNS=8, num_warps=4)
+    return out

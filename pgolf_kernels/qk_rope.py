@@ -10,9 +10,9 @@ one table. With g = dq', t = gain * R^T g (R^T turns back) and s = 1 / sqrt(mean
     dq = s (t - n mean_d(n t)),     dgain[h] = sum_i g . r(q)
 
 All inside in fp32 (fp64 for fp64), one rounding at the end: the public systems round to bf16 after each of the three
-steps. `qkv_rope` starts from the block's input instead: q, k and v are one matrix product on a GPU, and the backward
-writes the three gradients side by side, so that dx and dW are one product each. Source: pull requests 1413, 1514, 1530,
-1727.
+steps. `qkv_rope` starts from the block's input instead: q, k and v are one matrix product on a GPU, v stays where the
+product has written it, and the backward writes the three gradients side by side, so that dx and dW are one product
+each. Source: pull requests 1413, 1514, 1530, 1727.
 """
 
 from __future__ import annotations
@@ -134,31 +134,36 @@ def _project(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(q', k', the three projections side by side)."""
     heads = gain.numel()
     kv_heads = w_k.shape[0] * heads // w_q.shape[0]
     if runs_triton(x) and x.numel():
         raw = x @ torch.cat([w_q, w_k, w_v]).t()
-        return *kernels("qk_rope").forward_packed(raw, heads, kv_heads, gain, cos, sin, eps), raw
-    # Three products: a single one may round otherwise on some processors, and adapters need them apart.
-    q, k, v = (x @ weight.t() for weight in (w_q, w_k, w_v))
-    split = (heads, -1), (kv_heads, -1)
-    out_q, out_k = _forward(q.unflatten(1, split[0]), k.unflatten(1, split[1]), gain, cos, sin, eps)
-    return out_q, out_k, v.unflatten(1, split[1]), torch.cat([q, k, v], 1)
+    else:
+        # Three products: a single one may round otherwise on some processors, and adapters need them apart.
+        raw = torch.cat([x @ weight.t() for weight in (w_q, w_k, w_v)], 1)
+    q, k, _ = split_heads(raw, heads, kv_heads)
+    return *_forward(q, k, gain, cos, sin, eps), raw
+
+
+def split_heads(raw: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """q [N, H, d], k and v [N, Hkv, d] of raw [N, (H + 2 Hkv) d]: views."""
+    dim = raw.shape[1] // (heads + 2 * kv_heads)
+    return raw.view(raw.shape[0], -1, dim).split([heads, kv_heads, kv_heads], dim=1)
 
 
 def _project_fake(x, w_q, w_k, w_v, gain, cos, sin, eps):
-    rows, heads = x.shape[0], gain.shape[0]
-    kv_heads = w_k.shape[0] * heads // w_q.shape[0]
-    key = (rows, kv_heads, w_q.shape[0] // heads)
-    raw = x.new_empty((rows, w_q.shape[0] + 2 * w_k.shape[0]))
-    return x.new_empty((rows, heads, key[2])), x.new_empty(key), x.new_empty(key), raw
+    heads = gain.shape[0]
+    dim = w_q.shape[0] // heads
+    raw = x.new_empty((x.shape[0], w_q.shape[0] + 2 * w_k.shape[0]))
+    return x.new_empty((x.shape[0], heads, dim)), x.new_empty((x.shape[0], w_k.shape[0] // dim, dim)), raw
 
 
 def _project_backward_kernel(
     grad_q: torch.Tensor,
     grad_k: torch.Tensor,
-    grad_v: torch.Tensor,
+    grad_vs: list[torch.Tensor],
     x: torch.Tensor,
     w_q: torch.Tensor,
     w_k: torch.Tensor,
@@ -171,23 +176,25 @@ def _project_backward_kernel(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, the weights' gradients one below the other, dgain); what is not wanted is empty."""
+    q, k, _ = split_heads(raw, grad_q.shape[1], grad_k.shape[1])
     if runs_triton(x) and x.numel():
-        d_raw, d_gain = kernels("qk_rope").backward_packed(grad_q, grad_k, grad_v, raw, gain, cos, sin, eps)
+        d_raw = torch.empty_like(raw)
+        d_heads = split_heads(d_raw, grad_q.shape[1], grad_k.shape[1])
+        d_gain = kernels("qk_rope").backward_into(grad_q, grad_k, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
     else:
-        q, k, _ = raw.split([w_q.shape[0], w_k.shape[0], w_v.shape[0]], dim=1)
-        q, k = q.unflatten(1, grad_q.shape[1:]), k.unflatten(1, grad_k.shape[1:])
         d_q, d_k, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
-        d_raw = torch.cat([d_q.flatten(1), d_k.flatten(1), grad_v.flatten(1)], 1)
+        d_v = grad_vs[0] if len(grad_vs) == 1 else grad_vs[0] + grad_vs[1]
+        d_raw = torch.cat([d.flatten(1) for d in (d_q, d_k, d_v)], 1)
     weights = torch.cat([w_q, w_k, w_v])
     d_x = d_raw @ weights if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain
 
 
 _project_backward_op = register_op(
-    "qkv_rope_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
+    "qkv_rope_backward(Tensor grad_q, Tensor grad_k, Tensor[] grad_vs, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
     " Tensor raw, Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _project_backward_kernel,
-    fake=lambda grad_q, grad_k, grad_v, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
+    fake=lambda grad_q, grad_k, grad_vs, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
         x.new_empty(x.shape if wanted[0] else (0,)),
         x.new_empty((raw.shape[1], x.shape[1]) if wanted[1] else (0,)),
         gain.new_empty(gain.shape),
@@ -195,35 +202,53 @@ _project_backward_op = register_op(
     not_differentiable="double backward is not supported",
 )
 
-
-def _project_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, output[3])
-    ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _project_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-        raise RuntimeError("pgolf::qkv_rope: cos and sin are not differentiable")
-    x, w_q, w_k, w_v, gain, cos, sin, raw = ctx.saved_tensors
-    head_dim = w_q.shape[0] // gain.numel()
-    shapes = [(x.shape[0], weight.shape[0] // head_dim, head_dim) for weight in (w_q, w_k, w_v)]
-    upstream = [x.new_zeros(shape) if g is None else g for g, shape in zip(grads[:3], shapes, strict=True)]
-    wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])]
-    d_x, d_weights, d_gain = _project_backward_op(*upstream, x, w_q, w_k, w_v, raw, gain, cos, sin, ctx.eps, wanted)
-    parts = d_weights.split([w.shape[0] for w in (w_q, w_k, w_v)]) if wanted[1] else (None, None, None)
-    return d_x if wanted[0] else None, *parts, d_gain, None, None, None
-
-
 _project_op = register_op(
     "qkv_rope(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor gain, Tensor cos, Tensor sin, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _project,
     fake=_project_fake,
-    backward=_project_backward,
-    setup_context=_project_setup_context,
+    not_differentiable="its values are a part of its last result: pgolf_kernels.qkv_rope differentiates",
 )
+
+
+class _QkvRope(torch.autograd.Function):
+    """The op with v as a view of what is saved, and twice: an op's schema can say neither, an autograd function can."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w_q: torch.Tensor,
+        w_k: torch.Tensor,
+        w_v: torch.Tensor,
+        gain: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, ...]:
+        q, k, raw = _project_op(x, w_q, w_k, w_v, gain, cos, sin, eps)
+        ctx.save_for_backward(x, w_q, w_k, w_v, raw, gain, cos, sin)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        v = split_heads(raw, q.shape[1], k.shape[1])[2]
+        return q, k, v, v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
+            raise RuntimeError("pgolf::qkv_rope: cos and sin are not differentiable")
+        x, w_q, w_k, w_v, *_ = ctx.saved_tensors
+        head_dim = w_q.shape[0] // ctx.saved_tensors[5].numel()
+        shapes = [(x.shape[0], weight.shape[0] // head_dim, head_dim) for weight in (w_q, w_k, w_v)]
+        grad_q, grad_k = (
+            x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads[:2], shapes[:2], strict=True)
+        )
+        grad_vs = [grad for grad in grads[2:] if grad is not None] or [x.new_zeros(shapes[2])]
+        wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])]
+        results = _project_backward_op(grad_q, grad_k, grad_vs, *ctx.saved_tensors, ctx.eps, wanted)
+        d_x, d_weights, d_gain = results
+        parts = d_weights.split([w.shape[0] for w in (w_q, w_k, w_v)]) if wanted[1] else (None, None, None)
+        return d_x if wanted[0] else None, *parts, d_gain, None, None, None
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -239,11 +264,13 @@ def qkv_rope(
     sin: torch.Tensor,
     *,
     eps: float = EPS,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q', k', v) from the input of the projections: `qk_rope` of x W_q^T and x W_k^T, and x W_v^T.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(q', k', v, v) from the input of the projections: `qk_rope` of x W_q^T and x W_k^T, and x W_v^T twice.
 
     x [..., T, D]; w_q [H d, D], w_k and w_v [Hkv d, D] in x's dtype; gain [H], cos and sin as in :func:`qk_rope`.
-    Returns [..., T, H, d] and twice [..., T, Hkv, d]. Raises ValueError for shapes, TypeError for dtypes.
+    Returns q' [..., T, H, d], k' and v [..., T, Hkv, d]; v is a strided view of all three projections. Give its second
+    copy to a second reader: the gradients of both are added within this function's backward kernel. Raises ValueError
+    for shapes, TypeError for dtypes.
     """
     if gain.dim() != 1 or w_q.dim() != 2 or gain.numel() == 0 or w_q.shape[0] % gain.numel():
         raise ValueError(f"w_q: got shape {tuple(w_q.shape)}, wanted [H d, D] for H = {gain.numel()} gains")
@@ -260,8 +287,9 @@ def qkv_rope(
     if sin.shape != cos.shape:
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
     flat = x.reshape(-1, x.shape[-1])
-    q, k, v, _ = _project_op(flat, w_q, w_k, w_v, gain, cos, sin, float(eps))
-    return q.view(*x.shape[:-1], *q.shape[1:]), k.view(*x.shape[:-1], *k.shape[1:]), v.view(*x.shape[:-1], *v.shape[1:])
+    results = _QkvRope.apply(flat, w_q, w_k, w_v, gain, cos, sin, float(eps))
+    q, k, v, again = (t.view(*x.shape[:-1], *t.shape[1:]) for t in results)
+    return q, k, v, again
 
 
 def qk_rope(

@@ -11,7 +11,8 @@ every stream's gradient and reduces every coefficient's over the tokens:
     ds_k = c_k * g + t_k          dc_k = sum over tokens of g * s_k
 
 t_k is the gradient that a stream has from its later uses. The functions return their streams again; who reads those
-instead of the originals has t_k added inside this kernel, not by a pass of its own.
+instead of the originals has t_k added inside this kernel, not by a pass of its own. Gradients that nobody asked for, of
+frozen coefficients or of an input that is not learnt, are neither computed nor written.
 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
 streams stay as they are saved for backward: nothing else is kept, u and r are computed again. Given up: a kernel per
@@ -68,22 +69,20 @@ CONFIG = ResidualConfig()
 
 
 def _forward(
-    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_norm: bool
+    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_total: bool, with_norm: bool
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     if _triton_op.runs_triton(first):
-        return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_norm, CONFIG)
+        return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_total, with_norm, CONFIG)
     total, normed = reference(streams, _ones(first) if coefficients is None else coefficients, scale, eps)
-    return first.new_empty(0) if coefficients is None else total, normed if with_norm else first.new_empty(0)
+    return total if with_total else first.new_empty(0), normed if with_norm else first.new_empty(0)
 
 
 def _forward_fake(
-    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_norm: bool
+    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_total: bool, with_norm: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = streams[0].shape
-    return streams[0].new_empty((0,) if coefficients is None else shape), streams[0].new_empty(
-        shape if with_norm else 0
-    )
+    first = streams[0]
+    return first.new_empty(first.shape if with_total else 0), first.new_empty(first.shape if with_norm else 0)
 
 
 def _backward(
@@ -94,11 +93,13 @@ def _backward(
     through: list[Tensor | None],
     scale: float,
     eps: float,
+    wanted: list[bool],
 ) -> tuple[list[Tensor], Tensor]:
+    """`wanted`: whether the coefficients' and each stream's gradient is; an unwanted one is empty."""
     first = streams[0]
     if _triton_op.runs_triton(first):
         backward = _triton_op.kernels("residual").backward
-        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, CONFIG)
+        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, CONFIG)
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
     weights = (_ones(first) if coefficients is None else coefficients).to(wide)
@@ -108,17 +109,21 @@ def _backward(
         r = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
         d = d_normed.to(wide)
         g = g + scale * r * (d - total * (r.square() * (d * total).mean(-1, keepdim=True)))
-    d_streams = [c * g if t is None else c * g + t.to(wide) for c, t in zip(weights, through, strict=True)]
-    if coefficients is None:
-        d_coefficients = first.new_empty(0)
-    else:
-        d_coefficients = torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
-    return [d.to(first.dtype) for d in d_streams], d_coefficients
+    d_streams = [
+        (c * g if t is None else c * g + t.to(wide)).to(first.dtype) if want else first.new_empty(0)
+        for c, t, want in zip(weights, through, wanted[1:], strict=True)
+    ]
+    if coefficients is None or not wanted[0]:
+        return d_streams, first.new_empty(0)
+    return d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
 
 
-def _backward_fake(streams: list[Tensor], coefficients: Tensor | None, *_: Any) -> tuple[list[Tensor], Tensor]:
-    d_coefficients = streams[0].new_empty(0) if coefficients is None else torch.empty_like(coefficients)
-    return [s.new_empty(s.shape) for s in streams], d_coefficients
+def _backward_fake(streams: list[Tensor], coefficients: Tensor | None, *rest: Any) -> tuple[list[Tensor], Tensor]:
+    wanted = rest[-1]
+    d_coefficients = (
+        torch.empty_like(coefficients) if coefficients is not None and wanted[0] else streams[0].new_empty(0)
+    )
+    return [s.new_empty(s.shape if want else 0) for s, want in zip(streams, wanted[1:], strict=True)], d_coefficients
 
 
 def _ones(stream: Tensor) -> Tensor:
@@ -127,26 +132,11 @@ def _ones(stream: Tensor) -> Tensor:
 
 _backward_op = register_op(
     "combine_norm_backward(Tensor[] streams, Tensor? coefficients, Tensor? d_total, Tensor? d_normed,"
-    " Tensor?[] through, float scale, float eps) -> (Tensor[], Tensor)",
+    " Tensor?[] through, float scale, float eps, bool[] wanted) -> (Tensor[], Tensor)",
     _backward,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
 )
-
-
-def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, through: list[Tensor | None]) -> Any:
-    """(stream gradients, coefficient gradient or None) from what `_remember` kept."""
-    coefficients, *streams = ctx.saved_tensors
-    d_streams, d_coefficients = _backward_op(
-        streams,
-        coefficients,
-        None if d_total is None else d_total.contiguous(),
-        None if d_normed is None else d_normed.contiguous(),
-        [None if t is None else t.contiguous() for t in through],
-        ctx.scale,
-        ctx.eps,
-    )
-    return d_streams, None if coefficients is None else d_coefficients
 
 
 def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, eps: float) -> None:
@@ -155,22 +145,47 @@ def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor | None, 
     ctx.scale, ctx.eps = scale, eps
 
 
+def _gradients(
+    ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, through: Sequence[Tensor | None], wanted: list[bool]
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """(stream gradients, coefficient gradient) from what `_remember` kept; None for what is not wanted."""
+    coefficients, *streams = ctx.saved_tensors
+    if d_total is None and d_normed is None:
+        return list(through), None
+    d_streams, d_coefficients = _backward_op(
+        streams,
+        coefficients,
+        None if d_total is None else d_total.contiguous(),
+        None if d_normed is None else d_normed.contiguous(),
+        [None if t is None else t.contiguous() for t in through],
+        ctx.scale,
+        ctx.eps,
+        wanted,
+    )
+    kept = [d if want else None for d, want in zip(d_streams, wanted[1:], strict=True)]
+    return kept, d_coefficients if coefficients is not None and wanted[0] else None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    streams, coefficients, scale, eps, ctx.with_norm = inputs
+    streams, coefficients, scale, eps, ctx.with_total, ctx.with_norm = inputs
     _remember(ctx, streams, coefficients, scale, eps)
 
 
 def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Any, ...]:
-    coefficients, *streams = ctx.saved_tensors
-    d_total = d_total if coefficients is not None else None
-    d_normed = d_normed if ctx.with_norm else None
-    if d_total is None and d_normed is None:
-        return [None] * len(streams), None, None, None, None
-    return *_gradients(ctx, d_total, d_normed, [None] * len(streams)), None, None, None
+    streams = ctx.saved_tensors[1:]
+    d_streams, d_coefficients = _gradients(
+        ctx,
+        d_total if ctx.with_total else None,
+        d_normed if ctx.with_norm else None,
+        [None] * len(streams),
+        [ctx.needs_input_grad[1], *ctx.needs_input_grad[0]],
+    )
+    return d_streams, d_coefficients, None, None, None, None
 
 
 _op = register_op(
-    "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_norm) -> (Tensor, Tensor)",
+    "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_total, bool with_norm)"
+    " -> (Tensor, Tensor)",
     _forward,
     fake=_forward_fake,
     backward=_differentiate,
@@ -183,43 +198,54 @@ class _CombineNormThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor | None, scale: float, eps: float, *streams: Tensor
+        ctx: Any,
+        coefficients: Tensor | None,
+        scale: float,
+        eps: float,
+        with_total: bool,
+        with_norm: bool,
+        *streams: Tensor,
     ) -> tuple[Tensor, ...]:
         _remember(ctx, streams, coefficients, scale, eps)
-        total, normed = _op(list(streams), coefficients, scale, eps, True)
-        return total, normed, *streams
+        ctx.with_total, ctx.with_norm = with_total, with_norm
+        return *_op(list(streams), coefficients, scale, eps, with_total, with_norm), *streams
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *through: Tensor | None) -> tuple[Any, ...]:
-        d_total = d_total if ctx.saved_tensors[0] is not None else None
-        d_streams, d_coefficients = _gradients(ctx, d_total, d_normed, list(through))
-        return d_coefficients, None, None, *d_streams
+        needs = ctx.needs_input_grad
+        d_streams, d_coefficients = _gradients(
+            ctx,
+            d_total if ctx.with_total else None,
+            d_normed if ctx.with_norm else None,
+            through,
+            [needs[0], *needs[5:]],
+        )
+        return d_coefficients, None, None, None, None, *d_streams
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def combine_norm(
-    streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0
+    streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0, with_total: bool = True
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(u, n, streams): the weighted sum of `streams`, `scale` times its RMSNorm, and the streams again.
 
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
-    in later uses: their gradients are then added within this function's backward kernel. Raises ValueError for a wrong
-    number or shape and TypeError for mixed dtypes. See the module's docstring for the formula.
+    in later uses: their gradients are then added within this function's backward kernel. Without `with_total` u is
+    empty, which saves a pass. Raises ValueError for a wrong number or shape and TypeError for mixed dtypes. See the
+    module's docstring for the formula.
     """
     _check(streams, coefficients)
-    inputs = [s.contiguous() for s in streams]
-    total, normed, *again = _CombineNormThrough.apply(
-        coefficients.contiguous(), float(scale), _eps(streams[0]), *inputs
-    )
+    total, normed, *again = _through(streams, coefficients, scale, with_total, True)
     return total, normed, tuple(again)
 
 
-def combine(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """u alone, where no norm follows. Arguments as in :func:`combine_norm`."""
+def combine(streams: Sequence[Tensor], coefficients: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(u, streams), where no norm follows. Arguments and the returned streams as in :func:`combine_norm`."""
     _check(streams, coefficients)
-    return _op([s.contiguous() for s in streams], coefficients.contiguous(), 1.0, EPS, False)[0]
+    total, _, *again = _through(streams, coefficients, 1.0, True, False)
+    return total, tuple(again)
 
 
 def norm_residual(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -227,8 +253,16 @@ def norm_residual(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
     The gradient that comes back through the returned x is added within the norm's backward kernel.
     """
-    _, normed, again = _CombineNormThrough.apply(None, float(scale), _eps(x), x.contiguous())
+    _, normed, again = _through([x], None, scale, False, True)
     return normed, again
+
+
+def _through(
+    streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, with_total: bool, with_norm: bool
+) -> tuple[Tensor, ...]:
+    weights = None if coefficients is None else coefficients.contiguous()
+    inputs = [s.contiguous() for s in streams]
+    return _CombineNormThrough.apply(weights, float(scale), _eps(streams[0]), with_total, with_norm, *inputs)
 
 
 def _eps(x: Tensor) -> float:

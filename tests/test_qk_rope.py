@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pgolf_kernels import qk_rope
+from pgolf_kernels import qk_rope, qkv_rope
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.qk_rope import EPS, _forward_op, reference
+from pgolf_kernels.qk_rope import EPS, _forward_op, _project_op, reference
 from tests import triton_aot
 
 SHAPES = [((5,), 4, 2, 16, 4), ((2, 37), 6, 3, 24, 5), ((70,), 8, 4, 64, 8), ((3,), 2, 2, 8, 0), ((4,), 2, 1, 8, 4)]
@@ -39,6 +39,54 @@ def _assert_no_worse_than_pytorch(shape, dtype, device="cpu"):
         error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
         assert mine.dtype == theirs.dtype
         assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu"):
+    """`qkv_rope` with both values read, beside three linears and the formula."""
+    lead, heads, kv_heads, dim, _ = shape
+    (_, _, gain, cos, sin), (grad_q, grad_k) = _case(shape, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    width = 32
+    weights = [draw(n * dim, width) / width**0.5 for n in (heads, kv_heads, kv_heads)]
+    inputs = [draw(*lead, width), *weights, gain]
+    grads = [grad_q, grad_k, draw(*lead, kv_heads, dim), draw(*lead, kv_heads, dim)]
+
+    def plainly(x, w_q, w_k, w_v, gain, cos, sin):
+        q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, dim)) for w in (w_q, w_k, w_v))
+        return *reference(q, k, gain, cos, sin), v, v
+
+    def run(function, convert):
+        leaves = [convert(t.clone()).requires_grad_() for t in inputs]
+        outputs = function(*leaves, *(convert(t) for t in (cos, sin)))
+        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+        return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)]
+
+    exact, plain, ours = run(plainly, lambda t: t.double()), run(plainly, lambda t: t), run(qkv_rope, lambda t: t)
+    names = ("q", "k", "v", "v again", "dx", "dw_q", "dw_k", "dw_v", "dgain")
+    for name, mine, theirs, truth in zip(names, ours, plain, exact, strict=True):
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        # Gains are few numbers, in which PyTorch's roundings may cancel by chance: both have rounded projections.
+        allowed = max(allowed, torch.finfo(dtype).eps / 4) if name == "dgain" else allowed
+        assert mine.dtype == theirs.dtype
+        assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_projections_are_no_worse_than_pytorch(shape, dtype):
+    _assert_projections_no_worse_than_pytorch(shape, dtype)
+
+
+def test_one_reader_of_the_values_is_enough():
+    (_, _, gain, cos, sin), _ = _case(SHAPES[0], torch.float64)
+    gain, cos, sin = (t.double() for t in (gain, cos, sin))
+    leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((5, 8), (64, 8), (32, 8), (32, 8))]
+    for readers in ((0, 2), (1, 3), (2, 3), (0,)):
+        assert torch.autograd.gradcheck(lambda *a, r=readers: [qkv_rope(*a, gain, cos, sin)[i] for i in r], leaves)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,6 +123,7 @@ def test_rows_of_a_batch_share_the_table():
 def test_op_contract():
     (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
     torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in (q, k, gain)), cos, sin, EPS))
+    torch.library.opcheck(_project_op, (*(torch.randn(n, 8) for n in (5, 64, 32, 32)), gain.detach(), cos, sin, EPS))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -144,6 +193,7 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(shape, dtype):
     _assert_no_worse_than_pytorch(shape, dtype, "cuda")
+    _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda")
 
 
 if __name__ == "__main__":
@@ -151,3 +201,4 @@ if __name__ == "__main__":
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)
+                _assert_projections_no_worse_than_pytorch(case, precision)

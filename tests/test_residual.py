@@ -61,7 +61,8 @@ def _assert_later_uses_add_their_gradients(shape, dtype, device="cpu"):
 
     def run(streams, coefficients, du, dn, through):
         if through:
-            total, normed, streams = combine_norm(streams, coefficients, scale=0.7)
+            total, streams = combine(streams, coefficients)
+            _, normed, streams = combine_norm(streams, coefficients, scale=0.7, with_total=False)
             again, last = norm_residual(streams[2], scale=0.3)
         else:
             total, normed = reference(streams, coefficients, 0.7, EPS)
@@ -75,6 +76,24 @@ def _assert_later_uses_add_their_gradients(shape, dtype, device="cpu"):
     for position, (mine, wanted) in enumerate(zip((*inputs, coefficients), exact, strict=True)):
         error = (mine.grad.double() - wanted.grad).norm() / wanted.grad.norm()
         assert error < tolerance, f"gradient {position}: relative error {error:.1e}"
+
+
+def _assert_unwanted_gradients_change_no_other(shape, dtype, device="cpu"):
+    """Frozen coefficients and a frozen stream: the remaining streams' gradients are those of the unfrozen call."""
+    inputs, coefficients, du, dn = _case(3, shape, dtype, device)
+    _, normed, again = combine_norm(inputs, coefficients)
+    everything = torch.autograd.grad([normed, again[2]], [*inputs, coefficients], [dn, du])
+    part = [inputs[0], inputs[1].detach(), inputs[2]]
+    total, normed, again = combine_norm(part, coefficients.detach(), with_total=False)
+    assert total.numel() == 0
+    found = torch.autograd.grad([normed, again[2]], [part[0], part[2]], [dn, du])
+    for a, b in zip(found, (everything[0], everything[2]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unwanted_gradients_change_no_other(dtype):
+    _assert_unwanted_gradients_change_no_other((9, 48), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,15 +116,16 @@ def test_gradients_by_finite_differences():
         return total, normed, *(position * stream for position, stream in enumerate(again))
 
     assert torch.autograd.gradcheck(call, (coefficients, *inputs))
-    assert torch.autograd.gradcheck(lambda c, *s: combine(s, c), (coefficients, *inputs))
+    assert torch.autograd.gradcheck(lambda c, *s: combine(s, c)[0], (coefficients, *inputs))
     assert torch.autograd.gradcheck(lambda x: norm_residual(x, scale=0.3), inputs[:1])
 
 
 def test_op_contract():
     inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
-    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True))
-    torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, False))
-    torch.library.opcheck(op_module._op, (inputs[:1], None, 1.0, EPS, True))
+    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True, True))
+    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, False, True))
+    torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, True, False))
+    torch.library.opcheck(op_module._op, (inputs[:1], None, 1.0, EPS, False, True))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -124,7 +144,7 @@ def test_compiled_equals_eager_also_under_autocast():
 def test_strided_and_empty_inputs():
     wide = torch.randn(5, 32)
     coefficients = torch.randn(1, 16)
-    torch.testing.assert_close(combine([wide[:, ::2]], coefficients), wide[:, ::2] * coefficients[0])
+    torch.testing.assert_close(combine([wide[:, ::2]], coefficients)[0], wide[:, ::2] * coefficients[0])
     total, normed, _ = combine_norm([torch.empty(0, 16)], coefficients)
     assert total.shape == normed.shape == (0, 16)
 
@@ -160,6 +180,7 @@ def test_triton_kernels_through_the_interpreter():
 def test_triton_kernels_on_a_gpu(streams, shape, dtype):
     _assert_no_worse_than_pytorch(streams, shape, dtype, "cuda")
     _assert_later_uses_add_their_gradients(shape, dtype, "cuda")
+    _assert_unwanted_gradients_change_no_other(shape, dtype, "cuda")
 
 
 if __name__ == "__main__":
@@ -168,3 +189,4 @@ if __name__ == "__main__":
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(*case, precision)
                 _assert_later_uses_add_their_gradients(case[1], precision)
+                _assert_unwanted_gradients_change_no_other(case[1], precision)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgolf_kernels._triton_op import kernels
 from pgolf_kernels.batched_lora import Layout
+from pgolf_kernels.qk_rope import split_heads
 from pgolf_kernels.residual import CONFIG
 from tests import triton_aot
 
@@ -69,11 +70,12 @@ def adapter_adamw(module: ModuleType, moment: bool) -> None:
 def qk_rope(module: ModuleType) -> None:
     q, k = (empty(ROWS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
     gain, cos = empty(HEADS, dtype=FP32), empty(2048, 8, dtype=FP32)
-    raw = empty(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    parts = split_heads(empty(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM), HEADS, KV_HEADS)
     module.forward(q, k, gain, cos, cos, EPS)
+    module.forward(*parts[:2], gain, cos, cos, EPS)
     module.backward(q, k, q, k, gain, cos, cos, EPS)
-    module.forward_packed(raw, HEADS, KV_HEADS, gain, cos, cos, EPS)
-    module.backward_packed(q, k, k, raw, gain, cos, cos, EPS)
+    for count in (1, 2):
+        module.backward_into(q, k, [k] * count, *parts[:2], gain, cos, cos, EPS, *parts)
 
 
 def xsa(module: ModuleType) -> None:
@@ -87,12 +89,15 @@ def residual(module: ModuleType, count: int) -> None:
     streams = [empty(ROWS, WIDTH) for _ in range(max(count, 1))]
     coefficients = empty(count, WIDTH, dtype=FP32) if count else None
     d_total = streams[0] if count else None
+    frozen = [False, *[True] * (len(streams) - 1), False]
     for through in ([None] * len(streams), streams):
-        module.backward(streams, coefficients, d_total, streams[0], through, 1.0, EPS, CONFIG)
-    module.forward(streams, coefficients, 1.0, EPS, True, CONFIG)
+        for wanted in ([True] * (len(streams) + 1), frozen):
+            module.backward(streams, coefficients, d_total, streams[0], through, 1.0, EPS, wanted, CONFIG)
+    for with_total in (False, True):
+        module.forward(streams, coefficients, 1.0, EPS, with_total, True, CONFIG)
     if count:
-        module.forward(streams, coefficients, 1.0, EPS, False, CONFIG)
-        module.backward(streams, coefficients, d_total, None, [None] * count, 1.0, EPS, CONFIG)
+        module.forward(streams, coefficients, 1.0, EPS, True, False, CONFIG)
+        module.backward(streams, coefficients, d_total, None, [None] * count, 1.0, EPS, [True] * (count + 1), CONFIG)
 
 
 LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
@@ -134,5 +139,5 @@ def test_kernels_compile_for_hopper_without_spills(monkeypatch: pytest.MonkeyPat
     seen = triton_aot.record(monkeypatch, module)
     for launch, arguments in LAUNCHES[name]:
         launch(module, *arguments)
-    assert {kernel.name for kernel in seen} == kernel_names
+    assert kernel_names <= {kernel.name for kernel in seen}
     triton_aot.assert_no_spills(seen)

@@ -95,11 +95,15 @@ def _usage(name: str, compiled: Any) -> Compiled:
 
 
 def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Compiled]:
-    """Makes every kernel launch of a `_X_triton` module compile instead of run; the list fills as launches happen."""
+    """Makes every kernel launch of a `_X_triton` module, and of what all share, compile instead of run; the list fills
+    as launches happen."""
+    from pgolf_kernels import _triton_tile
+
     seen: list[Compiled] = []
-    for name, value in list(vars(module).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(module, name, _Recorder(value, seen))
+    for place in (module, _triton_tile):
+        for name, value in list(vars(place).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(place, name, _Recorder(value, seen))
     return seen
 
 
