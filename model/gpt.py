@@ -38,6 +38,7 @@ from model.layers import (
 )
 from model.stream import Stream
 from pgolf_kernels import (
+    embedding,
     fused_mlp,
     linear_softcap_cross_entropy,
     norm_residual,
@@ -205,14 +206,15 @@ class GPT(nn.Module):
             max_seqlen = length
         state = _Pass(self._weights(), self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect)
 
-        x = nn.functional.embedding(ids, self.tok_emb).to(self.compute_dtype)
         if config.bigram_vocab_size:
+            x = embedding(ids, self.tok_emb, dtype=self.compute_dtype)
             pair = nn.functional.embedding(bigram_index(ids, starts, config.bigram_vocab_size), self.bigram_embed)
             projection = self._maybe_fake_quantize(self.bigram_proj.to(self.compute_dtype), 31)
             if collect is not None:
                 collect(("bigram_proj",), pair.to(x.dtype))
-            x = x + nn.functional.linear(pair.to(x.dtype), projection) * self.bigram_scale.to(x.dtype)
-        x = rms_norm(x)
+            x = rms_norm(x + nn.functional.linear(pair.to(x.dtype), projection) * self.bigram_scale.to(x.dtype))
+        else:
+            x = embedding(ids, rms_norm(self.tok_emb), dtype=self.compute_dtype)
         if config.smear_gate:
             x = smear(x, self.smear, starts)
         x = self._layers(x, state, loop)

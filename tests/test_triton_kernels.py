@@ -78,6 +78,10 @@ def qk_rope(module: ModuleType) -> None:
         module.backward_into(q, k, [k] * count, *parts[:2], gain, cos, cos, EPS, *parts)
 
 
+def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
+    module.backward(empty(ROWS, WIDTH, dtype=dtype), empty(ROWS, dtype=torch.int64), vocab)
+
+
 def xsa(module: ModuleType) -> None:
     y, v = (empty(ROWS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
     module.forward(y, v, 1e-12)
@@ -109,6 +113,7 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (True, FP16, (512, 256, 256))),
         (batched_lora, (True, BF16, (VOCAB,))),
     ],
+    "embedding": [(embedding, (dtype, vocab)) for dtype, vocab in ((BF16, VOCAB), (FP32, VOCAB), (BF16, 65536))],
     "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],
     "linear_softcap_ce": [(linear_softcap_ce, (VOCAB,)), (linear_softcap_ce, (8200,))],
     "qk_rope": [(qk_rope, ())],

@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not instal
 SHARED_LIMIT = 232448  # bytes of shared memory a block may have on sm_90
 _POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8",
+    torch.int16: "i16", torch.uint8: "u8",
 }  # fmt: skip
 
 
