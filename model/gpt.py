@@ -364,7 +364,7 @@ class GPT(nn.Module):
         h, normed, again = self._read(x, x0, layer, state.mixing)
         y = self._attention(normed, layer, slot, state, residual=h)
         if not (self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer):
-            normed, y = norm_residual(y, scale=self._norm_scale(layer))
+            normed, y = norm_residual(y, scale=self._norm_scale(layer), overwritten=state.adapters is None)
         return self._mlp(normed, layer, slot, state, residual=y), again[-1], again[0]
 
     def _lane_block(
@@ -425,7 +425,9 @@ class GPT(nn.Module):
         gain = self.hidden_gain[layer] if config.hidden_gain else None
         options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": residual}
         if state.collect is None:
-            output: Any = fused_mlp(normed, weights.up, weights.down, **options)
+            # Adapters give views of their results, and autograd copies gradients around what is written on views.
+            in_place = residual is not None and state.adapters is None
+            output: Any = fused_mlp(normed, weights.up, weights.down, in_place=in_place, **options)
         else:
             output, hidden = fused_mlp(normed, weights.up, weights.down, return_hidden=True, **options)
             state.collect((f"blocks.{layer}.mlp.up",), normed)

@@ -39,18 +39,15 @@ def _pick(p0, p1, p2, p3, p4, p5, p6, p7, k: tl.constexpr):
 
 
 @triton.jit
-def _weight(coefficients, k: tl.constexpr, columns, inside, WEIGHTED: tl.constexpr, DIM: tl.constexpr):
-    """Row k of the coefficients, or ones."""
-    if WEIGHTED:
-        return tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
-    else:
-        return tl.full(columns.shape, 1.0, tl.float32)
+def _weight(coefficients, k: tl.constexpr, columns, inside, DIM: tl.constexpr):
+    """Row k of the coefficients."""
+    return tl.load(coefficients + k * DIM + columns, mask=inside, other=0.0)
 
 
 @triton.jit
 def _forward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, coefficients, total_ptr, normed_ptr, rows, eps, scale,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TOTAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
@@ -61,7 +58,7 @@ def _forward_kernel(
         offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for k in tl.static_range(STREAMS):
-            weight = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)
+            weight = _weight(coefficients, k, columns, inside, DIM)
             pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
             total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
         if TOTAL:
@@ -75,7 +72,7 @@ def _forward_kernel(
 def _backward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, g0, g1, g2, g3, g4, g5, g6, g7, t0, t1, t2, t3, t4, t5, t6, t7,
     coefficients, d_total_ptr, d_normed_ptr, partial_ptr, rows, eps, scale,
-    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TOTAL: tl.constexpr, NORM: tl.constexpr, THROUGH: tl.constexpr, WANTED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """THROUGH and WANTED have a bit for each stream: whether it has a gradient from later uses, and whether its own is
@@ -101,7 +98,7 @@ def _backward_kernel(
         if NORM:
             total = tl.zeros((ROWS, BLOCK), tl.float32)
             for k in tl.static_range(STREAMS):
-                weight = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)
+                weight = _weight(coefficients, k, columns, inside, DIM)
                 pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
                 total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
             d_normed = tl.load(d_normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -110,7 +107,7 @@ def _backward_kernel(
             grad += scale * r[:, None] * (d_normed - total * (r * r * inner)[:, None])
         for k in tl.static_range(STREAMS):
             if (WANTED >> k) & 1:
-                d_stream = _weight(coefficients, k, columns, inside, WEIGHTED, DIM)[None, :] * grad
+                d_stream = _weight(coefficients, k, columns, inside, DIM)[None, :] * grad
                 if (THROUGH >> k) & 1:
                     later = _pick(t0, t1, t2, t3, t4, t5, t6, t7, k)
                     d_stream += tl.load(later + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -142,6 +139,38 @@ def _backward_kernel(
             tl.store(partial + k * DIM, tl.sum(_pick(a0, a1, a2, a3, a4, a5, a6, a7, k), axis=0), mask=inside)
 
 
+@triton.jit
+def _norm_kernel(x_ptr, normed_ptr, inverse_ptr, rows, eps, scale,
+                 DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (columns < DIM)[None, :]
+        offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
+        tl.store(normed_ptr + offsets, (x * (scale * inverse)[:, None]).to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(inverse_ptr + row, inverse, mask=row < rows)
+
+
+@triton.jit
+def _norm_backward_kernel(d_normed_ptr, normed_ptr, inverse_ptr, through_ptr, d_ptr, rows, scale, unscale,
+                          THROUGH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+                          ROWS: tl.constexpr):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (columns < DIM)[None, :]
+        offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
+        unit = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * unscale
+        d = tl.load(d_normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        factor = scale * tl.load(inverse_ptr + row, mask=row < rows, other=0.0)
+        d = factor[:, None] * (d - unit * (tl.sum(d * unit, axis=1) / DIM)[:, None])
+        if THROUGH:
+            d += tl.load(through_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_ptr + offsets, d.to(d_ptr.dtype.element_ty), mask=mask)
+
+
 def _pad(tensors: list[Tensor]) -> list[Tensor]:
     return tensors + [tensors[0]] * (8 - len(tensors))
 
@@ -152,7 +181,7 @@ def _programs(rows: int, tile: int, tensor: Tensor, per_multiprocessor: int) -> 
 
 def forward(
     streams: list[Tensor],
-    coefficients: Tensor | None,
+    coefficients: Tensor,
     scale: float,
     eps: float,
     with_total: bool,
@@ -162,23 +191,22 @@ def forward(
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
-    weighted = coefficients is not None
     total, normed = (torch.empty_like(first) if wanted else first.new_empty(0) for wanted in (with_total, with_norm))
     if rows == 0:
         return total, normed
     grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
     with torch.cuda.device_of(first):
         _forward_kernel[grid](
-            *_pad(streams), coefficients if weighted else first, total, normed, rows, eps, scale,
+            *_pad(streams), coefficients, total, normed, rows, eps, scale,
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
-            WEIGHTED=weighted, TOTAL=with_total, NORM=with_norm, num_warps=config.forward_warps,
+            TOTAL=with_total, NORM=with_norm, num_warps=config.forward_warps,
         )  # fmt: skip
     return total, normed
 
 
 def backward(
     streams: list[Tensor],
-    coefficients: Tensor | None,
+    coefficients: Tensor,
     d_total: Tensor | None,
     d_normed: Tensor | None,
     through: list[Tensor | None],
@@ -190,8 +218,7 @@ def backward(
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
-    weighted = coefficients is not None
-    sums = weighted and wanted[0]
+    sums = wanted[0]
     d_streams = [torch.empty_like(s) if want else s.new_empty(0) for s, want in zip(streams, wanted[1:], strict=True)]
     if rows == 0:
         return d_streams, torch.zeros_like(coefficients) if sums else first.new_empty(0)
@@ -200,10 +227,10 @@ def backward(
     with torch.cuda.device_of(first):
         _backward_kernel[(programs,)](
             *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
-            coefficients if weighted else first, first if d_total is None else d_total,
+            coefficients, first if d_total is None else d_total,
             first if d_normed is None else d_normed, partial, rows, eps, scale,
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
-            WEIGHTED=weighted, TOTAL=d_total is not None, NORM=d_normed is not None,
+            TOTAL=d_total is not None, NORM=d_normed is not None,
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
             num_warps=config.backward_warps,
         )  # fmt: skip
@@ -212,3 +239,33 @@ def backward(
 
 def _bits(flags: Iterable[bool]) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
+
+
+def norm(x: Tensor, scale: float, eps: float, config: ResidualConfig) -> tuple[Tensor, Tensor]:
+    """(n, 1 / rms [rows] in fp32)."""
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    normed, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    if rows:
+        with torch.cuda.device_of(x):
+            _norm_kernel[(_programs(rows, config.forward_rows, x, config.forward_programs),)](
+                x, normed, inverse, rows, eps, scale, DIM=dim, BLOCK=triton.next_power_of_2(dim),
+                ROWS=config.forward_rows, num_warps=config.forward_warps,
+            )  # fmt: skip
+    return normed, inverse
+
+
+def norm_backward(
+    d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float, config: ResidualConfig
+) -> Tensor:
+    """The gradient of x, plus `through`."""
+    dim, rows = normed.shape[-1], len(inverse)
+    d_x = torch.empty_like(normed)
+    if rows:
+        with torch.cuda.device_of(normed):
+            _norm_backward_kernel[(_programs(rows, config.forward_rows, normed, config.forward_programs),)](
+                d_normed, normed, inverse, normed if through is None else through, d_x, rows, scale, 1.0 / scale,
+                THROUGH=through is not None, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
+                num_warps=config.forward_warps,
+            )  # fmt: skip
+    return d_x

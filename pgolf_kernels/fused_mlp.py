@@ -49,18 +49,22 @@ def _keeps_sign(x: torch.Tensor) -> bool:
     return runs_narrow_triton(x) and x.dtype != torch.float16
 
 
+def _hidden(x: torch.Tensor, w_up: torch.Tensor, slope: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, u); u is empty where a bit of h stands for it."""
+    w_up = w_up.to(x.dtype)
+    if runs_narrow_triton(x) and x.numel():
+        return kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
+    pre = x @ w_up.t()
+    hidden = F.leaky_relu(pre, slope).square()
+    return hidden, pre[:, :0] if _keeps_sign(x) else pre
+
+
 def _forward(
     x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
-    if runs_narrow_triton(x) and x.numel():
-        hidden, pre = kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
-    else:
-        pre = x @ w_up.t()
-        hidden = F.leaky_relu(pre, slope).square()
-        pre = pre[:, :0] if _keeps_sign(x) else pre
-    y = hidden @ w_down.t() if residual is None else torch.addmm(residual, hidden, w_down.t())
-    return y, hidden, pre
+    hidden, pre = _hidden(x, w_up, slope)
+    w_down = w_down.to(x.dtype).t()
+    return hidden @ w_down if residual is None else torch.addmm(residual, hidden, w_down), hidden, pre
 
 
 def _forward_fake(
@@ -149,6 +153,38 @@ _forward_op = register_op(
 )
 
 
+# ---- added in place --------------------------------------------------------------------------------------------------
+# Out of place the library copies the residual before its product adds to it: two passes over the activations.
+
+
+_hidden_op = register_op(
+    "fused_mlp_hidden(Tensor x, Tensor w_up, float slope) -> (Tensor, Tensor)",
+    _hidden,
+    fake=lambda x, w_up, slope: _forward_fake(x, w_up, w_up.t(), None, slope)[1:],
+    not_differentiable="pgolf_kernels.fused_mlp differentiates",
+)
+
+
+class _AddMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, total: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+    ) -> torch.Tensor:
+        hidden, pre = _hidden_op(x, w_up, slope)
+        total.view(-1, w_down.shape[0]).addmm_(hidden, w_down.to(x.dtype).t())
+        ctx.mark_dirty(total)
+        ctx.save_for_backward(x, w_up, w_down, hidden, pre)
+        ctx.slope = slope
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[1:4])
+        flat = grad.reshape(-1, grad.shape[-1])
+        grads = _backward_op(flat, *ctx.saved_tensors, ctx.slope, wanted)
+        return grad, *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
 # ---- public function -------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +196,7 @@ def fused_mlp(
     negative_slope: float = 0.5,
     hidden_gain: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    in_place: bool = False,
     return_hidden: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """W_down ((leaky_relu(W_up x, negative_slope))^2 * hidden_gain) (+ residual).
@@ -169,6 +206,7 @@ def fused_mlp(
     accumulators); hidden_gain [F] or None; residual [..., D_out] in x's dtype or None. D, F and D_out are
     free; a GPU's copy engine wants rows of 16 bytes, other sizes are copied to padded tensors. Returns y [..., D_out],
     with `return_hidden` also the input of W_down [..., F], which carries no gradient (it serves Hessian collection).
+    `in_place` adds to a contiguous residual where it lies and returns that, which spares the GPU a copy of it.
 
     Frozen weights cost no weight gradient. Saved for the backward beside the inputs: F elements of x's dtype a row
     (float16 and unfused dtypes: 2 F). Raises ValueError for shapes, devices and slopes, TypeError for
@@ -184,8 +222,13 @@ def fused_mlp(
         # (h * gain) W^T = h (W * gain)^T: a pass over the small matrix instead of one over the activations. Both
         # gradients follow from d(W * gain), which PyTorch derives.
         w_down = w_down * hidden_gain.to(w_down.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if in_place:
+        if residual is None or return_hidden or not residual.is_contiguous():
+            raise ValueError("in_place: wanted a contiguous residual, and no return_hidden beside it")
+        return _AddMlp.apply(residual, flat, w_up, w_down, float(negative_slope))
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y, hidden, _ = _forward_op(x.reshape(-1, x.shape[-1]), w_up, w_down, flat_residual, float(negative_slope))
+    y, hidden, _ = _forward_op(flat, w_up, w_down, flat_residual, float(negative_slope))
     y = y.view(*x.shape[:-1], y.shape[-1])
     if not return_hidden:
         return y

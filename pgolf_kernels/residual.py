@@ -15,8 +15,9 @@ instead of the originals has t_k added inside this kernel, not by a pass of its 
 frozen coefficients or of an input that is not learnt, are neither computed nor written.
 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
-streams stay as they are saved for backward: nothing else is kept, u and r are computed again. Given up: a kernel per
-form of sum, which could fold coefficients known to be one, and would have to be written nine times.
+streams stay as they are saved for backward: nothing else is kept, u and r are computed again. The norm of one stream
+alone keeps n and r instead, so that x may be written over. Given up: a kernel per form of sum, which could fold
+coefficients known to be one, and would have to be written nine times.
 
 Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
 """
@@ -64,22 +65,21 @@ class ResidualConfig:
 CONFIG = ResidualConfig()
 
 
-# ---- ops -------------------------------------------------------------------------------------------------------------
-# `coefficients` None stands for a single stream with coefficient one, whose sum is itself and is not written again.
+# ---- weighted sums ---------------------------------------------------------------------------------------------------
 
 
 def _forward(
-    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_total: bool, with_norm: bool
+    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_total: bool, with_norm: bool
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     if _triton_op.runs_triton(first):
         return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_total, with_norm, CONFIG)
-    total, normed = reference(streams, _ones(first) if coefficients is None else coefficients, scale, eps)
+    total, normed = reference(streams, coefficients, scale, eps)
     return total if with_total else first.new_empty(0), normed if with_norm else first.new_empty(0)
 
 
 def _forward_fake(
-    streams: list[Tensor], coefficients: Tensor | None, scale: float, eps: float, with_total: bool, with_norm: bool
+    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_total: bool, with_norm: bool
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     return first.new_empty(first.shape if with_total else 0), first.new_empty(first.shape if with_norm else 0)
@@ -87,7 +87,7 @@ def _forward_fake(
 
 def _backward(
     streams: list[Tensor],
-    coefficients: Tensor | None,
+    coefficients: Tensor,
     d_total: Tensor | None,
     d_normed: Tensor | None,
     through: list[Tensor | None],
@@ -102,7 +102,7 @@ def _backward(
         return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, CONFIG)
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
-    weights = (_ones(first) if coefficients is None else coefficients).to(wide)
+    weights = coefficients.to(wide)
     g = torch.zeros_like(inputs[0]) if d_total is None else d_total.to(wide)
     if d_normed is not None:
         total = sum(c * s for c, s in zip(weights, inputs, strict=True))
@@ -113,25 +113,19 @@ def _backward(
         (c * g if t is None else c * g + t.to(wide)).to(first.dtype) if want else first.new_empty(0)
         for c, t, want in zip(weights, through, wanted[1:], strict=True)
     ]
-    if coefficients is None or not wanted[0]:
+    if not wanted[0]:
         return d_streams, first.new_empty(0)
     return d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
 
 
-def _backward_fake(streams: list[Tensor], coefficients: Tensor | None, *rest: Any) -> tuple[list[Tensor], Tensor]:
+def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
     wanted = rest[-1]
-    d_coefficients = (
-        torch.empty_like(coefficients) if coefficients is not None and wanted[0] else streams[0].new_empty(0)
-    )
-    return [s.new_empty(s.shape if want else 0) for s, want in zip(streams, wanted[1:], strict=True)], d_coefficients
-
-
-def _ones(stream: Tensor) -> Tensor:
-    return stream.new_ones((1, stream.shape[-1]), dtype=torch.promote_types(stream.dtype, torch.float32))
+    d_streams = [s.new_empty(s.shape if want else 0) for s, want in zip(streams, wanted[1:], strict=True)]
+    return d_streams, coefficients.new_empty(coefficients.shape if wanted[0] else 0)
 
 
 _backward_op = register_op(
-    "combine_norm_backward(Tensor[] streams, Tensor? coefficients, Tensor? d_total, Tensor? d_normed,"
+    "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed,"
     " Tensor?[] through, float scale, float eps, bool[] wanted) -> (Tensor[], Tensor)",
     _backward,
     fake=_backward_fake,
@@ -139,7 +133,7 @@ _backward_op = register_op(
 )
 
 
-def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, eps: float) -> None:
+def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> None:
     ctx.save_for_backward(coefficients, *streams)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.eps = scale, eps
@@ -163,7 +157,7 @@ def _gradients(
         wanted,
     )
     kept = [d if want else None for d, want in zip(d_streams, wanted[1:], strict=True)]
-    return kept, d_coefficients if coefficients is not None and wanted[0] else None
+    return kept, d_coefficients if wanted[0] else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -184,7 +178,7 @@ def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) ->
 
 
 _op = register_op(
-    "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_total, bool with_norm)"
+    "combine_norm(Tensor[] streams, Tensor coefficients, float scale, float eps, bool with_total, bool with_norm)"
     " -> (Tensor, Tensor)",
     _forward,
     fake=_forward_fake,
@@ -199,7 +193,7 @@ class _CombineNormThrough(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        coefficients: Tensor | None,
+        coefficients: Tensor,
         scale: float,
         eps: float,
         with_total: bool,
@@ -221,6 +215,68 @@ class _CombineNormThrough(torch.autograd.Function):
             [needs[0], *needs[5:]],
         )
         return d_coefficients, None, None, None, None, *d_streams
+
+
+# ---- the norm of one stream ------------------------------------------------------------------------------------------
+# It keeps n, as whoever reads n does anyway, and not x: x may be written over.
+
+
+def _norm(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """(n, 1 / rms [rows])."""
+    if _triton_op.runs_triton(x):
+        return _triton_op.kernels("residual").norm(x, scale, eps, CONFIG)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * inverse * scale).to(x.dtype), inverse.flatten()
+
+
+def _norm_backward(d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float) -> Tensor:
+    if _triton_op.runs_triton(normed):
+        return _triton_op.kernels("residual").norm_backward(d_normed, normed, inverse, through, scale, CONFIG)
+    unit, d = normed.to(inverse.dtype) * (1 / scale), d_normed.to(inverse.dtype)
+    d_x = scale * inverse.view(*normed.shape[:-1], 1) * (d - unit * (d * unit).mean(-1, keepdim=True))
+    return (d_x if through is None else d_x + through.to(d_x.dtype)).to(normed.dtype)
+
+
+_norm_backward_op = register_op(
+    "norm_residual_backward(Tensor d_normed, Tensor normed, Tensor inverse, Tensor? through, float scale) -> Tensor",
+    _norm_backward,
+    fake=lambda d_normed, normed, *_: normed.new_empty(normed.shape),
+    not_differentiable="double backward is not supported",
+)
+
+
+def _norm_fake(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+_norm_op = register_op(
+    "norm_residual(Tensor x, float scale, float eps) -> (Tensor, Tensor)",
+    _norm,
+    fake=_norm_fake,
+    not_differentiable="pgolf_kernels.norm_residual differentiates",
+)
+
+
+class _NormThrough(torch.autograd.Function):
+    """The op with its input returned, for others to read or, `overwritten`, to write on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, eps: float, overwritten: bool) -> tuple[Tensor, Tensor]:
+        normed, inverse = _norm_op(x, scale, eps)
+        ctx.save_for_backward(normed, inverse)
+        ctx.set_materialize_grads(False)
+        ctx.scale = scale
+        if overwritten:
+            ctx.mark_dirty(x)
+        return normed, x
+
+    @staticmethod
+    def backward(ctx: Any, d_normed: Tensor | None, through: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_normed is None:
+            return through, None, None, None
+        later = None if through is None else through.contiguous()
+        return _norm_backward_op(d_normed.contiguous(), *ctx.saved_tensors, later, ctx.scale), None, None, None
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -248,21 +304,24 @@ def combine(streams: Sequence[Tensor], coefficients: Tensor) -> tuple[Tensor, tu
     return total, tuple(again)
 
 
-def norm_residual(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def norm_residual(x: Tensor, *, scale: float = 1.0, overwritten: bool = False) -> tuple[Tensor, Tensor]:
     """(n, x): `scale` times the RMSNorm of x [..., D], and x again for the residual connection around what reads n.
 
-    The gradient that comes back through the returned x is added within the norm's backward kernel.
+    The gradient that comes back through the returned x is added within the norm's backward kernel. With `overwritten`
+    the returned x may be written to: nobody but the caller may need x as it was, and it may not be a leaf that requires
+    a gradient. Raises ValueError for a scale of zero.
     """
-    _, normed, again = _through([x], None, scale, False, True)
-    return normed, again
+    if scale == 0:
+        raise ValueError("scale: got 0, wanted another number")
+    return _NormThrough.apply(x.contiguous(), float(scale), _eps(x), overwritten)
 
 
 def _through(
-    streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, with_total: bool, with_norm: bool
+    streams: Sequence[Tensor], coefficients: Tensor, scale: float, with_total: bool, with_norm: bool
 ) -> tuple[Tensor, ...]:
-    weights = None if coefficients is None else coefficients.contiguous()
     inputs = [s.contiguous() for s in streams]
-    return _CombineNormThrough.apply(weights, float(scale), _eps(streams[0]), with_total, with_norm, *inputs)
+    eps = _eps(streams[0])
+    return _CombineNormThrough.apply(coefficients.contiguous(), float(scale), eps, with_total, with_norm, *inputs)
 
 
 def _eps(x: Tensor) -> float:

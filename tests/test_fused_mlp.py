@@ -5,7 +5,7 @@ import torch
 
 from pgolf_kernels import fused_mlp
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.fused_mlp import _backward_op, _forward_op, reference
+from pgolf_kernels.fused_mlp import _backward_op, _forward_op, _hidden_op, reference
 from tests import triton_aot
 
 SHAPES = [(37, 24, 40, 16), (130, 33, 261, 19), (200, 64, 512, 48)]  # rows, D, F, D_out
@@ -98,8 +98,26 @@ def test_residual_joins_the_output_and_gets_its_gradient():
         fused_mlp(x, w_up, w_down, residual=residual[0])
 
 
+def test_in_place_is_the_same_sum_and_gradient_on_the_residual_itself():
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 5, 8), (16, 8), (6, 16))]
+    start = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    gain = torch.rand(16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 6, dtype=torch.float64)
+    found = []
+    for in_place in (False, True):
+        residual = start * 2
+        y = fused_mlp(*leaves, hidden_gain=gain, residual=residual, in_place=in_place)
+        assert (y.data_ptr() == residual.data_ptr()) is in_place
+        found.append([y.detach().clone(), *torch.autograd.grad(y, [*leaves, start, gain], upstream)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="in_place: wanted a contiguous residual"):
+        fused_mlp(*leaves, in_place=True)
+
+
 def test_op_contract():
     (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    torch.library.opcheck(_hidden_op, (x, w_up, 0.5))
     for tensor in (x, w_up, w_down):
         tensor.requires_grad_()
     torch.library.opcheck(_forward_op, (x, w_up, w_down, None, 0.5))
