@@ -110,7 +110,9 @@ def _launch(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *a
     if not len(logits):
         return
     if logits.is_cuda:
-        getattr(_native, f"{name}_cuda")(*args, *stream_of(logits))
+        # Those that write a gradient hand out their rows by a counter.
+        claimed = () if name == "softcap_ce_forward" else (logits.new_empty(1, dtype=torch.int32).data_ptr(),)
+        getattr(_native, f"{name}_cuda")(*args, *claimed, *stream_of(logits))
         return
     row = getattr(_native, f"{name}_cpu")(*args, num_threads())
     if row is not None and row >= 0:
@@ -175,6 +177,18 @@ def launch_with_grad(
     _launch("softcap_ce_with_grad", logits, targets, hints, problem, out, _gradient(upstream, dlogits))
 
 
+def launch_mean(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(mean of the losses [N] whose targets count, weight of each in it), in one launch on CUDA."""
+    if not (losses.is_cuda and runs_native(losses)):
+        counted = (targets != ignore_index).sum()
+        return losses.sum() / counted, counted.to(losses.dtype).reciprocal()
+    losses = losses.contiguous()
+    mean, weight = losses.new_empty(()), losses.new_empty(())
+    places = (losses.data_ptr(), targets.data_ptr(), len(losses), ignore_index, mean.data_ptr(), weight.data_ptr())
+    _native.softcap_ce_mean_cuda(*places, *stream_of(losses))
+    return mean, weight
+
+
 # --- ops -------------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +230,10 @@ def _with_grad(logits: Tensor, targets: Tensor, upstream: Tensor, *scalars: Any)
 
 def _with_grad_fake(logits: Tensor, targets: Tensor, upstream: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _new_losses(logits, None)[0], logits.new_empty(logits.shape)
+
+
+def _mean_fake(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return losses.new_empty(()), losses.new_empty(())
 
 
 def _forward_on_cuda(logits: Tensor, targets: Tensor, hints: Tensor | None, *scalars: Any) -> tuple[Tensor, ...]:
@@ -271,6 +289,26 @@ _forward_op = register_op(
     setup_context=_setup_context,
 )
 
+
+def _setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.rows = inputs[0].shape[0]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _mean_autograd(ctx: Any, upstream: Tensor | None, _weight: Any) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    return None if upstream is None else (upstream * weight).expand(ctx.rows), None, None
+
+
+_mean_op = register_op(
+    "softcap_ce_mean(Tensor losses, Tensor targets, int ignore_index) -> (Tensor, Tensor)",
+    launch_mean,
+    fake=_mean_fake,
+    backward=_mean_autograd,
+    setup_context=_setup_mean,
+)
+
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,10 +347,9 @@ def check_reduction(reduction: str) -> None:
 
 def reduce(losses: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     """ "none": the losses [N]; "sum"; "mean" over the targets that are not ignored (nan when there are none)."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+    if reduction == "mean":
+        return _mean_op(losses, targets, ignore_index)[0]
+    return losses if reduction == "none" else losses.sum()
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from pgolf_kernels import softcap_cross_entropy, softcap_cross_entropy_with_grad
 from pgolf_kernels.softcap_ce import (
     _backward_op,
     _forward_op,
+    _gradient_reference,
+    _mean_op,
     _with_grad_op,
+    launch_backward,
     softcap_ce_reference,
 )
 
@@ -135,6 +138,24 @@ def test_reductions_and_ignored_targets(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 1023, 8192, 100_003])
+def test_mean_of_many_rows(rows: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    losses = (torch.rand(rows, generator=generator) * 20).to(device).requires_grad_()
+    targets = torch.randint(8, (rows,), generator=generator)
+    targets[0] = 1
+    targets = targets.to(device)
+    counted = targets != 3
+    mean, weight = _mean_op(losses.where(counted, 0), targets, 3)
+    expected = losses.detach().double()[counted].mean()
+    torch.testing.assert_close(mean.detach().double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight.detach(), 1 / counted.sum(), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(mean / 8, losses)
+    torch.testing.assert_close(gradient, counted * (weight.detach() / 8))
+    assert torch.equal(mean, _mean_op(losses.where(counted, 0), targets, 3)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device: torch.device) -> None:
     logits = torch.empty(0, 50, device=device, requires_grad=True)
     targets = torch.empty(0, dtype=torch.long, device=device)
@@ -209,6 +230,8 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     torch.library.opcheck(_forward_op, (logits, targets, None, 0.0, 2.0, -100), test_utils=tests)
     plain = logits.detach()
     torch.library.opcheck(_backward_op, (upstream, plain, targets, lse, 30.0, 1.0, -100), test_utils=tests)
+    wide = torch.randn(4, device=device, dtype=lse.dtype, requires_grad=True)
+    torch.library.opcheck(_mean_op, (wide, targets, -100), test_utils=tests)
     torch.library.opcheck(_with_grad_op, (plain, targets, upstream, 30.0, 1.0, -100), test_utils=tests)
 
 
@@ -341,8 +364,42 @@ def test_more_than_two_billion_logits_on_cuda(vocab: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [4104, 6000, 8192])
+@pytest.mark.parametrize("rows", [1, 5, 527, 2000, 7001])
+def test_every_row_is_claimed_once(rows: int, vocab: int) -> None:
+    """More and fewer rows than there are slots for; in place too, and more than once on two streams at a time."""
+    logits, targets, upstream = draw(rows, vocab, torch.bfloat16, torch.device("cuda"))
+    logits = logits.detach()
+    expected = softcap_ce_reference(logits, targets, None, 30.0)[:2]
+    slow = torch.empty_like(logits)
+    for part in torch.arange(rows, device="cuda").split(512):
+        slow[part] = _gradient_reference(
+            upstream[part], logits[part], targets[part], expected[1][part], 30.0, 1.0, -100
+        )
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    for _ in range(3):
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                losses, one_pass = softcap_cross_entropy_with_grad(logits, targets, grad_scale=upstream)
+                results.append(
+                    (losses, one_pass, _backward_op(upstream, logits, targets, expected[1], 30.0, 1.0, -100))
+                )
+    torch.cuda.synchronize()
+    for losses, one_pass, own in results:
+        torch.testing.assert_close(losses, expected[0], atol=2 * LOSS_ERROR, rtol=0)
+        for gradient in (one_pass, own):
+            torch.testing.assert_close(gradient, slow, rtol=2**-7, atol=1e-6)
+        assert torch.equal(losses, results[0][0]) and torch.equal(one_pass, results[0][1])
+        assert torch.equal(own, results[0][2])
+    launch_backward(logits, targets, expected[1], upstream, (30.0, 1.0, -100), logits)
+    assert torch.equal(logits, results[0][2])
+
+
+@pytest.mark.gpu
 def test_targets_out_of_range_on_cuda_give_nan() -> None:
-    for vocab in (512, 511):
+    for vocab in (8192, 512, 511):
         logits, targets, _ = draw(6, vocab, torch.bfloat16, torch.device("cuda"))
         targets[1], targets[4] = vocab, -1
         losses, gradient = softcap_cross_entropy_with_grad(logits, targets, grad_scale=1.0)

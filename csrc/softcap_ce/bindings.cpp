@@ -44,11 +44,25 @@ void bind_softcap_ce(pybind11::module_& m) {
   m.def("softcap_ce_forward_cuda", &softcap_ce_forward_cuda, Guard());
   m.def(
       "softcap_ce_backward_cuda",
-      [](const SoftcapCE& ce, uintptr_t lse, const SoftcapCEGradient& out, int device, uintptr_t stream) {
-        softcap_ce_backward_cuda(ce, at<const void>(lse), out, device, stream);
+      [](const SoftcapCE& ce, uintptr_t lse, const SoftcapCEGradient& out, uintptr_t claimed, int device,
+         uintptr_t stream) {
+        softcap_ce_backward_cuda(ce, at<const void>(lse), out, at<void>(claimed), device, stream);
       },
       Guard());
-  m.def("softcap_ce_with_grad_cuda", &softcap_ce_with_grad_cuda, Guard());
+  m.def(
+      "softcap_ce_with_grad_cuda",
+      [](const SoftcapCE& ce, const SoftcapCELosses& out, const SoftcapCEGradient& gradient, uintptr_t claimed,
+         int device,
+         uintptr_t stream) { softcap_ce_with_grad_cuda(ce, out, gradient, at<void>(claimed), device, stream); },
+      Guard());
+  m.def(
+      "softcap_ce_mean_cuda",
+      [](uintptr_t losses, uintptr_t targets, int64_t rows, int64_t ignore_index, uintptr_t mean, uintptr_t weight,
+         int device, uintptr_t stream) {
+        softcap_ce_mean_cuda(at<const void>(losses), at<const int64_t>(targets), rows, ignore_index, at<void>(mean),
+                             at<void>(weight), device, stream);
+      },
+      Guard());
 #endif
 }
 

@@ -26,9 +26,11 @@ __device__ inline int column_of(const SoftcapCE& ce, int64_t target) {
 
 __device__ inline float nan_value() { return __int_as_float(0x7fc00000); }
 
-// The upstream gradient of a row: 0 when the row is ignored, nan when its target is out of range.
+// The upstream gradient of a row without a target: 0 when the row is ignored, nan when its target is out of range.
+__device__ inline float upstream_without_target(int column) { return column == kIgnored ? 0.0f : nan_value(); }
+
 __device__ inline float upstream_of(const SoftcapCEGradient& gradient, int column, int64_t row) {
-  if (column < 0) return column == kIgnored ? 0.0f : nan_value();
+  if (column < 0) return upstream_without_target(column);
   return static_cast<const float*>(gradient.upstream)[row * gradient.upstream_stride];
 }
 

@@ -44,13 +44,17 @@ int64_t softcap_ce_with_grad_cpu(const SoftcapCE& ce, const SoftcapCELosses& out
                                  int threads);
 
 #ifdef PGOLF_CUDA
-// The CUDA functions queue a kernel on the stream and return. A target or hint outside the vocabulary gives a nan loss
-// and gradient for its row; nothing outside the tensors is read.
+// The CUDA functions queue kernels on the stream and return. A target or hint outside the vocabulary gives a nan loss
+// and gradient for its row; nothing outside the tensors is read. `claimed` is four bytes of device memory to count in,
+// of this call alone.
 void softcap_ce_forward_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, int device, uintptr_t stream);
-void softcap_ce_backward_cuda(const SoftcapCE& ce, const void* lse, const SoftcapCEGradient& out, int device,
-                              uintptr_t stream);
+void softcap_ce_backward_cuda(const SoftcapCE& ce, const void* lse, const SoftcapCEGradient& out, void* claimed,
+                              int device, uintptr_t stream);
 void softcap_ce_with_grad_cuda(const SoftcapCE& ce, const SoftcapCELosses& out, const SoftcapCEGradient& gradient,
-                               int device, uintptr_t stream);
+                               void* claimed, int device, uintptr_t stream);
+// mean = sum(losses) / rows counted, weight = 1 / rows counted, in float; the same bits in every run.
+void softcap_ce_mean_cuda(const void* losses, const int64_t* targets, int64_t rows, int64_t ignore_index, void* mean,
+                          void* weight, int device, uintptr_t stream);
 #endif
 
 }  // namespace pgolf

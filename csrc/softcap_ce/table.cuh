@@ -64,10 +64,8 @@ struct Pair {
   float low, high;
 };
 
-// The entries of two packed logits. `largest` gathers their magnitudes: nan is found there, the table has none.
-__device__ inline Pair look_up(const char* table, Layout layout, uint32_t logits, uint32_t& largest) {
-  const uint32_t magnitudes = logits & 0x7fff7fffu;
-  largest = __vmaxu2(largest, magnitudes);
+// The entries of two packed logits.
+__device__ inline Pair look_up(const char* table, Layout layout, uint32_t magnitudes, uint32_t logits) {
   const uint32_t entries = __viaddmin_s16x2_relu(magnitudes, layout.minus_first, (kEntries - 1) * 0x10001u);
   const uint32_t offsets = (entries << 2) | ((logits >> 1) & (kSignOffset * 0x10001u));
   return {*reinterpret_cast<const float*>(table + (offsets & 0xffffu)),
@@ -99,19 +97,25 @@ struct Special {
   __device__ float power(float r) const { return exp2_special(fmaf(-2.0f * height, r, height)); }
 };
 
-// exp(z), or exp(z) dz/da, of the eight logits of a vector.
+// exp(z), or exp(z) dz/da, of the eight logits of a vector. `largest` gathers their magnitudes: nan is found there, the
+// table has none.
 template <class S, bool kSlope>
 __device__ inline void transform(const char* table, Layout layout, Special special, float scale, uint4 vector,
                                  float* out, uint32_t& largest) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+  uint32_t magnitudes[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) magnitudes[w] = words[w] & 0x7fff7fffu;
+  largest = __vimax3_u16x2(largest, magnitudes[0], magnitudes[1]);
+  largest = __vimax3_u16x2(largest, magnitudes[2], magnitudes[3]);
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const bool high_special = w < S::kSpecial;
     const bool low_special = w + 4 < S::kSpecial;
     if (!low_special) {
-      const Pair pair = look_up(table, layout, high_special ? words[w] & 0xffffu : words[w], largest);
+      const Pair pair = look_up(table, layout, magnitudes[w], words[w]);
       out[2 * w] = pair.low;
-      out[2 * w + 1] = pair.high;
+      if (!high_special) out[2 * w + 1] = pair.high;
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -127,6 +131,55 @@ __device__ inline bool has_nan(uint32_t largest) { return max(largest & 0xffffu,
 __device__ inline uint32_t pack(float low, float high) {
   const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(packed);
+}
+
+// The thread of a group whose vector holds the column, or some thread for a row without one.
+template <class S>
+__device__ inline bool owns(int thread, int column) {
+  return ((column / kVector) & (S::kThreads - 1)) == thread;
+}
+
+// dloss/da of what is not the target, from exp(z): tanh comes back by one logarithm, without a second look-up.
+struct Derivative {
+  float flat, bend;
+
+  __device__ Derivative(Caps caps, Special special, float upstream, float total) {
+    const float tanh_of_log2 = 1.0f / special.height;
+    flat = upstream * caps.scale * reciprocal_special(total);
+    bend = -flat * tanh_of_log2 * tanh_of_log2;
+  }
+  __device__ float operator()(float power) const {
+    const float l = log2_special(power);
+    return power * fmaf(bend * l, l, flat);
+  }
+  __device__ uint4 operator()(const float* powers) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words[w] = pack((*this)(powers[2 * w]), (*this)(powers[2 * w + 1]));
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+// The same of a vector of the backward pass, from exp(z) dz/da.
+__device__ inline uint4 scaled(const float* powers, float upstream, float inverse) {
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+    words[w] = pack(upstream * (powers[2 * w] * inverse), upstream * (powers[2 * w + 1] * inverse));
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The target's own derivative, to be stored after the same thread's store of the vector that holds it.
+__device__ inline __nv_bfloat16 target_derivative(Capped capped, float upstream, float lse) {
+  return __float2bfloat16_rn(upstream * capped.slope * (expf(capped.z - lse) - 1.0f));
+}
+
+__device__ inline __nv_bfloat16* gradient_row(const SoftcapCEGradient& gradient, int64_t row) {
+  return static_cast<__nv_bfloat16*>(gradient.dlogits) + row * gradient.row_stride;
+}
+
+__device__ inline Special special_of(Caps caps) {
+  return {2.0f * kLog2e / caps.softcap, caps.softcap * caps.scale * kLog2e};
 }
 
 // The rows that a group of threads walks over. Everything that a row needs is asked for a row or more ahead: its logits
@@ -188,10 +241,8 @@ struct Walk {
       return own[v];
   }
   __device__ int64_t target_at(int64_t of) const { return of < ce.rows ? ce.targets[of] : ce.ignore_index; }
-  // The thread whose vector holds the target, or some thread for a row without one.
-  __device__ bool owns(int column) const { return ((column / kVector) & (S::kThreads - 1)) == thread; }
   __device__ __nv_bfloat16 logit_at(int64_t of, int column) const {
-    return column >= 0 && owns(column) ? logits_at(of)[column] : __nv_bfloat16();
+    return column >= 0 && owns<S>(thread, column) ? logits_at(of)[column] : __nv_bfloat16();
   }
 
   // Begins a row: asks for what later rows need, waits for this one's logits.
@@ -214,18 +265,7 @@ struct Walk {
     target = next_target;
     target_logit = next_target_logit;
   }
-
-  // The target's own derivative, after the same thread's store of the vector that holds it.
-  __device__ void store_target(const SoftcapCEGradient& gradient, Caps caps, float upstream, float lse) const {
-    const Capped capped = cap(caps, __bfloat162float(target_logit));
-    static_cast<__nv_bfloat16*>(gradient.dlogits)[row * gradient.row_stride + target] =
-        __float2bfloat16_rn(upstream * capped.slope * (expf(capped.z - lse) - 1.0f));
-  }
 };
-
-__device__ inline Special special_of(Caps caps) {
-  return {2.0f * kLog2e / caps.softcap, caps.softcap * caps.scale * kLog2e};
-}
 
 // Losses and, with kGradient, the gradient in the same pass: exp(z) stays in registers between the two sweeps.
 template <class S, bool kGradient>
@@ -241,12 +281,11 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
   __syncthreads();
 
   const Special special = special_of(caps);
-  const float tanh_of_log2 = 1.0f / special.height;
   for (int parity = 0; walk.row < ce.rows; parity ^= 1, walk.end()) {
     const int target = walk.target;
     const float upstream = kGradient ? upstream_of(gradient, target, walk.row) : 0.0f;
     // With the gradient the hint's logit may be overwritten: it is read before the barrier.
-    const bool owner = walk.owns(target);
+    const bool owner = owns<S>(walk.thread, target);
     float hint = __int_as_float(0xff800000);
     if (losses.hints != nullptr && owner) {
       const __nv_bfloat16* logits = walk.logits_at(walk.row);
@@ -274,30 +313,19 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     for (int w = 0; w < kWarps; ++w) total += partial[walk.group][parity][w];
 
     if (kGradient) {
-      // tanh from the exponential: one logarithm, no second look-up.
-      const float flat = upstream * caps.scale / total;
-      const float bend = -flat * tanh_of_log2 * tanh_of_log2;
-      auto derivative = [&](float e) {
-        const float l = log2_special(e);
-        return e * fmaf(bend * l, l, flat);
-      };
-      auto* out =
-          reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride) +
-          walk.thread;
+      const Derivative derivative(caps, special, upstream, total);
+      auto* out = reinterpret_cast<uint4*>(gradient_row(gradient, walk.row)) + walk.thread;
 #pragma unroll
       for (int v = 0; v < S::kVectors; ++v) {
         if (!walk.holds(v)) break;
-        uint32_t words[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) words[w] = pack(derivative(power[v][2 * w]), derivative(power[v][2 * w + 1]));
-        __stcs(out + v * S::kThreads, make_uint4(words[0], words[1], words[2], words[3]));
+        __stcs(out + v * S::kThreads, derivative(power[v]));
       }
     }
     if (owner) {
       const float lse = logf(total);
-      const float z = target < 0 ? nan_value() : cap(caps, __bfloat162float(walk.target_logit)).z;
-      write_losses(losses, walk.row, target, {z, hint}, lse);
-      if (kGradient && target >= 0) walk.store_target(gradient, caps, upstream, lse);
+      const Capped capped = cap(caps, __bfloat162float(walk.target_logit));
+      write_losses(losses, walk.row, target, {target < 0 ? nan_value() : capped.z, hint}, lse);
+      if (kGradient && target >= 0) gradient_row(gradient, walk.row)[target] = target_derivative(capped, upstream, lse);
     }
   }
 }
@@ -319,22 +347,19 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, S::kMinBlocks)
     const float next_lse = walk.row + walk.step < ce.rows ? lse[walk.row + walk.step] : 0.0f;
     walk.begin();
     const float inverse = expf(-row_lse);
-    auto* out =
-        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(gradient.dlogits) + walk.row * gradient.row_stride) +
-        walk.thread;
+    auto* out = reinterpret_cast<uint4*>(gradient_row(gradient, walk.row)) + walk.thread;
     uint32_t largest = 0;  // not read: a nan among the logits has made lse nan
 #pragma unroll
     for (int v = 0; v < S::kVectors; ++v) {
       if (!walk.holds(v)) break;
       float power[kVector];
       transform<S, true>(shared, layout, special, caps.scale, walk.vector(v), power, largest);
-      uint32_t words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-        words[w] = pack(upstream * (power[2 * w] * inverse), upstream * (power[2 * w + 1] * inverse));
-      __stcs(out + v * S::kThreads, make_uint4(words[0], words[1], words[2], words[3]));
+      __stcs(out + v * S::kThreads, scaled(power, upstream, inverse));
     }
-    if (target >= 0 && walk.owns(target)) walk.store_target(gradient, caps, upstream, row_lse);
+    if (target >= 0 && owns<S>(walk.thread, target)) {
+      const Capped capped = cap(caps, __bfloat162float(walk.target_logit));
+      gradient_row(gradient, walk.row)[target] = target_derivative(capped, upstream, row_lse);
+    }
     row_lse = next_lse;
   }
 }
