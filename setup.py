@@ -103,7 +103,9 @@ def ninja_file(output: Path, build: Path, nvcc: Path | None) -> str:
         include, library = cuda_paths(nvcc)
         includes += [f"-I{include}", "-DPGOLF_CUDA"]
         links = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        archs = gencode_flags(os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS))
+        named = os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS)
+        archs = gencode_flags(named)
+        includes += ["-DPGOLF_SM90A"] if "90a" in named else []  # some kernels are written for this one alone
     host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *openmp]
     # Nothing is reassociated or contracted; but loops may be vectorised where C's traps and errno would forbid it.
     host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]

@@ -4,6 +4,7 @@
 
 namespace pgolf {
 void bind_adapter_adamw(pybind11::module_& m);
+void bind_fused_mlp(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
 void bind_ngram(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_native, m) {
   pgolf::bind_packing(m);
   pgolf::bind_ngram(m);
   pgolf::bind_adapter_adamw(m);
+  pgolf::bind_fused_mlp(m);
 }

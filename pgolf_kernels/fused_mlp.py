@@ -14,8 +14,8 @@ mantissa: of the bfloat16 numbers with that bit, the one closest to h. The backw
 -2 slope sqrt(h) and never sees u. This halves what the public kernel of pull request 1530 saves (u and h). Given up:
 h's relative rounding error grows from 0.17 to 0.33 % rms, unbiased; PyTorch in bfloat16, which rounds u before it
 squares, has 0.38 %. float16 has too few exponents for squares (|u| < 2^-12 would be lost), so there u itself is saved
-as well. Matrix products that have no activation to carry are the vendor library's. Source of the activation: pull
-requests 1413 to 1727.
+as well. These two products are CUDA for Hopper where the shapes allow it, else Triton; those that have no activation to
+carry are the vendor library's. Source of the activation: pull requests 1413 to 1727.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pgolf_kernels._native_op import register_op
-from pgolf_kernels._triton_op import kernels, product_as, runs_narrow_triton
+from pgolf_kernels import _native
+from pgolf_kernels._native_op import register_op, stream_of
+from pgolf_kernels._triton_op import compute_capability, kernels, product_as, runs_narrow_triton
 
 
 def reference(
@@ -49,11 +50,61 @@ def _keeps_sign(x: torch.Tensor) -> bool:
     return runs_narrow_triton(x) and x.dtype != torch.float16
 
 
+def _runs_native(x: torch.Tensor, hidden_dim: int) -> bool:
+    """Whether the CUDA kernels take x [N, D]: they keep a [128, D] part of a weight in shared memory."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and x.shape[0] < 2**30
+        and 8 <= x.shape[1] <= 512
+        and x.shape[1] % 8 == 0
+        and hidden_dim % 128 == 0
+        and hasattr(_native, "fused_mlp_up_cuda")
+        and compute_capability(x.device.index) == 90
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous from a multiple of 16 bytes on."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _up(x: torch.Tensor, w_up: torch.Tensor, slope: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden, u) on a GPU; with the sign in hidden's last bit u is empty."""
+    rows, hidden_dim = x.shape[0], w_up.shape[0]
+    if not _runs_native(x, hidden_dim):
+        return kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
+    x, w_up = _aligned(x), _aligned(w_up)
+    hidden = x.new_empty((rows, hidden_dim))
+    addresses = (t.data_ptr() for t in (x, w_up, hidden))
+    _native.fused_mlp_up_cuda(*addresses, rows, hidden_dim, x.shape[1], slope, *stream_of(x))
+    return hidden, x.new_empty((rows, 0))
+
+
+def _grad_pre(
+    grad: torch.Tensor, w_down: torch.Tensor, hidden: torch.Tensor, pre: torch.Tensor, slope: float
+) -> torch.Tensor:
+    """The gradient of u on a GPU, from w_down in any dtype."""
+    rows, hidden_dim = hidden.shape
+    if not _runs_native(grad, hidden_dim):
+        keeps_sign = _keeps_sign(grad)
+        kept = hidden if keeps_sign else pre
+        return kernels("fused_mlp").grad_pre(grad, w_down.to(grad.dtype), kept, slope, keeps_sign)
+    # Columns of the weight become rows: where it is wider than grad, its cast does this in passing.
+    transposed = w_down.t().to(grad.dtype, memory_format=torch.contiguous_format)
+    grad, transposed, hidden = _aligned(grad), _aligned(transposed), _aligned(hidden)
+    out = torch.empty_like(hidden)
+    addresses = (t.data_ptr() for t in (grad, transposed, hidden, out))
+    _native.fused_mlp_grad_pre_cuda(*addresses, rows, hidden_dim, grad.shape[1], slope, *stream_of(grad))
+    return out
+
+
 def _hidden(x: torch.Tensor, w_up: torch.Tensor, slope: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(h, u); u is empty where a bit of h stands for it."""
     w_up = w_up.to(x.dtype)
     if runs_narrow_triton(x) and x.numel():
-        return kernels("fused_mlp").up(x, w_up, slope, _keeps_sign(x))
+        return _up(x, w_up, slope)
     pre = x @ w_up.t()
     hidden = F.leaky_relu(pre, slope).square()
     return hidden, pre[:, :0] if _keeps_sign(x) else pre
@@ -85,18 +136,16 @@ def _backward_kernel(
     slope: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    up, down = w_up.to(x.dtype), w_down.to(x.dtype)
     d_x, d_up, d_down = (x.new_empty(0, dtype=t.dtype) for t in (x, w_up, w_down))
     if wanted[2]:
         d_down = product_as(grad.t(), hidden, w_down.dtype)
     if wanted[0] or wanted[1]:
         if runs_narrow_triton(x) and x.numel():
-            kept = hidden if _keeps_sign(x) else pre
-            d_pre = kernels("fused_mlp").grad_pre(grad, down, kept, slope, _keeps_sign(x))
+            d_pre = _grad_pre(grad, w_down, hidden, pre, slope)
         else:
-            d_pre = (grad @ down) * torch.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
+            d_pre = (grad @ w_down.to(x.dtype)) * torch.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
         if wanted[0]:
-            d_x = d_pre @ up
+            d_x = d_pre @ w_up.to(x.dtype)
         if wanted[1]:
             d_up = product_as(d_pre.t(), x, w_up.dtype)
     return d_x, d_up, d_down
