@@ -14,7 +14,7 @@ from torch import Tensor
 from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_tile import sum_rows
 
-TOKENS = 8  # a tile; 4 warps then hold 32 values a thread
+TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
 PROGRAMS = 8  # a multiprocessor, of the backward's persistent grid
 
