@@ -74,8 +74,8 @@ def qk_rope(module: ModuleType) -> None:
     module.forward(q, k, gain, cos, cos, EPS)
     module.forward(*parts[:2], gain, cos, cos, EPS)
     module.backward(q, k, q, k, gain, cos, cos, EPS)
-    for count in (1, 2):
-        module.backward_into(q, k, [k] * count, *parts[:2], gain, cos, cos, EPS, *parts)
+    for keys, values in ((1, 1), (1, 2), (2, 3)):
+        module.backward_into(q, [k] * keys, [k] * values, *parts[:2], gain, cos, cos, EPS, *parts)
 
 
 def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
