@@ -391,13 +391,13 @@ class GPT(nn.Module):
         projections = (weights.q, weights.k, weights.v)
         epsilon = norm_epsilon(normed.dtype)
         rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
+        group = config.num_heads // config.num_kv_heads
         if state.adapters is None:
-            group = config.num_heads // config.num_kv_heads
             q, ks, vs = qkv_rope(normed, *projections, key_readers=group, value_readers=group + 1, **rope)
         else:
             q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in state.adapters.qkv(slot, normed, projections))
             q, k = qk_rope(q, k, **rope)
-            ks, vs = (k,), (v, v)
+            ks, vs = (k,) * group, (v,) * (group + 1)
         if config.value_residual:
             if layer == 0:
                 state.first_value = vs[0]
