@@ -123,12 +123,13 @@ def _picked_logits(x, w_ptr, index, valid, k, inside, w_stride):
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _finish_kernel(
-    x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr,
+    x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr, scaled_ptr,
     rows, vocab, tiles, x_stride, w_stride, g_stride, ignore_index, softcap, scale,
     DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr,
-    HINTS: tl.constexpr,
+    SCALED: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
-    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets."""
+    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets; SCALED:
+    also x * scale / S."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     wide = row.to(tl.int64)
@@ -161,6 +162,9 @@ def _finish_kernel(
         power = tl.minimum(tl.exp(z), total)
         mended = ((power - total) * slope).to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + wide * g_stride + tl.where(valid, target, 0), mended, mask=mask & valid)
+    if SCALED:
+        scaled = (x * inverse[:, None]).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + wide[:, None] * DEPTH + k[None, :], scaled, mask=mask[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -207,20 +211,22 @@ def _launch_powers(
 
 def losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, hints: Tensor | None, softcap: float, temperature: float,
-    ignore_index: int, out: Tensor, hint_log_probs: Tensor, inverse: Tensor, powers: Tensor | None,
+    ignore_index: int, out: Tensor, hint_log_probs: Tensor, inverse: Tensor, powers: Tensor | None = None,
+    scaled: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Losses [N] into `out`, log p(hint) into `hint_log_probs`, 1 / (S temperature) into `inverse`; with `powers`
-    [N, V] also G, which times `inverse` is the gradient of the logits."""
+    [N, V] also G, which times `inverse` is the gradient of the logits; with `scaled` [N, D] also hidden * inverse."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tiles = triton.cdiv(vocab, (SCORE if powers is None else TRAIN).columns)
     with torch.cuda.device_of(hidden):
         sums = hidden.new_empty((rows, tiles), dtype=torch.float32)
         _launch_powers(hidden, weight, powers, sums, None, None, None, softcap, temperature)
         _finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
-            hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, rows, vocab, tiles,
+            hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, scaled, rows, vocab, tiles,
             hidden.stride(0), weight.stride(0), vocab, ignore_index, softcap, 1.0 / temperature,
             DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), TILES_BLOCK=block_at_least(tiles, 16, 1 << 20),
-            ROWS=FINISH_ROWS, STORE=powers is not None, HINTS=hints is not None, num_warps=1,
+            ROWS=FINISH_ROWS, STORE=powers is not None, SCALED=scaled is not None, HINTS=hints is not None,
+            num_warps=1,
         )  # fmt: skip
 
 
