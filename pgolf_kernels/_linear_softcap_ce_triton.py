@@ -128,8 +128,8 @@ def _finish_kernel(
     DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr,
     SCALED: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
-    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets; SCALED:
-    also x * scale / S."""
+    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets;
+    with SCALED also x * scale / S."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     wide = row.to(tl.int64)

@@ -358,8 +358,8 @@ def _learn(
         logits, indices = buffer[: rows.stop - rows.start], (targets[rows], _part(hints, rows))
         if fused:
             own = _part(scaled, slice(len(logits)))
-            out = (losses[rows], hint_log_probs[rows], scale[rows], logits, own)
-            fused.losses(head.hidden[rows], head.weight, *indices, *scalars, *out)
+            results = (losses[rows], hint_log_probs[rows], scale[rows], logits, own)
+            fused.losses(head.hidden[rows], head.weight, *indices, *scalars, *results)
             grads.add(logits, scale[rows], rows, [], own)
         else:
             _, kept = head.logits(rows, logits)
@@ -532,7 +532,6 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     return tuple(grads)
 
 
-
 def _setup_learn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = _dtypes(*(inputs[i] for i in _DIFFERENTIABLE))
     ctx.save_for_backward(*output[2:])
@@ -543,8 +542,9 @@ def _learn_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor 
     grads: list[Tensor | None] = [None] * 11
     if upstream is None:
         return tuple(grads)
-    # What a graph saved dies with it unless the graph is retained: those gradients are scaled where they lie.
-    dies = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    # What a graph saved dies with it unless the graph is retained: those gradients are scaled where they lie. Tracers,
+    # whose tensors are of types of their own, get the op that changes nothing.
+    dies = type(upstream) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     for i, dtype, sums in zip(_DIFFERENTIABLE, ctx.dtypes, ctx.saved_tensors, strict=True):
         if ctx.needs_input_grad[i]:
             in_place = dies and sums.dtype == dtype
@@ -637,7 +637,8 @@ def linear_softcap_cross_entropy(
         hints: [N], integers in [0, V) or -1 (none): the call then returns a pair.
         reduction: "mean" (over the targets not ignored; nan when all are), "sum" or "none".
         ignore_index: a target to skip: loss 0, gradient 0.
-        recompute: True: the backward pass makes the logits again, so that only a chunk of them ever exists (one matrix
+        recompute: True: only a chunk of the logits ever exists. The forward pass of a sum or a mean makes the gradients
+            too, and the backward pass scales them; of "none" the backward pass makes the logits again (one matrix
             product more). False: the logits' gradient is kept for it. None: kept while it is small (2 GiB on CUDA).
 
     Returns:

@@ -13,7 +13,9 @@ from pgolf_kernels.linear_softcap_ce import (
     _backward_op,
     _forward_op,
     _keep_op,
+    _learn_op,
     _recompute_op,
+    _scaled_op,
     linear_softcap_ce_reference,
 )
 from tests import triton_aot
@@ -97,7 +99,7 @@ def reference(problem: Problem, softcap: float | None, temperature: float) -> tu
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return float(((a.double() - b.double()).norm() / b.double().norm()).detach())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -180,6 +182,53 @@ def test_scalar_losses_expand_their_upstream_gradient(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_come_with_the_sum(dtype: torch.dtype, lora: bool, device: torch.device) -> None:
+    problem = draw(dtype, device, lora=lora, shuffled=True)
+    for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
+        scalars = (softcap, temperature)
+        wide = problem.converted(torch.float64)
+        problem.upstream = wide.upstream = torch.full_like(problem.upstream, -0.3)
+        losses, wide_hints, gradients = reference(wide, *scalars)
+        _, _, plain_gradients = reference(problem, *scalars)
+        options = {**problem.adapters(), "temperature": temperature, "reduction": "sum", "recompute": True}
+        inputs = (problem.hidden, problem.weight, problem.targets, softcap)
+        total, hinted = linear_softcap_cross_entropy(*inputs, **options, hints=problem.hints)
+        assert relative(total, losses.sum()) < (1e-5 if dtype == torch.float32 else 1e-2)
+        known = problem.hints >= 0
+        assert (hinted[~known] == float("-inf")).all()
+        assert relative(hinted[known], wide_hints[known]) < (1e-5 if dtype == torch.float32 else 1e-2)
+        own = torch.autograd.grad(total, problem.leaves(), torch.tensor(-0.3, device=device))
+        for leaf, mine, theirs, wanted in zip(problem.leaves(), own, plain_gradients, gradients, strict=True):
+            assert mine.dtype == leaf.dtype and not mine.requires_grad
+            assert relative(mine, wanted) <= 2 * relative(theirs, wanted) + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_retained_graph_keeps_the_gradients_that_came_with_the_sum(
+    lora: bool, weight_dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = draw(torch.bfloat16, device, weight_dtype=weight_dtype, lora=lora)
+    total = linear_softcap_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="sum", recompute=True
+    )
+    scales = [torch.tensor(scale, device=device) for scale in (0.3, -7.0, 0.3)]
+    first, other = (torch.autograd.grad(total, problem.leaves(), s, retain_graph=True) for s in scales[:2])
+    for gradient in first + other:
+        gradient.detach().clone()
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()  # the caller's own
+    last = torch.autograd.grad(total, problem.leaves(), scales[2])
+    for a, b, c in zip(kept, last, other, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.float() * (-7 / 0.3), c.float(), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_reductions(device: torch.device) -> None:
     problem = draw(torch.float32, device)
     inputs = (problem.hidden, problem.weight)
@@ -209,6 +258,14 @@ def test_gradients_only_where_wanted(recompute: bool, device: torch.device) -> N
         )
         (own,) = torch.autograd.grad(losses, problem.leaves()[chosen], problem.upstream)
         assert relative(own, expected) < 1e-5
+        total, ones = (
+            linear_softcap_cross_entropy(
+                problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="sum", recompute=mode
+            )
+            for mode in (recompute, False)
+        )
+        (own,) = torch.autograd.grad(total, problem.leaves()[chosen])
+        assert relative(own, torch.autograd.grad(ones, problem.leaves()[chosen])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -243,9 +300,9 @@ def test_no_rows(recompute: bool, device: torch.device) -> None:
 
 def test_gradients_by_finite_differences() -> None:
     problem = draw(torch.float64, lora=True, shuffled=True, rows=6, width=3, vocab=7, docs=2, rank=2)
-    for recompute in (False, True):
+    for recompute, reduction in ((False, "none"), (True, "none"), (True, "mean")):
 
-        def loss(*leaves: Tensor, recompute: bool = recompute) -> Tensor:
+        def loss(*leaves: Tensor, recompute: bool = recompute, reduction: str = reduction) -> Tensor:
             hidden, weight, a, b = leaves
             return linear_softcap_cross_entropy(
                 hidden,
@@ -256,7 +313,7 @@ def test_gradients_by_finite_differences() -> None:
                 lora_b=b,
                 doc_ids=problem.doc_ids,
                 temperature=0.8,
-                reduction="none",
+                reduction=reduction,
                 recompute=recompute,
             )
 
@@ -268,11 +325,12 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
     problem = draw(torch.float32, lora=True, shuffled=True)
 
-    def run(recompute: bool) -> list[Tensor]:
-        losses = linear_softcap_cross_entropy(
-            problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
-        )
-        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+    def run(recompute: bool | None) -> list[Tensor]:
+        call, rest = (problem.hidden, problem.weight, problem.targets), {**problem.adapters(), "recompute": recompute}
+        losses = linear_softcap_cross_entropy(*call, reduction="none", **rest)
+        mean = linear_softcap_cross_entropy(*call, **rest)
+        gradients = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+        return [losses.detach(), *gradients, mean.detach(), *torch.autograd.grad(mean, problem.leaves())]
 
     whole = run(False)
     small = module.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
@@ -292,6 +350,10 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
         torch.library.opcheck(op, (*inputs, p.hints, *scalars))
         torch.library.opcheck(op, (*inputs, None, *scalars))
     plain = tuple(t if t is None else t.detach() for t in inputs)
+    needs = [True, True, lora, lora]
+    torch.library.opcheck(_learn_op, (*inputs, p.hints, needs, *scalars))
+    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, lora], *scalars))
+    torch.library.opcheck(_scaled_op, (p.hidden.detach(), p.upstream[0], torch.bfloat16))
     needs = [True, False, lora, lora]
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, p.upstream.abs(), needs, *scalars))
@@ -411,6 +473,17 @@ def interpreted() -> None:
             torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
             for mine, wanted in zip(own, gradients, strict=True):
                 assert relative(mine, wanted) < 1e-5
+            for reduction in ("sum", "mean"):
+                call = (problem.hidden, problem.weight, problem.targets, softcap)
+                options: dict[str, Any] = {"temperature": temperature, "reduction": reduction}
+                loss = linear_softcap_cross_entropy(*call, **options)
+                expected_gradients = torch.autograd.grad(loss, problem.leaves(), torch.tensor(0.7))
+                with interpreting():
+                    own_loss = linear_softcap_cross_entropy(*call, **options, recompute=recompute)
+                    own = torch.autograd.grad(own_loss, problem.leaves(), torch.tensor(0.7))
+                torch.testing.assert_close(own_loss, loss, rtol=1e-5, atol=0)
+                for mine, wanted in zip(own, expected_gradients, strict=True):
+                    assert relative(mine, wanted) < 1e-5
     # A scalar loss expands its upstream gradient: stride 0. With and without the fused product.
     for vocab, softcap, dtype in ((204, 30.0, torch.float32), (203, 30.0, torch.float32), (204, None, torch.float16)):
         problem = draw(dtype, rows=150, width=40, vocab=vocab)
