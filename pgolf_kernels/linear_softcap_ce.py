@@ -40,10 +40,10 @@ from pgolf_kernels.softcap_ce import (
     check_softcap,
     launch_backward,
     launch_forward,
+    launch_mean,
     launch_with_grad,
     loss_dtype,
     reduce,
-    reduce_total,
     softcap_ce_reference,
 )
 
@@ -184,8 +184,11 @@ class Gradients:
     def add(
         self, dlogits: Tensor, scale: Tensor | None, rows: slice, kept: list[Tensor], scaled: Tensor | None = None
     ) -> None:
-        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave, `scaled`
-        the chunk's scale[i] * hidden[i] where that exists."""
+        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave.
+
+        `scaled`, without adapters and scale: the chunk's hidden states times the factors that dlogits lack. dweight
+        gets them from there, dhidden goes without.
+        """
         head = self.head
         scaled = times(head.hidden[rows], scale) if scaled is None else scaled
         if self.needs[1]:
@@ -234,11 +237,11 @@ def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tens
     return torch.mul(rows, scale[:, None], out=out)
 
 
-def times_scalar(sums: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """sums * scale, a tensor of one number, with one rounding to out's dtype; `out` may be `sums`."""
-    if sums.dim() == 2 and sums.dtype == out.dtype:
-        return times(sums, scale.expand(len(sums)), out)
-    return torch.mul(sums, scale.reshape([1] * sums.dim()), out=out)
+def times_factor(sums: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """sums * factor, one number or one for each row, with one rounding to out's dtype; `out` may be `sums`."""
+    if sums.dim() == 2:
+        return times(sums, factor.expand(len(sums)), out)
+    return torch.mul(sums, factor, out=out)
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -342,31 +345,45 @@ def _learn(
     doc_ids: Tensor | None,
     hints: Tensor | None,
     needs: list[bool],
+    reduction: str,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    """The losses' sum, log p(hint) and the gradients of that sum."""
+    """The losses' sum or mean, log p(hint), the weight of a loss therein, and the gradients of the sum, of which
+    dhidden[i] is to be multiplied by the fourth result [N]."""
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
+    sorted_targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     scale, lse = torch.ones_like(losses), torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).chunk))
     grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), None)
     fused = _fused(head, *scalars[:2])
     buffer = hidden.new_empty(chunks[0].stop, len(weight))
-    scaled = torch.empty_like(hidden[chunks[0]]) if fused else None
-    for rows in chunks:
-        logits, indices = buffer[: rows.stop - rows.start], (targets[rows], _part(hints, rows))
+    room = torch.empty_like(hidden[chunks[0]]) if fused else hidden
+    # With many small chunks the launching thread is what may fall behind: slices are made at once.
+    parts = zip(*(t.split(len(buffer)) for t in (head.hidden, sorted_targets, losses, lse, scale)), strict=True)
+    pairs: Any = [(None, hint_log_probs)] * len(chunks)
+    if hints is not None:
+        pairs = zip(hints.split(len(buffer)), hint_log_probs.split(len(buffer)), strict=True)
+    for rows, part, (hint, hint_log_prob) in zip(chunks, parts, pairs, strict=True):
+        x, target, loss, own_lse, own_scale = part
+        full = len(x) == len(buffer)
+        logits = buffer if full else buffer[: len(x)]
         if fused:
-            own = _part(scaled, slice(len(logits)))
-            results = (losses[rows], hint_log_probs[rows], scale[rows], logits, own)
-            fused.losses(head.hidden[rows], head.weight, *indices, *scalars, *results)
-            grads.add(logits, scale[rows], rows, [], own)
+            scaled = room if full else room[: len(x)]
+            results = (loss, hint_log_prob, own_scale, logits, scaled)
+            fused.losses(x, head.weight, target, hint, *scalars, *results)
+            grads.add(logits, None, rows, [], scaled)
         else:
             _, kept = head.logits(rows, logits)
-            out = (losses[rows], lse[rows], hint_log_probs[rows])
-            launch_with_grad(logits, *indices, scale[rows], scalars, *out, logits)
+            launch_with_grad(logits, target, hint, own_scale, scalars, loss, own_lse, hint_log_prob, logits)
             grads.add(logits, None, rows, kept)
-    return losses.sum(), head.unsorted(hint_log_probs), *grads.sums()
+    # Where logits are made, `scale` was the upstream gradient of their pass: 1 in any order.
+    if reduction == "mean":
+        total, share = launch_mean(losses, sorted_targets, scalars[2])
+    else:
+        total, share = losses.sum(), losses.new_ones(())
+    del buffer, logits
+    return total, head.unsorted(hint_log_probs), share, scale, *grads.sums()
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -459,14 +476,14 @@ def _learn_fake(
     losses, hint_log_probs = _new_losses(hidden, hints)
     d_hidden, d_weight, d_a, d_b = _gradients_fake((hidden, weight, a, b), needs)
     d_weight = d_weight.new_empty(d_weight.shape, dtype=losses.dtype if needs[1] else hidden.dtype)
-    return losses.new_empty(()), hint_log_probs, d_hidden, d_weight, d_a, d_b
+    return losses.new_empty(()), hint_log_probs, losses.new_empty(()), losses, d_hidden, d_weight, d_a, d_b
 
 
-def _scaled(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return times_scalar(sums, scale, torch.empty_like(sums, dtype=dtype))
+def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return times_factor(sums, factor, torch.empty_like(sums, dtype=dtype))
 
 
-def _scaled_fake(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_fake(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(sums, dtype=dtype)
 
 
@@ -492,7 +509,7 @@ _backward_op = register_op(
     not_differentiable=_NO_DOUBLE,
 )
 _scaled_op = register_op(
-    "linear_softcap_ce_scaled(Tensor sums, Tensor scale, ScalarType dtype) -> Tensor",
+    "linear_softcap_ce_scaled(Tensor sums, Tensor factor, ScalarType dtype) -> Tensor",
     _scaled,
     fake=_scaled_fake,
     not_differentiable=_NO_DOUBLE,
@@ -539,17 +556,21 @@ def _setup_learn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _learn_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 11
+    grads: list[Tensor | None] = [None] * 12
     if upstream is None:
         return tuple(grads)
+    share, scale, *saved = ctx.saved_tensors
+    factor = upstream * share
     # What a graph saved dies with it unless the graph is retained: those gradients are scaled where they lie. Tracers,
     # whose tensors are of types of their own, get the op that changes nothing.
     dies = type(upstream) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    for i, dtype, sums in zip(_DIFFERENTIABLE, ctx.dtypes, ctx.saved_tensors, strict=True):
+    for i, dtype, sums in zip(_DIFFERENTIABLE, ctx.dtypes, saved, strict=True):
         if ctx.needs_input_grad[i]:
-            in_place = dies and sums.dtype == dtype
-            kept = sums.detach() if in_place else sums
-            grads[i] = times_scalar(kept, upstream, kept) if in_place else _scaled_op(sums, upstream, dtype)
+            own = factor * scale if i == 0 else factor
+            if dies and sums.dtype == dtype:
+                grads[i] = times_factor(sums.detach(), own, sums.detach())
+            else:
+                grads[i] = _scaled_op(sums, own, dtype)
     return tuple(grads)
 
 
@@ -569,8 +590,8 @@ _keep_op = register_op(
 )
 
 _learn_op = register_op(
-    f"linear_softcap_ce_learn({_INPUTS}, Tensor? hints, bool[] needs, {_SCALARS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_softcap_ce_learn({_INPUTS}, Tensor? hints, bool[] needs, str reduction, {_SCALARS}) "
+    f"-> ({', '.join(['Tensor'] * 8)})",
     _learn,
     fake=_learn_fake,
     backward=_learn_autograd,
@@ -666,8 +687,7 @@ def linear_softcap_cross_entropy(
         recompute = len(hidden) * len(weight) * hidden.element_size() > config_of(hidden).keep
     if learns and recompute and reduction != "none":
         needs = [t is not None and t.requires_grad for t in (hidden, weight, lora_a, lora_b)]
-        total, hint_log_probs = _learn_op(*inputs, needs, *scalars)[:2]
-        loss = reduce_total(total, targets, reduction, ignore_index)
+        loss, hint_log_probs = _learn_op(*inputs, needs, reduction, *scalars)[:2]
         return loss if hints is None else (loss, hint_log_probs.detach())
     op = _keep_op if learns and not recompute else _forward_op
     losses, hint_log_probs = op(*inputs, *scalars)[:2]

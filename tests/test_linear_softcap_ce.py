@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pgolf_kernels.linear_softcap_ce as face
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels._triton_op import interpreting, kernels
 from pgolf_kernels.linear_softcap_ce import (
@@ -229,19 +230,21 @@ def test_a_retained_graph_keeps_the_gradients_that_came_with_the_sum(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_reductions(device: torch.device) -> None:
+@pytest.mark.parametrize("recompute", MODES)
+def test_reductions(recompute: bool, device: torch.device) -> None:
     problem = draw(torch.float32, device)
     inputs = (problem.hidden, problem.weight)
     each = linear_softcap_cross_entropy(*inputs, problem.targets, reduction="none")
     counted = problem.targets != -100
-    mean = linear_softcap_cross_entropy(*inputs, problem.targets)
+    mean = linear_softcap_cross_entropy(*inputs, problem.targets, recompute=recompute)
     torch.testing.assert_close(mean, each.sum() / counted.sum())
-    torch.testing.assert_close(linear_softcap_cross_entropy(*inputs, problem.targets, reduction="sum"), each.sum())
+    total = linear_softcap_cross_entropy(*inputs, problem.targets, reduction="sum", recompute=recompute)
+    torch.testing.assert_close(total, each.sum())
     (gradient,) = torch.autograd.grad(mean, problem.hidden)
     assert not gradient[~counted].any()
     ignored = torch.full_like(problem.targets, -100)
-    assert linear_softcap_cross_entropy(*inputs, ignored).isnan()
-    assert linear_softcap_cross_entropy(*inputs, ignored, reduction="sum") == 0
+    assert linear_softcap_cross_entropy(*inputs, ignored, recompute=recompute).isnan()
+    assert linear_softcap_cross_entropy(*inputs, ignored, reduction="sum", recompute=recompute) == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -321,8 +324,6 @@ def test_gradients_by_finite_differences() -> None:
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pgolf_kernels.linear_softcap_ce as module
-
     problem = draw(torch.float32, lora=True, shuffled=True)
 
     def run(recompute: bool | None) -> list[Tensor]:
@@ -333,8 +334,8 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         return [losses.detach(), *gradients, mean.detach(), *torch.autograd.grad(mean, problem.leaves())]
 
     whole = run(False)
-    small = module.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
-    monkeypatch.setattr(module, "CPU_CONFIG", small)
+    small = face.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
+    monkeypatch.setattr(face, "CPU_CONFIG", small)
     for recompute in (False, True, None):
         for a, b in zip(run(recompute), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -351,9 +352,11 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
         torch.library.opcheck(op, (*inputs, None, *scalars))
     plain = tuple(t if t is None else t.detach() for t in inputs)
     needs = [True, True, lora, lora]
-    torch.library.opcheck(_learn_op, (*inputs, p.hints, needs, *scalars))
-    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, lora], *scalars))
-    torch.library.opcheck(_scaled_op, (p.hidden.detach(), p.upstream[0], torch.bfloat16))
+    # Its backward pass multiplies results of the op where they lie, and opcheck compares them afterwards: by 1 here.
+    torch.library.opcheck(_learn_op, (*inputs, p.hints, needs, "sum", *scalars))
+    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, lora], "mean", *scalars))
+    for factor in (p.upstream, p.upstream[0]):
+        torch.library.opcheck(_scaled_op, (p.hidden.detach(), factor, torch.bfloat16))
     needs = [True, False, lora, lora]
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, p.upstream.abs(), needs, *scalars))
@@ -495,6 +498,19 @@ def interpreted() -> None:
             for mine, wanted in zip(own, expected, strict=True):
                 assert relative(mine, wanted) < (1e-5 if dtype == torch.float32 else 1e-3)
     problem = draw(torch.float32, rows=150, width=40, vocab=204)
+    # Gradients that come with the loss, in chunks of 64 rows; a graph that is retained keeps them.
+    call = (problem.hidden, problem.weight, problem.targets)
+    expected_loss, expected_hints = linear_softcap_cross_entropy(*call, hints=problem.hints)
+    expected = torch.autograd.grad(expected_loss, problem.leaves())
+    face.CPU_CONFIG = face.HeadConfig(keep=0, kept_chunk=1 << 20, chunk=64 * 204 * 4)
+    with interpreting():
+        loss, hinted = linear_softcap_cross_entropy(*call, hints=problem.hints)
+        for retain in (True, True, False):
+            own = torch.autograd.grad(loss, problem.leaves(), torch.tensor(-3.0), retain_graph=retain)
+            for mine, wanted in zip(own, expected, strict=True):
+                assert relative(mine, -3 * wanted) < 1e-5
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
     module = kernels("linear_softcap_ce")
     assert not module.takes(problem.hidden, problem.weight, 41.0, 1.0)
     assert not module.takes(problem.hidden, problem.weight, 0.0, 1.0)
@@ -524,6 +540,29 @@ def test_fused_head_is_no_less_accurate_than_rounded_logits(recompute: bool) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"), [(4500, 512, 8192), (8200, 256, 8320), (1000, 512, 1024), (2, 512, 128)]
+)
+def test_gradients_that_come_with_the_loss_of_the_fused_head(
+    rows: int, width: int, vocab: int, wanted: tuple[bool, bool], reduction: str
+) -> None:
+    """Whole and ragged chunks, with the product in CUDA and in Triton."""
+    problem = draw(torch.bfloat16, torch.device("cuda"), rows=rows, width=width, vocab=vocab)
+    for leaf, needed in zip(problem.leaves(), wanted, strict=True):
+        leaf.requires_grad_(needed)
+    leaves = [leaf for leaf, needed in zip(problem.leaves(), wanted, strict=True) if needed]
+    call = (problem.hidden, problem.weight, problem.targets)
+    kept, loss = (linear_softcap_cross_entropy(*call, reduction=reduction, recompute=mode) for mode in (False, True))
+    torch.testing.assert_close(loss, kept, rtol=1e-5, atol=0)
+    upstream = torch.tensor(-0.3, device="cuda")
+    expected, own = (torch.autograd.grad(total, leaves, upstream) for total in (kept, loss))
+    for mine, theirs in zip(own, expected, strict=True):
+        assert relative(mine, theirs) < 5e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("recompute", "limit"), [(False, 1.8e9), (True, 200e6)])
 def test_memory(recompute: bool, limit: float) -> None:
     hidden = torch.randn(98304, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -546,9 +585,12 @@ def test_memory(recompute: bool, limit: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("width", [64, 512])
 @pytest.mark.parametrize("lora", [False, True])
-def test_cuda_graph_and_no_waiting(lora: bool, recompute: bool) -> None:
-    problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=64, vocab=1024)
+def test_cuda_graph_and_no_waiting(lora: bool, width: int, reduction: str, recompute: bool) -> None:
+    problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=width, vocab=1024)
+    upstream = problem.upstream if reduction == "none" else problem.upstream[0]
 
     def step() -> list[Tensor]:
         losses = linear_softcap_cross_entropy(
@@ -557,10 +599,10 @@ def test_cuda_graph_and_no_waiting(lora: bool, recompute: bool) -> None:
             problem.targets,
             **problem.adapters(),
             hints=problem.hints,
-            reduction="none",
+            reduction=reduction,
             recompute=recompute,
         )[0]
-        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), upstream)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
