@@ -563,6 +563,41 @@ def test_gradients_that_come_with_the_loss_of_the_fused_head(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [128, 1152, 8192])
+@pytest.mark.parametrize("rows", [1, 65, 300, 2049, 40000])
+def test_cuda_powers_agree_with_triton(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -> None:
+    """Ragged rows, one target ignored and one out of range; all is written, and nothing past the last row."""
+    problem = draw(torch.bfloat16, torch.device("cuda"), rows=rows, width=512, vocab=vocab)
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    module = kernels("linear_softcap_ce")
+    if not module._runs_native(hidden, weight, hidden):
+        pytest.skip("needs a Hopper GPU and a native module built for sm_90a")
+    problem.targets[-1] = vocab
+
+    def run() -> list[Tensor]:
+        room = [torch.full((rows + 70, size), 7.0, dtype=torch.bfloat16, device="cuda") for size in (vocab, 512)]
+        powers, scaled = (tensor[:rows] for tensor in room)
+        losses, inverse = torch.full((2, rows), 7.0, device="cuda")
+        poison = torch.full((rows, vocab // 128), float("nan"), device="cuda")
+        del poison  # the sums get this memory
+        scalars, none = (30.0, 1.0, -100), losses.new_empty(0)
+        module.losses(hidden, weight, problem.targets, None, *scalars, losses, none, inverse, powers, scaled)
+        assert all((tensor[rows:] == 7).all() for tensor in room)
+        return [losses, inverse, powers, scaled]
+
+    ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_runs_native", lambda *_: False)
+        theirs = run()
+    assert ours[0][-1].isnan() and ours[1][-1].isnan() and ours[3][-1].isnan().all()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=5e-5, equal_nan=True)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=5e-5, atol=0, equal_nan=True)
+    for mine, other in ((ours[2], theirs[2]), (ours[3][:-1], theirs[3][:-1])):
+        assert torch.isfinite(mine).all()
+        assert (mine.double() - other.double()).norm() <= 1e-3 * other.double().norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("recompute", "limit"), [(False, 1.8e9), (True, 200e6)])
 def test_memory(recompute: bool, limit: float) -> None:
     hidden = torch.randn(98304, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
