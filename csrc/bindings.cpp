@@ -6,6 +6,7 @@ namespace pgolf {
 void bind_adapter_adamw(pybind11::module_& m);
 void bind_fused_mlp(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
+void bind_linear_softcap_ce(pybind11::module_& m);
 void bind_ngram(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);
 void bind_softcap_ce(pybind11::module_& m);
@@ -20,4 +21,5 @@ PYBIND11_MODULE(_native, m) {
   pgolf::bind_ngram(m);
   pgolf::bind_adapter_adamw(m);
   pgolf::bind_fused_mlp(m);
+  pgolf::bind_linear_softcap_ce(m);
 }

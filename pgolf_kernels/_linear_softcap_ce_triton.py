@@ -6,9 +6,10 @@ softcap / temperature <= 40 bounds exp(z), so that no maximum is needed and the 
     G = exp(z) slope,  slope = 1 - tanh(a / softcap)^2,  S[i] = sum_j exp(z[i, j])
 
 (times 1 / temperature). `_powers_kernel` is the matrix product with that in its epilogue: it writes G in bfloat16 from
-the float32 accumulators and the sums of exp(z) over each tile's columns. `_finish_kernel` adds those up, computes the
-targets' (and hints') logits as dot products of their own, writes losses and 1 / S, and mends G at each row's target.
-The logits themselves are never stored, nor rounded.
+the float32 accumulators and the sums of exp(z) over each tile's columns. Training on Hopper has the same in CUDA where
+its shapes allow it (csrc/linear_softcap_ce). `_finish_kernel` adds the sums up, computes the logits of targets (and
+hints) as dot products of their own, writes losses and 1 / S, and mends G at each row's target. The logits are never
+stored, nor rounded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgolf_kernels import _native
+from pgolf_kernels._native_op import stream_of
 from pgolf_kernels._triton_op import block_at_least, can_describe, compute_capability, descriptor, grid_size
 from pgolf_kernels._triton_tile import strip
 
@@ -45,7 +48,7 @@ class PowersConfig:
 SCORE = PowersConfig()
 # With the gradient, a tangent that is 5e-4 off: the loss moves by 1.5e-4 a token at most, G's rounding hides the rest.
 TRAIN = PowersConfig(form=APPROXIMATE)
-FINISH_ROWS = 8
+FINISH_ROWS = 4
 
 
 @triton.jit
@@ -123,12 +126,13 @@ def _picked_logits(x, w_ptr, index, valid, k, inside, w_stride):
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _finish_kernel(
-    x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr,
+    x_ptr, w_ptr, targets_ptr, hints_ptr, sums_ptr, losses_ptr, hint_ptr, inverse_ptr, g_ptr, scaled_ptr,
     rows, vocab, tiles, x_stride, w_stride, g_stride, ignore_index, softcap, scale,
     DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr, ROWS: tl.constexpr, STORE: tl.constexpr,
-    HINTS: tl.constexpr,
+    SCALED: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
-    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets."""
+    """Losses, log p(hint), scale / S (0 for ignored rows, nan for targets out of range); mends G at the targets;
+    with SCALED also x * scale / S."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     wide = row.to(tl.int64)
@@ -161,6 +165,9 @@ def _finish_kernel(
         power = tl.minimum(tl.exp(z), total)
         mended = ((power - total) * slope).to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + wide * g_stride + tl.where(valid, target, 0), mended, mask=mask & valid)
+    if SCALED:
+        scaled = (x * inverse[:, None]).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + wide[:, None] * DEPTH + k[None, :], scaled, mask=mask[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -177,6 +184,10 @@ def _scale_rows_kernel(x_ptr, scale_ptr, out_ptr, rows, x_stride, out_stride,
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)  # triton.cdiv takes microseconds, which small chunks of rows would feel
+
+
 def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) -> bool:
     """Whether the kernels take this head: bfloat16 on Hopper or later (float32 through the interpreter), bounded z."""
     if not 0.0 < softcap <= LARGEST_TOP * temperature or not len(hidden):
@@ -187,19 +198,38 @@ def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) ->
     return fits and hidden.dtype == torch.bfloat16 and compute_capability(hidden.device.index) >= 90
 
 
+def _runs_native(hidden: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether the CUDA kernel takes G [N, V] and its sums, of what :func:`takes` has taken."""
+    return (
+        hidden.is_cuda
+        and hidden.shape[1] == 512
+        and weight.shape[0] % 128 == 0
+        and hidden.is_contiguous()
+        and weight.is_contiguous()
+        and out.is_contiguous()
+        and hasattr(_native, "linear_softcap_ce_powers_cuda")
+        and compute_capability(hidden.device.index) == 90
+    )
+
+
 def _launch_powers(
     hidden: Tensor, weight: Tensor, out: Tensor | None, sums: Tensor | None, targets: Tensor | None,
     factor: Tensor | None, at_target: Tensor | None, softcap: float, temperature: float,
 ) -> None:  # fmt: skip
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     config = SCORE if out is None else TRAIN
+    height = softcap / temperature * LOG2E
+    if out is not None and sums is not None and _runs_native(hidden, weight, out):
+        addresses = (t.data_ptr() for t in (hidden, weight, out, sums))
+        _native.linear_softcap_ce_powers_cuda(*addresses, rows, vocab, 1.0 / softcap, height, *stream_of(hidden))
+        return
     x_desc = descriptor(hidden, (config.rows, config.depth))
     g_desc = x_desc if out is None else descriptor(out, (config.rows, config.columns // config.strips))
-    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(vocab, config.columns)
+    tiles = _tiles(rows, config.rows) * _tiles(vocab, config.columns)
     form = PLAIN if hidden.device.type == "cpu" else config.form  # the interpreter knows no instructions
     _powers_kernel[(min(grid_size(hidden) * config.programs, tiles),)](
         x_desc, descriptor(weight, (config.columns, config.depth)), g_desc, sums, targets, factor, at_target, rows,
-        vocab, 2.0 * LOG2E / softcap, softcap / temperature * LOG2E, DEPTH=depth, BM=config.rows, BN=config.columns,
+        vocab, 2.0 * LOG2E / softcap, height, DEPTH=depth, BM=config.rows, BN=config.columns,
         BK=config.depth, STRIPS=config.strips, STORE=out is not None, SUMS=sums is not None,
         RAGGED=vocab % config.columns != 0, FORM=form, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -207,20 +237,22 @@ def _launch_powers(
 
 def losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, hints: Tensor | None, softcap: float, temperature: float,
-    ignore_index: int, out: Tensor, hint_log_probs: Tensor, inverse: Tensor, powers: Tensor | None,
+    ignore_index: int, out: Tensor, hint_log_probs: Tensor, inverse: Tensor, powers: Tensor | None = None,
+    scaled: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Losses [N] into `out`, log p(hint) into `hint_log_probs`, 1 / (S temperature) into `inverse`; with `powers`
-    [N, V] also G, which times `inverse` is the gradient of the logits."""
+    [N, V] also G, which times `inverse` is the gradient of the logits; with `scaled` [N, D] also hidden * inverse."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
-    tiles = triton.cdiv(vocab, (SCORE if powers is None else TRAIN).columns)
+    tiles = _tiles(vocab, (SCORE if powers is None else TRAIN).columns)
     with torch.cuda.device_of(hidden):
         sums = hidden.new_empty((rows, tiles), dtype=torch.float32)
         _launch_powers(hidden, weight, powers, sums, None, None, None, softcap, temperature)
-        _finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
-            hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, rows, vocab, tiles,
+        _finish_kernel[(_tiles(rows, FINISH_ROWS),)](
+            hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, scaled, rows, vocab, tiles,
             hidden.stride(0), weight.stride(0), vocab, ignore_index, softcap, 1.0 / temperature,
             DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), TILES_BLOCK=block_at_least(tiles, 16, 1 << 20),
-            ROWS=FINISH_ROWS, STORE=powers is not None, HINTS=hints is not None, num_warps=1,
+            ROWS=FINISH_ROWS, STORE=powers is not None, SCALED=scaled is not None, HINTS=hints is not None,
+            num_warps=1,
         )  # fmt: skip
 
 
@@ -241,7 +273,7 @@ def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     per_program = max(1, 4096 // block)
     if rows.numel():
         with torch.cuda.device_of(rows):
-            _scale_rows_kernel[(triton.cdiv(count, per_program),)](
+            _scale_rows_kernel[(_tiles(count, per_program),)](
                 rows, scale, out, count, rows.stride(0), out.stride(0), DEPTH=depth, DEPTH_BLOCK=block,
                 ROWS=per_program, num_warps=4,
             )  # fmt: skip

@@ -11,8 +11,10 @@ and come from float32 accumulators. The adapters are those of test-time training
 With the loss of a row goes the gradient of its logits, u[i] = dloss[i] / da[i], which does not depend on the upstream
 gradient g. While all of u is small enough it is written over the logits and kept for the backward pass, where g folds
 into the small operands: dhidden = g * (u @ weight), dweight = u.T @ (g * hidden). Three matrix products, any upstream
-gradient, nothing saved is changed. Beyond that size, or with `recompute=True`, the rows go through in chunks and the
-backward pass makes their logits again: four products, and only a chunk of logits at a time.
+gradient, nothing saved is changed. Beyond that size, or with `recompute=True`, the rows go through in chunks and only a
+chunk of logits exists at a time. Of a sum or a mean g is one number: the forward pass makes the gradients at g = 1, and
+the backward pass multiplies them by g, still three products. Of losses that are not reduced the backward pass makes the
+logits again: four.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from pgolf_kernels.softcap_ce import (
     check_softcap,
     launch_backward,
     launch_forward,
+    launch_mean,
     launch_with_grad,
     loss_dtype,
     reduce,
@@ -164,9 +167,12 @@ class Head:
 
 
 class Gradients:
-    """The inputs' gradients, summed over chunks of rows in float32 at least; None where none is wanted."""
+    """The inputs' gradients, summed over chunks of rows in float32 at least; None where none is wanted.
 
-    def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int):
+    `chunks`: how many; None if the sums themselves are wanted and not the rounded ones.
+    """
+
+    def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int | None):
         self.head, self.needs, self.dtypes = head, needs, dtypes
         wide, own = loss_dtype(head.hidden), dtypes[1] or torch.float32
         self.sum_dtype = own if chunks == 1 and own in (head.hidden.dtype, wide) else wide
@@ -175,10 +181,16 @@ class Gradients:
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
 
-    def add(self, dlogits: Tensor, scale: Tensor | None, rows: slice, kept: list[Tensor]) -> None:
-        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave."""
+    def add(
+        self, dlogits: Tensor, scale: Tensor | None, rows: slice, kept: list[Tensor], scaled: Tensor | None = None
+    ) -> None:
+        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave.
+
+        `scaled`, without adapters and scale: the chunk's hidden states times the factors that dlogits lack. dweight
+        gets them from there, dhidden goes without.
+        """
         head = self.head
-        scaled = times(head.hidden[rows], scale)
+        scaled = times(head.hidden[rows], scale) if scaled is None else scaled
         if self.needs[1]:
             self.weight = add_product(self.weight, dlogits.T, scaled, self.sum_dtype)
         dhidden = None
@@ -198,13 +210,19 @@ class Gradients:
                 own += dhidden
             times(own, scale, own)
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        """In the inputs' dtypes; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
+    def sums(self) -> tuple[Tensor, ...]:
+        """As they were summed; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
         hidden = None if self.hidden is None else self.head.unsorted(self.hidden)
-        sums = (hidden, self.weight, self.lora_a, self.lora_b)
         return tuple(
-            total.to(dtype) if need and total is not None else self.head.hidden.new_empty(0)
-            for total, need, dtype in zip(sums, self.needs, self.dtypes, strict=True)
+            total if need and total is not None else self.head.hidden.new_empty(0)
+            for total, need in zip((hidden, self.weight, self.lora_a, self.lora_b), self.needs, strict=True)
+        )
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """In the inputs' dtypes."""
+        return tuple(
+            total.to(dtype) if need else total
+            for total, need, dtype in zip(self.sums(), self.needs, self.dtypes, strict=True)
         )
 
 
@@ -217,6 +235,13 @@ def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tens
         # The kernel reads one number after the other; an upstream gradient expanded from a scalar has stride 0.
         return kernels("linear_softcap_ce").scale_rows(rows, scale.contiguous(), out)
     return torch.mul(rows, scale[:, None], out=out)
+
+
+def times_factor(sums: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """sums * factor, one number or one for each row, with one rounding to out's dtype; `out` may be `sums`."""
+    if sums.dim() == 2:
+        return times(sums, factor.expand(len(sums)), out)
+    return torch.mul(sums, factor, out=out)
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,7 +292,7 @@ def _forward(
     losses, hint_log_probs = _new_losses(hidden, hints)
     if fused := _fused(head, *scalars[:2]):
         inverse = torch.empty_like(losses)
-        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse, None)
+        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse)
         return losses, hint_log_probs, inverse
     lse = torch.empty_like(losses)
     for rows in head.chunks(config_of(hidden).chunk):
@@ -309,6 +334,56 @@ def _keep(
     dlogits = logits if dlogits is None else dlogits
     inner_rows = inner[0] if len(inner) == 1 else torch.cat(inner) if inner else hidden.new_empty(0)
     return head.unsorted(losses), head.unsorted(hint_log_probs), dlogits, scale, inner_rows, low
+
+
+def _learn(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    doc_ids: Tensor | None,
+    hints: Tensor | None,
+    needs: list[bool],
+    reduction: str,
+    *scalars: Any,
+) -> tuple[Tensor, ...]:
+    """The losses' sum or mean, log p(hint), the weight of a loss therein, and the gradients of the sum, of which
+    dhidden[i] is to be multiplied by the fourth result [N]."""
+    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+    sorted_targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
+    losses, hint_log_probs = _new_losses(hidden, hints)
+    scale, lse = torch.ones_like(losses), torch.empty_like(losses)
+    chunks = list(head.chunks(config_of(hidden).chunk))
+    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), None)
+    fused = _fused(head, *scalars[:2])
+    buffer = hidden.new_empty(chunks[0].stop, len(weight))
+    room = torch.empty_like(hidden[chunks[0]]) if fused else hidden
+    # With many small chunks the launching thread is what may fall behind: slices are made at once.
+    parts = zip(*(t.split(len(buffer)) for t in (head.hidden, sorted_targets, losses, lse, scale)), strict=True)
+    pairs: Any = [(None, hint_log_probs)] * len(chunks)
+    if hints is not None:
+        pairs = zip(hints.split(len(buffer)), hint_log_probs.split(len(buffer)), strict=True)
+    for rows, part, (hint, hint_log_prob) in zip(chunks, parts, pairs, strict=True):
+        x, target, loss, own_lse, own_scale = part
+        full = len(x) == len(buffer)
+        logits = buffer if full else buffer[: len(x)]
+        if fused:
+            scaled = room if full else room[: len(x)]
+            results = (loss, hint_log_prob, own_scale, logits, scaled)
+            fused.losses(x, head.weight, target, hint, *scalars, *results)
+            grads.add(logits, None, rows, [], scaled)
+        else:
+            _, kept = head.logits(rows, logits)
+            launch_with_grad(logits, target, hint, own_scale, scalars, loss, own_lse, hint_log_prob, logits)
+            grads.add(logits, None, rows, kept)
+    # Where logits are made, `scale` was the upstream gradient of their pass: 1 in any order.
+    if reduction == "mean":
+        total, share = launch_mean(losses, sorted_targets, scalars[2])
+    else:
+        total, share = losses.sum(), losses.new_ones(())
+    del buffer, logits
+    return total, head.unsorted(hint_log_probs), share, scale, *grads.sums()
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -395,6 +470,23 @@ def _keep_fake(hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, 
     return losses, hint_log_probs, dlogits, scale, inner, low
 
 
+def _learn_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, a: Any, b: Any, _doc_ids: Any, hints: Any, needs: Any, *_: Any
+) -> tuple[Tensor, ...]:
+    losses, hint_log_probs = _new_losses(hidden, hints)
+    d_hidden, d_weight, d_a, d_b = _gradients_fake((hidden, weight, a, b), needs)
+    d_weight = d_weight.new_empty(d_weight.shape, dtype=losses.dtype if needs[1] else hidden.dtype)
+    return losses.new_empty(()), hint_log_probs, losses.new_empty(()), losses, d_hidden, d_weight, d_a, d_b
+
+
+def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return times_factor(sums, factor, torch.empty_like(sums, dtype=dtype))
+
+
+def _scaled_fake(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(sums, dtype=dtype)
+
+
 def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, weight, a, b, _doc_ids, needs = inputs[5:]
     return _gradients_fake((hidden, weight, a, b), needs)
@@ -414,6 +506,12 @@ _backward_op = register_op(
     f"{_INPUTS.replace('Tensor targets, ', '')}, bool[] needs) -> {_GRADIENTS}",
     _backward,
     fake=_backward_fake,
+    not_differentiable=_NO_DOUBLE,
+)
+_scaled_op = register_op(
+    "linear_softcap_ce_scaled(Tensor sums, Tensor factor, ScalarType dtype) -> Tensor",
+    _scaled,
+    fake=_scaled_fake,
     not_differentiable=_NO_DOUBLE,
 )
 _recompute_op = register_op(
@@ -451,6 +549,31 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     return tuple(grads)
 
 
+def _setup_learn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = _dtypes(*(inputs[i] for i in _DIFFERENTIABLE))
+    ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _learn_autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 12
+    if upstream is None:
+        return tuple(grads)
+    share, scale, *saved = ctx.saved_tensors
+    factor = upstream * share
+    # What a graph saved dies with it unless the graph is retained: those gradients are scaled where they lie. Tracers,
+    # whose tensors are of types of their own, get the op that changes nothing.
+    dies = type(upstream) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    for i, dtype, sums in zip(_DIFFERENTIABLE, ctx.dtypes, saved, strict=True):
+        if ctx.needs_input_grad[i]:
+            own = factor * scale if i == 0 else factor
+            if dies and sums.dtype == dtype:
+                grads[i] = times_factor(sums.detach(), own, sums.detach())
+            else:
+                grads[i] = _scaled_op(sums, own, dtype)
+    return tuple(grads)
+
+
 _forward_op = register_op(
     f"linear_softcap_ce_forward({_INPUTS}, Tensor? hints, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
     _forward,
@@ -464,6 +587,15 @@ _keep_op = register_op(
     fake=_keep_fake,
     backward=_autograd,
     setup_context=_setup_context,
+)
+
+_learn_op = register_op(
+    f"linear_softcap_ce_learn({_INPUTS}, Tensor? hints, bool[] needs, str reduction, {_SCALARS}) "
+    f"-> ({', '.join(['Tensor'] * 8)})",
+    _learn,
+    fake=_learn_fake,
+    backward=_learn_autograd,
+    setup_context=_setup_learn_context,
 )
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -526,7 +658,8 @@ def linear_softcap_cross_entropy(
         hints: [N], integers in [0, V) or -1 (none): the call then returns a pair.
         reduction: "mean" (over the targets not ignored; nan when all are), "sum" or "none".
         ignore_index: a target to skip: loss 0, gradient 0.
-        recompute: True: the backward pass makes the logits again, so that only a chunk of them ever exists (one matrix
+        recompute: True: only a chunk of the logits ever exists. The forward pass of a sum or a mean makes the gradients
+            too, and the backward pass scales them; of "none" the backward pass makes the logits again (one matrix
             product more). False: the logits' gradient is kept for it. None: kept while it is small (2 GiB on CUDA).
 
     Returns:
@@ -552,6 +685,10 @@ def linear_softcap_cross_entropy(
     )
     if recompute is None:
         recompute = len(hidden) * len(weight) * hidden.element_size() > config_of(hidden).keep
+    if learns and recompute and reduction != "none":
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, lora_a, lora_b)]
+        loss, hint_log_probs = _learn_op(*inputs, needs, reduction, *scalars)[:2]
+        return loss if hints is None else (loss, hint_log_probs.detach())
     op = _keep_op if learns and not recompute else _forward_op
     losses, hint_log_probs = op(*inputs, *scalars)[:2]
     loss = reduce(losses, targets, reduction, ignore_index)

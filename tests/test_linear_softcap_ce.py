@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import pgolf_kernels.linear_softcap_ce as face
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels._triton_op import interpreting, kernels
 from pgolf_kernels.linear_softcap_ce import (
     _backward_op,
     _forward_op,
     _keep_op,
+    _learn_op,
     _recompute_op,
+    _scaled_op,
     linear_softcap_ce_reference,
 )
 from tests import triton_aot
@@ -97,7 +100,7 @@ def reference(problem: Problem, softcap: float | None, temperature: float) -> tu
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return float(((a.double() - b.double()).norm() / b.double().norm()).detach())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -180,19 +183,68 @@ def test_scalar_losses_expand_their_upstream_gradient(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_reductions(device: torch.device) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_come_with_the_sum(dtype: torch.dtype, lora: bool, device: torch.device) -> None:
+    problem = draw(dtype, device, lora=lora, shuffled=True)
+    for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
+        scalars = (softcap, temperature)
+        wide = problem.converted(torch.float64)
+        problem.upstream = wide.upstream = torch.full_like(problem.upstream, -0.3)
+        losses, wide_hints, gradients = reference(wide, *scalars)
+        _, _, plain_gradients = reference(problem, *scalars)
+        options = {**problem.adapters(), "temperature": temperature, "reduction": "sum", "recompute": True}
+        inputs = (problem.hidden, problem.weight, problem.targets, softcap)
+        total, hinted = linear_softcap_cross_entropy(*inputs, **options, hints=problem.hints)
+        assert relative(total, losses.sum()) < (1e-5 if dtype == torch.float32 else 1e-2)
+        known = problem.hints >= 0
+        assert (hinted[~known] == float("-inf")).all()
+        assert relative(hinted[known], wide_hints[known]) < (1e-5 if dtype == torch.float32 else 1e-2)
+        own = torch.autograd.grad(total, problem.leaves(), torch.tensor(-0.3, device=device))
+        for leaf, mine, theirs, wanted in zip(problem.leaves(), own, plain_gradients, gradients, strict=True):
+            assert mine.dtype == leaf.dtype and not mine.requires_grad
+            assert relative(mine, wanted) <= 2 * relative(theirs, wanted) + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_retained_graph_keeps_the_gradients_that_came_with_the_sum(
+    lora: bool, weight_dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = draw(torch.bfloat16, device, weight_dtype=weight_dtype, lora=lora)
+    total = linear_softcap_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="sum", recompute=True
+    )
+    scales = [torch.tensor(scale, device=device) for scale in (0.3, -7.0, 0.3)]
+    first, other = (torch.autograd.grad(total, problem.leaves(), s, retain_graph=True) for s in scales[:2])
+    for gradient in first + other:
+        gradient.detach().clone()
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()  # the caller's own
+    last = torch.autograd.grad(total, problem.leaves(), scales[2])
+    for a, b, c in zip(kept, last, other, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.float() * (-7 / 0.3), c.float(), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", MODES)
+def test_reductions(recompute: bool, device: torch.device) -> None:
     problem = draw(torch.float32, device)
     inputs = (problem.hidden, problem.weight)
     each = linear_softcap_cross_entropy(*inputs, problem.targets, reduction="none")
     counted = problem.targets != -100
-    mean = linear_softcap_cross_entropy(*inputs, problem.targets)
+    mean = linear_softcap_cross_entropy(*inputs, problem.targets, recompute=recompute)
     torch.testing.assert_close(mean, each.sum() / counted.sum())
-    torch.testing.assert_close(linear_softcap_cross_entropy(*inputs, problem.targets, reduction="sum"), each.sum())
+    total = linear_softcap_cross_entropy(*inputs, problem.targets, reduction="sum", recompute=recompute)
+    torch.testing.assert_close(total, each.sum())
     (gradient,) = torch.autograd.grad(mean, problem.hidden)
     assert not gradient[~counted].any()
     ignored = torch.full_like(problem.targets, -100)
-    assert linear_softcap_cross_entropy(*inputs, ignored).isnan()
-    assert linear_softcap_cross_entropy(*inputs, ignored, reduction="sum") == 0
+    assert linear_softcap_cross_entropy(*inputs, ignored, recompute=recompute).isnan()
+    assert linear_softcap_cross_entropy(*inputs, ignored, reduction="sum", recompute=recompute) == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -209,6 +261,14 @@ def test_gradients_only_where_wanted(recompute: bool, device: torch.device) -> N
         )
         (own,) = torch.autograd.grad(losses, problem.leaves()[chosen], problem.upstream)
         assert relative(own, expected) < 1e-5
+        total, ones = (
+            linear_softcap_cross_entropy(
+                problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="sum", recompute=mode
+            )
+            for mode in (recompute, False)
+        )
+        (own,) = torch.autograd.grad(total, problem.leaves()[chosen])
+        assert relative(own, torch.autograd.grad(ones, problem.leaves()[chosen])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -243,9 +303,9 @@ def test_no_rows(recompute: bool, device: torch.device) -> None:
 
 def test_gradients_by_finite_differences() -> None:
     problem = draw(torch.float64, lora=True, shuffled=True, rows=6, width=3, vocab=7, docs=2, rank=2)
-    for recompute in (False, True):
+    for recompute, reduction in ((False, "none"), (True, "none"), (True, "mean")):
 
-        def loss(*leaves: Tensor, recompute: bool = recompute) -> Tensor:
+        def loss(*leaves: Tensor, recompute: bool = recompute, reduction: str = reduction) -> Tensor:
             hidden, weight, a, b = leaves
             return linear_softcap_cross_entropy(
                 hidden,
@@ -256,7 +316,7 @@ def test_gradients_by_finite_differences() -> None:
                 lora_b=b,
                 doc_ids=problem.doc_ids,
                 temperature=0.8,
-                reduction="none",
+                reduction=reduction,
                 recompute=recompute,
             )
 
@@ -264,19 +324,18 @@ def test_gradients_by_finite_differences() -> None:
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pgolf_kernels.linear_softcap_ce as module
-
     problem = draw(torch.float32, lora=True, shuffled=True)
 
-    def run(recompute: bool) -> list[Tensor]:
-        losses = linear_softcap_cross_entropy(
-            problem.hidden, problem.weight, problem.targets, **problem.adapters(), reduction="none", recompute=recompute
-        )
-        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+    def run(recompute: bool | None) -> list[Tensor]:
+        call, rest = (problem.hidden, problem.weight, problem.targets), {**problem.adapters(), "recompute": recompute}
+        losses = linear_softcap_cross_entropy(*call, reduction="none", **rest)
+        mean = linear_softcap_cross_entropy(*call, **rest)
+        gradients = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
+        return [losses.detach(), *gradients, mean.detach(), *torch.autograd.grad(mean, problem.leaves())]
 
     whole = run(False)
-    small = module.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
-    monkeypatch.setattr(module, "CPU_CONFIG", small)
+    small = face.HeadConfig(keep=0, kept_chunk=7 * 203 * 4, chunk=5 * 203 * 4)
+    monkeypatch.setattr(face, "CPU_CONFIG", small)
     for recompute in (False, True, None):
         for a, b in zip(run(recompute), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -292,6 +351,12 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
         torch.library.opcheck(op, (*inputs, p.hints, *scalars))
         torch.library.opcheck(op, (*inputs, None, *scalars))
     plain = tuple(t if t is None else t.detach() for t in inputs)
+    needs = [True, True, lora, lora]
+    # Its backward pass multiplies results of the op where they lie, and opcheck compares them afterwards: by 1 here.
+    torch.library.opcheck(_learn_op, (*inputs, p.hints, needs, "sum", *scalars))
+    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, lora], "mean", *scalars))
+    for factor in (p.upstream, p.upstream[0]):
+        torch.library.opcheck(_scaled_op, (p.hidden.detach(), factor, torch.bfloat16))
     needs = [True, False, lora, lora]
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, p.upstream.abs(), needs, *scalars))
@@ -411,6 +476,17 @@ def interpreted() -> None:
             torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
             for mine, wanted in zip(own, gradients, strict=True):
                 assert relative(mine, wanted) < 1e-5
+            for reduction in ("sum", "mean"):
+                call = (problem.hidden, problem.weight, problem.targets, softcap)
+                options: dict[str, Any] = {"temperature": temperature, "reduction": reduction}
+                loss = linear_softcap_cross_entropy(*call, **options)
+                expected_gradients = torch.autograd.grad(loss, problem.leaves(), torch.tensor(0.7))
+                with interpreting():
+                    own_loss = linear_softcap_cross_entropy(*call, **options, recompute=recompute)
+                    own = torch.autograd.grad(own_loss, problem.leaves(), torch.tensor(0.7))
+                torch.testing.assert_close(own_loss, loss, rtol=1e-5, atol=0)
+                for mine, wanted in zip(own, expected_gradients, strict=True):
+                    assert relative(mine, wanted) < 1e-5
     # A scalar loss expands its upstream gradient: stride 0. With and without the fused product.
     for vocab, softcap, dtype in ((204, 30.0, torch.float32), (203, 30.0, torch.float32), (204, None, torch.float16)):
         problem = draw(dtype, rows=150, width=40, vocab=vocab)
@@ -422,6 +498,19 @@ def interpreted() -> None:
             for mine, wanted in zip(own, expected, strict=True):
                 assert relative(mine, wanted) < (1e-5 if dtype == torch.float32 else 1e-3)
     problem = draw(torch.float32, rows=150, width=40, vocab=204)
+    # Gradients that come with the loss, in chunks of 64 rows; a graph that is retained keeps them.
+    call = (problem.hidden, problem.weight, problem.targets)
+    expected_loss, expected_hints = linear_softcap_cross_entropy(*call, hints=problem.hints)
+    expected = torch.autograd.grad(expected_loss, problem.leaves())
+    face.CPU_CONFIG = face.HeadConfig(keep=0, kept_chunk=1 << 20, chunk=64 * 204 * 4)
+    with interpreting():
+        loss, hinted = linear_softcap_cross_entropy(*call, hints=problem.hints)
+        for retain in (True, True, False):
+            own = torch.autograd.grad(loss, problem.leaves(), torch.tensor(-3.0), retain_graph=retain)
+            for mine, wanted in zip(own, expected, strict=True):
+                assert relative(mine, -3 * wanted) < 1e-5
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)
     module = kernels("linear_softcap_ce")
     assert not module.takes(problem.hidden, problem.weight, 41.0, 1.0)
     assert not module.takes(problem.hidden, problem.weight, 0.0, 1.0)
@@ -451,6 +540,64 @@ def test_fused_head_is_no_less_accurate_than_rounded_logits(recompute: bool) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"), [(4500, 512, 8192), (8200, 256, 8320), (1000, 512, 1024), (2, 512, 128)]
+)
+def test_gradients_that_come_with_the_loss_of_the_fused_head(
+    rows: int, width: int, vocab: int, wanted: tuple[bool, bool], reduction: str
+) -> None:
+    """Whole and ragged chunks, with the product in CUDA and in Triton."""
+    problem = draw(torch.bfloat16, torch.device("cuda"), rows=rows, width=width, vocab=vocab)
+    for leaf, needed in zip(problem.leaves(), wanted, strict=True):
+        leaf.requires_grad_(needed)
+    leaves = [leaf for leaf, needed in zip(problem.leaves(), wanted, strict=True) if needed]
+    call = (problem.hidden, problem.weight, problem.targets)
+    kept, loss = (linear_softcap_cross_entropy(*call, reduction=reduction, recompute=mode) for mode in (False, True))
+    torch.testing.assert_close(loss, kept, rtol=1e-5, atol=0)
+    upstream = torch.tensor(-0.3, device="cuda")
+    expected, own = (torch.autograd.grad(total, leaves, upstream) for total in (kept, loss))
+    for mine, theirs in zip(own, expected, strict=True):
+        assert relative(mine, theirs) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [128, 1152, 8192])
+@pytest.mark.parametrize("rows", [1, 65, 300, 2049, 40000])
+def test_cuda_powers_agree_with_triton(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -> None:
+    """Ragged rows, one target ignored and one out of range; all is written, and nothing past the last row."""
+    problem = draw(torch.bfloat16, torch.device("cuda"), rows=rows, width=512, vocab=vocab)
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    module = kernels("linear_softcap_ce")
+    if not module._runs_native(hidden, weight, hidden):
+        pytest.skip("needs a Hopper GPU and a native module built for sm_90a")
+    problem.targets[-1] = vocab
+
+    def run() -> list[Tensor]:
+        room = [torch.full((rows + 70, size), 7.0, dtype=torch.bfloat16, device="cuda") for size in (vocab, 512)]
+        powers, scaled = (tensor[:rows] for tensor in room)
+        losses, inverse = torch.full((2, rows), 7.0, device="cuda")
+        poison = torch.full((rows, vocab // 128), float("nan"), device="cuda")
+        del poison  # the sums get this memory
+        scalars, none = (30.0, 1.0, -100), losses.new_empty(0)
+        module.losses(hidden, weight, problem.targets, None, *scalars, losses, none, inverse, powers, scaled)
+        assert all((tensor[rows:] == 7).all() for tensor in room)
+        return [losses, inverse, powers, scaled]
+
+    ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_runs_native", lambda *_: False)
+        theirs = run()
+    assert ours[0][-1].isnan() and ours[1][-1].isnan() and ours[3][-1].isnan().all()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=5e-5, equal_nan=True)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=5e-5, atol=0, equal_nan=True)
+    for mine, other in ((ours[2], theirs[2]), (ours[3][:-1], theirs[3][:-1])):
+        assert torch.isfinite(mine).all()
+        assert (mine.double() - other.double()).norm() <= 1e-3 * other.double().norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("recompute", "limit"), [(False, 1.8e9), (True, 200e6)])
 def test_memory(recompute: bool, limit: float) -> None:
     hidden = torch.randn(98304, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -473,9 +620,12 @@ def test_memory(recompute: bool, limit: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("width", [64, 512])
 @pytest.mark.parametrize("lora", [False, True])
-def test_cuda_graph_and_no_waiting(lora: bool, recompute: bool) -> None:
-    problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=64, vocab=1024)
+def test_cuda_graph_and_no_waiting(lora: bool, width: int, reduction: str, recompute: bool) -> None:
+    problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=width, vocab=1024)
+    upstream = problem.upstream if reduction == "none" else problem.upstream[0]
 
     def step() -> list[Tensor]:
         losses = linear_softcap_cross_entropy(
@@ -484,10 +634,10 @@ def test_cuda_graph_and_no_waiting(lora: bool, recompute: bool) -> None:
             problem.targets,
             **problem.adapters(),
             hints=problem.hints,
-            reduction="none",
+            reduction=reduction,
             recompute=recompute,
         )[0]
-        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), problem.upstream)]
+        return [losses.detach(), *torch.autograd.grad(losses, problem.leaves(), upstream)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

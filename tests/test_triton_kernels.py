@@ -36,10 +36,10 @@ def fused_mlp(module: ModuleType, dtype: torch.dtype) -> None:
 def linear_softcap_ce(module: ModuleType, vocab: int) -> None:
     hidden, weight, powers = empty(ROWS, WIDTH), empty(vocab, WIDTH), empty(ROWS, vocab)
     index, value = empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=FP32)
-    # Training has no hints, scoring no gradient. Both at once, which nothing here asks for, spill two registers.
-    module.losses(hidden, weight, index, None, 30.0, 1.0, -100, value, value, value, powers)
+    scalars, results = (30.0, 1.0, -100), (value, value, value)
     for hints in (None, index):
-        module.losses(hidden, weight, index, hints, 30.0, 1.0, -100, value, value, value, None)
+        for kept in ((None, None), (powers, None), (powers, hidden)):
+            module.losses(hidden, weight, index, hints, *scalars, *results, *kept)
     module.gradient(hidden, weight, index, 30.0, 1.0, value, value, powers)
     for rows in (hidden, empty(ROWS, WIDTH, dtype=FP32), empty(ROWS, 96)):
         module.scale_rows(rows, value, rows)

@@ -12,11 +12,9 @@
 #include "fused_mlp/fused_mlp.h"
 
 #if defined(PGOLF_CUDA) && defined(PGOLF_SM90A)
-#include <cuda.h>
-
 #include <algorithm>
 
-#include "common/cuda_launch.h"
+#include "common/hopper.cuh"
 
 namespace pgolf {
 namespace {
@@ -39,31 +37,10 @@ constexpr int kAlignment = 1024;  // of swizzled operands
 constexpr int kSharedBytes = sizeof(Shared) + kAlignment;
 static_assert(kSharedBytes <= 232448);
 
-// Other architectures compile an empty kernel, which is never launched.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ void barrier_init(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
-}
-
-__device__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
-}
 
 __device__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
-}
-
-__device__ void barrier_wait(uint64_t* barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}\n" ::"r"(address(barrier)),
-      "r"(phase)
-      : "memory");
 }
 
 __device__ void copy_input(void* to, const CUtensorMap* map, uint64_t* barrier, int depth, int row) {
@@ -82,47 +59,14 @@ __device__ void copy_weight(void* to, const CUtensorMap* map, uint64_t* barrier,
       : "memory");
 }
 
-// Descriptor of an operand in rows of 128 swizzled bytes: groups of 8 rows are 1024 bytes apart.
-__device__ uint64_t operand(const void* p) {
-  return static_cast<uint64_t>((address(p) & 0x3FFFF) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
 // sum += a b^T of 64 x 16 and 128 x 16; the first step overwrites.
 __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, bool first) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PGOLF_SUMS_TEXT "%64, %65, p, 1, 1, 0, 0;\n}\n"
+      : PGOLF_SUMS_64(d)
       : "l"(a), "l"(b), "r"(static_cast<int>(first)));
 }
-
-template <int kPending>
-__device__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps the compiler from reading sums before the wait above it.
-__device__ void settle(float (&d)[64]) {
-#pragma unroll
-  for (float& value : d) asm volatile("" : "+f"(value)::"memory");
-}
-
-// Named barriers 1 and 2: the group whose turn it is to multiply.
-__device__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
-__device__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
 
 __device__ uint4 load_streaming(const void* p) {
   uint4 v;
@@ -179,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&shared.full[s], 1);
       barrier_init(&shared.empty[s], 4);  // one arrival a warp
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_initialised();
   }
   __syncthreads();
 
@@ -226,13 +170,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < pieces; ++k) {
         barrier_wait(&shared.full[stage], phase);
         const uint64_t a = operand(shared.input[stage]), b = operand(shared.weight[k]);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int i = 0; i < kDepth / 16; ++i) {  // 32 bytes each
           multiply(upper, a + 2 * i, b + 2 * i, k + i == 0);
           multiply(lower, a + 2 * i + kPiece / 2 / 16, b + 2 * i, k + i == 0);
         }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
         if (k > 0) {
           wait_for_products<1>();
           if (lane == 0) barrier_arrive(&shared.empty[previous]);
@@ -263,31 +207,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 #endif
-}
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-             "cudaGetDriverEntryPointByVersion");
-  if (!found) throw std::runtime_error("cuTensorMapEncodeTiled: the driver has none");
-  return reinterpret_cast<Encode>(found);
-}
-
-template <int kRank>
-CUtensorMap tensor_map(const void* base, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
-                       const cuuint32_t (&box)[kRank]) {
-  static const Encode encode = find_encode();
-  cuuint32_t steps[kRank];
-  std::fill_n(steps, kRank, 1);
-  CUtensorMap map;
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(base), sizes, strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
-  return map;
 }
 
 template <Kind kind>
