@@ -4,7 +4,7 @@
 shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
 between them. With no shared pair it is the product that shrinks x to the ranks. `_outer_kernel` sums u^T v over each
-adapter's rows.
+adapter's rows; `_outer_step_kernel` takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
 
 Dense batches are described as [documents, T, columns]: the copy engine then fills rows past a document's end with zeros
 and drops them when storing, whatever T is. Packed batches take their tiles from a map that one small kernel computes,
@@ -24,9 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgolf_kernels._adapter_adamw_triton import adamw
 from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
 from pgolf_kernels._triton_tile import described, new_described, strip
 from pgolf_kernels.batched_lora import Layout, low_size, padded
+from pgolf_kernels.stepped_lora import Adapters, AdamStep, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
 
@@ -46,6 +48,7 @@ class LoraConfig:
 PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 OUTER = LoraConfig(columns=128, stages=3)
+STEP = LoraConfig(columns=128, stages=3)
 CAST_TILE = 8192  # elements a program casts
 
 
@@ -222,6 +225,64 @@ def _outer_kernel(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows0", "rows1", "u_column0", "v_column1", "tiles0"])
+def _outer_step_kernel(
+    u0_desc, v0_desc, p0_ptr, square0_ptr, mean0_ptr, low0_ptr, rows0, columns0, plane0, stride0, u_column0,
+    u1_desc, v1_desc, p1_ptr, square1_ptr, mean1_ptr, low1_ptr, rows1, columns1, plane1, stride1, v_column1,
+    scale_ptr, tiles0, cu_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One AdamW step of A and B [documents, rows, columns] with the gradients e^T x and g^T s, a tile a program.
+
+    `low` gets the new values in the activations' dtype. B's rows have a factor there, and so has B's gradient.
+    """
+    tile, document = tl.program_id(0), tl.program_id(1)
+    if tl.load(step_ptr + document) > 0:
+        is_b = tile >= tiles0
+        if is_b:
+            u_desc, v_desc, p_ptr, square_ptr, low_ptr = u1_desc, v1_desc, p1_ptr, square1_ptr, low1_ptr
+            rows, columns, plane, stride, u_column, v_column = rows1, columns1, plane1, stride1, 0, v_column1
+            tile -= tiles0
+        else:
+            u_desc, v_desc, p_ptr, square_ptr, low_ptr = u0_desc, v0_desc, p0_ptr, square0_ptr, low0_ptr
+            rows, columns, plane, stride, u_column, v_column = rows0, columns0, plane0, stride0, u_column0, 0
+        tiles_j = tl.cdiv(columns, BJ)
+        i, j = tile // tiles_j * BI, tile % tiles_j * BJ
+        start, end = tl.load(cu_ptr + document), tl.load(cu_ptr + document + 1)
+        acc = tl.zeros((BI, BJ), tl.float32)
+        acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
+        row = i + tl.arange(0, BI)
+        inverse1, inverse2 = tl.load(factor_ptr + 2 * document), tl.load(factor_ptr + 2 * document + 1)
+        own = (document.to(tl.int64) * rows + row) * columns
+        low = document.to(tl.int64) * plane + row * stride
+        if SCALED:
+            factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
+        for part in tl.static_range(STRIPS):
+            gradient = strip(acc, part, STRIPS, BI, BJ)
+            if SCALED:
+                gradient *= factor
+            column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
+            offsets = own[:, None] + column[None, :]
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+            square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+            mean = gradient
+            if MOMENT:
+                mean_ptr = mean0_ptr
+                if is_b:
+                    mean_ptr = mean1_ptr
+                mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+            p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+            if MOMENT:
+                tl.store(mean_ptr + offsets, mean, mask=mask)
+            tl.store(square_ptr + offsets, square, mask=mask)
+            tl.store(p_ptr + offsets, p, mask=mask)
+            if SCALED:
+                p *= factor
+            tl.store(low_ptr + low[:, None] + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def _cast_rows(
     source, target, tile, planes, rows, columns, padded_rows, padded_columns, plane_stride,
@@ -326,7 +387,7 @@ class _Tiles:
         return self.documents * triton.cdiv(self.length, rows)
 
 
-def _tiles(x: Tensor, layout: Layout) -> _Tiles:
+def tiles_of(x: Tensor, layout: Layout) -> _Tiles:
     if layout.cu_seqlens is None:
         return _Tiles(layout.rows, x.shape[0] // layout.rows, None, layout.index, None, None)
     rows, documents = x.shape[0], layout.cu_seqlens.shape[0] - 1
@@ -382,28 +443,79 @@ def _outer(e: Tensor, x: Tensor, d_a: Tensor, grad: Tensor, s: Tensor, d_b: Tens
     )  # fmt: skip
 
 
+def _step(
+    e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: Moments, b: Moments, low_a: Tensor, low_b: Tensor,
+    out_scale: Tensor | None, step: AdamStep, tiles: _Tiles,
+) -> None:  # fmt: skip
+    """One step of a projection's adapters, whose columns of e and s begin at `column`, as do low_a's rows."""
+    bi, bj, bk = STEP.rows, STEP.columns, STEP.depth
+    count_a, count_b = (triton.cdiv(t.value.shape[1], bi) * triton.cdiv(t.value.shape[2], bj) for t in (a, b))
+    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
+    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
+    _outer_step_kernel[(count_a + count_b, len(a.value))](
+        e_desc, x_desc, *a, low_a[:, column:], *a.value.shape[1:], *low_a.stride()[:2], column,
+        grad_desc, s_desc, *b, low_b, *b.value.shape[1:], *low_b.stride()[:2], column,
+        out_scale, count_a, tiles.cu_seqlens, step.steps, step.factors,
+        step.lr, step.beta1, step.beta2, step.eps, 1.0 - step.lr * step.weight_decay,
+        MOMENT=a.mean is not None, SCALED=out_scale is not None, STRIPS=STEP.strips, BI=bi, BJ=bj, BK=bk,
+        num_warps=STEP.warps, num_stages=STEP.stages,
+    )  # fmt: skip
+
+
+def products(
+    x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], residuals: list[Tensor | None],
+    tiles: _Tiles, scale: float,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """(y of each projection, s = scale * x A^T) with the adapters in x's dtype, each rank padded to 16 bytes."""
+    rows, dtype = x.shape[0], x.dtype
+    x = described(x)
+    s = x.new_empty((rows, stacked.shape[1]))
+    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
+    ys, column = [], 0
+    for weight, b, residual in zip(weights, own, residuals, strict=True):
+        y = new_described(x, rows, b.shape[1])
+        shared = [] if weight is None else [(x, described(weight.to(dtype)))]
+        if residual is not None and residual.stride() != y.stride():
+            residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
+        _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
+        ys.append(y.contiguous())
+        column += b.shape[2]
+    return ys, s
+
+
+def data_gradients(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], tiles: _Tiles,
+    scale: float, wants_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
+    rows, depth = x.shape
+    e = x.new_empty((rows, stacked.shape[1]))
+    column = 0
+    for grad, b in zip(grads, own, strict=True):
+        rank = b.shape[2]
+        _project(
+            [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
+            config=SHRINK,
+        )  # fmt: skip
+        column += rank
+    if not wants_x:
+        return e, x.new_empty(0)
+    shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
+    d_x = new_described(x, rows, depth)
+    _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
+    for grad, weight in shared[MAX_SHARED:]:
+        d_x += (grad @ weight)[:, :depth]
+    return e, d_x.contiguous()
+
+
 def forward(
     x: Tensor, weights: list[Tensor | None], lora_as: list[Tensor], lora_bs: list[Tensor],
     residuals: list[Tensor | None], layout: Layout, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """[y of each projection..., s, the adapters in x's dtype]; s holds scale * x A^T, each rank padded to 16 bytes."""
-    dtype, rows = x.dtype, x.shape[0]
     with torch.cuda.device_of(x):
-        tiles = _tiles(x, layout)
-        low = x.new_empty(low_size(lora_as, lora_bs, dtype))
-        stacked, own = _cast(lora_as, lora_bs, low)
-        x = described(x)
-        s = x.new_empty((rows, stacked.shape[1]))
-        _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
-        ys, column = [], 0
-        for weight, b, residual in zip(weights, own, residuals, strict=True):
-            y = new_described(x, rows, b.shape[1])
-            shared = [] if weight is None else [(x, described(weight.to(dtype)))]
-            if residual is not None and residual.stride() != y.stride():
-                residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
-            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
-            ys.append(y.contiguous())
-            column += b.shape[2]
+        low = x.new_empty(low_size(lora_as, lora_bs, x.dtype))
+        ys, s = products(x, weights, *_cast(lora_as, lora_bs, low), residuals, tiles_of(x, layout), scale)
     return [*ys, s, low]
 
 
@@ -412,34 +524,36 @@ def backward(
     s: Tensor, low: Tensor, layout: Layout, scale: float, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again."""
-    dtype, (rows, depth) = x.dtype, x.shape
     with torch.cuda.device_of(x):
-        tiles = _tiles(x, layout)
+        tiles = tiles_of(x, layout)
         if low.numel():
             stacked, own = _views(lora_as, lora_bs, low)
         else:
-            stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, dtype)))
-        x = described(x)
+            stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, x.dtype)))
         grads = [described(grad) for grad in grads]
-        e = torch.empty_like(s)
+        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, scale, wants_x)
+        x = described(x)
         d_as, d_bs = (
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (lora_as, lora_bs)
         )
         column = 0
         for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
-            rank = b.shape[2]
-            _project(
-                [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
-                config=SHRINK,
-            )  # fmt: skip
             _outer(e, x, d_a, grad, s, d_b, column, tiles)
-            column += rank
-        d_x = x.new_empty(0)
-        if wants_x:
-            shared = [(g, described(w.to(dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
-            d_x = new_described(x, rows, depth)
-            _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
-            for grad, weight in shared[MAX_SHARED:]:
-                d_x += (grad @ weight)[:, :depth]
-            d_x = d_x.contiguous()
+            column += b.shape[2]
     return d_x, d_as, d_bs
+
+
+def backward_step(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], adapters: Adapters, s: Tensor,
+    out_scales: list[Tensor | None], tiles: _Tiles, wants_x: bool, step: AdamStep,
+) -> Tensor:  # fmt: skip
+    """dx or an empty tensor; then a step of the adapters, of which dx has read the values before it."""
+    stacked, own = adapters.low
+    with torch.cuda.device_of(x):
+        grads = [described(grad) for grad in grads]
+        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x)
+        x, column = described(x), 0
+        for grad, a, b, low_b, out_scale in zip(grads, adapters.a, adapters.b, own, out_scales, strict=True):
+            _step(e, x, grad, s, column, a, b, stacked, low_b, out_scale, step, tiles)
+            column += low_b.shape[2]
+    return d_x
