@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -148,6 +149,63 @@ def _project_kernel(
                 if RESIDUAL:
                     part += tl.reshape(residual_desc.load(place), (BM, BN // STRIPS)).to(tl.float32)
                 y_desc.store(place, tl.reshape(part.to(y_desc.dtype), (1, BM, BN // STRIPS)))
+
+
+@triton.jit(do_not_specialize=["columns0", "columns1", "columns2", "stride0", "stride1", "stride2",
+                               "s_column1", "s_column2"])  # fmt: skip
+def _project_many_kernel(
+    a_desc, w0_desc, w1_desc, w2_desc, s0_desc, s1_desc, s2_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr,
+    map_ptr, count_ptr, columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2, scale,
+    D: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side; see above.
+
+    Depth past the end of a narrower s_p reads zeros.
+    """
+    first1 = tl.cdiv(columns0, BN)
+    first2 = first1 + tl.cdiv(columns1, BN)
+    tiles_n = first2 + tl.cdiv(columns2, BN)
+    S: tl.constexpr = (D + BK - 1) // BK
+    tiles = tl.load(count_ptr) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        block, number = tile // tiles_n, tile % tiles_n
+        second, third = number >= first1, number >= first2
+        n = (number - tl.where(third, first2, tl.where(second, first1, 0))) * BN
+        m = tl.load(map_ptr + block * 3)
+        end = tl.load(map_ptr + block * 3 + 1)
+        adapter = tl.load(map_ptr + block * 3 + 2)
+        s_column = tl.where(third, s_column2, tl.where(second, s_column1, 0))
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, S + (RANK + BK - 1) // BK):
+            left_desc, right_desc, k, column, plane = s0_desc, l0_desc, (step - S) * BK, s_column, tl.maximum(adapter, 0)
+            if third:
+                left_desc, right_desc = s2_desc, l2_desc
+            elif second:
+                left_desc, right_desc = s1_desc, l1_desc
+            if D > 0:
+                if step < S:
+                    left_desc, right_desc, k, column, plane = a_desc, w0_desc, step * BK, 0, 0
+                    if third:
+                        right_desc = w2_desc
+                    elif second:
+                        right_desc = w1_desc
+            left = tl.reshape(left_desc.load([0, m, column + k]), (BM, BK))
+            if TRANSPOSED:
+                acc = tl.dot(left, tl.reshape(right_desc.load([plane, k, n]), (BK, BN)), acc)
+            else:
+                acc = tl.dot(left, tl.reshape(right_desc.load([plane, n, k]), (BN, BK)).T, acc)
+        if D == 0:
+            acc *= tl.where(adapter < 0, 0.0, scale)
+        y_ptr, columns, stride = y0_ptr, columns0, stride0
+        if third:
+            y_ptr, columns, stride = y2_ptr, columns2, stride2
+        elif second:
+            y_ptr, columns, stride = y1_ptr, columns1, stride1
+        row, column_n = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
+        mask = (row < end)[:, None] & (column_n < columns)[None, :]
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -348,13 +406,15 @@ def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Te
     (adapters, _, depth), row = stacked.shape, 0
     for a, b, target in zip(lora_as, lora_bs, own, strict=True):
         rank = target.shape[2]
-        blocks = [block_at_least(columns, 16, 512) for columns in (depth, rank)]
-        tiles = [
-            triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, b.shape[1]), blocks, strict=True)
-        ]
+        # B without padding may as well have long rows, which are copied in whole blocks.
+        (_, out, width), padded_width = b.shape, rank
+        if width == rank and out * width % 512 == 0:
+            out, width, padded_width = out * width // 512, 512, 512
+        blocks = [block_at_least(columns, 16, 512) for columns in (depth, padded_width)]
+        tiles = [triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, out), blocks, strict=True)]
         _cast_kernel[(sum(tiles),)](
             a.contiguous(), b.contiguous(), stacked[:, row:], target, tiles[0], adapters,
-            a.shape[1], a.shape[2], rank, depth, stacked.stride(0), b.shape[1], b.shape[2], rank,
+            a.shape[1], a.shape[2], rank, depth, stacked.stride(0), out, width, padded_width,
             BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8,
         )  # fmt: skip
         row += rank
@@ -429,6 +489,30 @@ def _project(
     )  # fmt: skip
 
 
+def _fits_many(own: list[Tensor], tiles: _Tiles) -> bool:
+    return tiles.packed and len(own) == MAX_SHARED
+
+
+def _project_many(
+    a: Tensor | None, weights: list[Tensor], s: list[Tensor], s_columns: list[int], ranks: list[int],
+    own: list[Tensor], outs: list[Tensor], tiles: _Tiles, *, scale: float = 1.0, transposed: bool = False,
+    config: LoraConfig = PROJECT,
+) -> None:  # fmt: skip
+    """Three outputs at once: out_p = a w_p^T + s_p[:, s_columns[p]:][:ranks[p]] own_p,b^T, packed, no residuals."""
+    bm, bn, bk = config.rows, config.columns, config.depth
+    w_block = (1, bk, bn) if transposed else (1, bn, bk)
+    columns = [out.shape[1] for out in outs]
+    grid = min(grid_size(outs[0]), tiles.blocks(bm) * sum(triton.cdiv(n, bn) for n in columns))
+    _project_many_kernel[(grid,)](
+        None if a is None else descriptor(tiles.planes(a), (1, bm, bk)),
+        *([descriptor(w.unsqueeze(0), w_block) for w in weights] or [None] * 3),
+        *(descriptor(tiles.planes(t), (1, bm, bk)) for t in s), *(descriptor(b, w_block) for b in own), *outs,
+        tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), *s_columns[1:], scale,
+        D=0 if a is None else a.shape[1], RANK=max(ranks), TRANSPOSED=transposed, BM=bm, BN=bn, BK=bk,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
 def _outer(e: Tensor, x: Tensor, d_a: Tensor, grad: Tensor, s: Tensor, d_b: Tensor, column: int, tiles: _Tiles) -> None:
     """d_a = sum over each adapter's rows of e[:, column:]^T x, d_b the same of grad^T s[:, column:]."""
     bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
@@ -471,16 +555,19 @@ def products(
     x = described(x)
     s = x.new_empty((rows, stacked.shape[1]))
     _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
-    ys, column = [], 0
-    for weight, b, residual in zip(weights, own, residuals, strict=True):
-        y = new_described(x, rows, b.shape[1])
-        shared = [] if weight is None else [(x, described(weight.to(dtype)))]
+    ys = [new_described(x, rows, b.shape[1]) for b in own]
+    ranks = [b.shape[2] for b in own]
+    columns = [sum(ranks[:i]) for i in range(len(ranks))]
+    whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
+    if _fits_many(own, tiles) and all(w is not None for w in whole) and all(r is None for r in residuals):
+        _project_many(x, whole, [s] * 3, columns, ranks, own, ys, tiles)
+        return [y.contiguous() for y in ys], s
+    for y, weight, b, column, residual in zip(ys, whole, own, columns, residuals, strict=True):
+        shared = [] if weight is None else [(x, weight)]
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
         _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
-        ys.append(y.contiguous())
-        column += b.shape[2]
-    return ys, s
+    return [y.contiguous() for y in ys], s
 
 
 def data_gradients(
@@ -490,14 +577,13 @@ def data_gradients(
     """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
     rows, depth = x.shape
     e = x.new_empty((rows, stacked.shape[1]))
-    column = 0
-    for grad, b in zip(grads, own, strict=True):
-        rank = b.shape[2]
-        _project(
-            [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
-            config=SHRINK,
-        )  # fmt: skip
-        column += rank
+    parts = list(e.split([b.shape[2] for b in own], dim=1))
+    options: dict[str, Any] = {"scale": scale, "transposed": True, "config": SHRINK}
+    if _fits_many(own, tiles):
+        _project_many(None, [], grads, [0, 0, 0], [b.shape[1] for b in own], own, parts, tiles, **options)
+    else:
+        for grad, b, part in zip(grads, own, parts, strict=True):
+            _project([], grad, 0, b.shape[1], b, part, tiles, **options)
     if not wants_x:
         return e, x.new_empty(0)
     shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
