@@ -50,6 +50,8 @@ PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 OUTER = LoraConfig(columns=128, stages=3)
 STEP = LoraConfig(columns=128, stages=3)
+BOTH = LoraConfig(rows=64, columns=128, stages=3, warps=4)
+BOTH_ROWS, BOTH_WIDTH = 256, 1024  # rows a document and columns up to which both products of an adapter are one launch
 CAST_TILE = 8192  # elements a program casts
 
 
@@ -206,6 +208,47 @@ def _project_many_kernel(
         offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
         mask = (row < end)[:, None] & (column_n < columns)[None, :]
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["columns", "s_stride", "y_stride"])
+def _both_kernel(
+    x_desc, first_desc, second_desc, s_ptr, residual_ptr, y_ptr, map_ptr, count_ptr, columns, rank, s_stride, y_stride,
+    scale, D: tl.constexpr, TRANSPOSED: tl.constexpr, RESIDUAL: tl.constexpr, PIECES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """s = scale * x m_b^T and y = s n_b^T (+ residual) of a packed batch; TRANSPOSED: m_b and n_b instead.
+
+    A program takes one of the PIECES of a tile of the map; s stays in its registers.
+    """
+    block = tl.program_id(0) // PIECES
+    if block < tl.load(count_ptr):
+        m = tl.load(map_ptr + block * 3) + tl.program_id(0) % PIECES * BM
+        end = tl.load(map_ptr + block * 3 + 1)
+        adapter = tl.load(map_ptr + block * 3 + 2)
+        plane = tl.maximum(adapter, 0)
+        if m < end:
+            acc = tl.zeros((BM, BR), tl.float32)
+            for k in range(0, D, BK):
+                x = tl.reshape(x_desc.load([0, m, k]), (BM, BK))
+                if TRANSPOSED:
+                    acc = tl.dot(x, tl.reshape(first_desc.load([plane, k, 0]), (BK, BR)), acc)
+                else:
+                    acc = tl.dot(x, tl.reshape(first_desc.load([plane, 0, k]), (BR, BK)).T, acc)
+            s = (acc * tl.where(adapter < 0, 0.0, scale)).to(s_ptr.dtype.element_ty)
+            row, column = (m + tl.arange(0, BM)).to(tl.int64), tl.arange(0, BR)
+            inside = (row < end)[:, None]
+            tl.store(s_ptr + row[:, None] * s_stride + column[None, :], s, mask=inside & (column < rank)[None, :])
+            for n in range(0, columns, BN):
+                if TRANSPOSED:
+                    y = tl.dot(s, tl.reshape(second_desc.load([plane, 0, n]), (BR, BN)))
+                else:
+                    y = tl.dot(s, tl.reshape(second_desc.load([plane, n, 0]), (BN, BR)).T)
+                column_n = n + tl.arange(0, BN)
+                offsets = row[:, None] * y_stride + column_n[None, :]
+                mask = inside & (column_n < columns)[None, :]
+                if RESIDUAL:
+                    y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -489,6 +532,30 @@ def _project(
     )  # fmt: skip
 
 
+def _fits_both(x: Tensor, own: list[Tensor], weights: list[Tensor | None], tiles: _Tiles) -> bool:
+    """An adapter alone, few rows a document: one launch, as its two products are too short to fill the device."""
+    return (
+        tiles.packed and len(own) == 1 and weights[0] is None and len(x) <= BOTH_ROWS * tiles.documents
+        and max(x.shape[1], own[0].shape[1]) <= BOTH_WIDTH
+    )  # fmt: skip
+
+
+def _both(
+    x: Tensor, first: Tensor, second: Tensor, s: Tensor, out: Tensor, tiles: _Tiles, *, scale: float = 1.0,
+    residual: Tensor | None = None, transposed: bool = False,
+) -> None:  # fmt: skip
+    """s = scale * x first_b^T, out = s second_b^T + residual in one launch; transposed: first_b and second_b."""
+    bm, bn, bk, br = BOTH.rows, BOTH.columns, BOTH.depth, block_at_least(s.shape[1], 16, 128)
+    blocks = ((1, bk, br), (1, br, bn)) if transposed else ((1, br, bk), (1, bn, br))
+    pieces = PROJECT.rows // bm
+    _both_kernel[(tiles.blocks(PROJECT.rows) * pieces,)](
+        descriptor(tiles.planes(x), (1, bm, bk)), descriptor(first, blocks[0]), descriptor(second, blocks[1]),
+        s, residual, out, tiles.map, tiles.count, out.shape[1], s.shape[1], s.stride(0), out.stride(0), scale,
+        D=x.shape[1], TRANSPOSED=transposed, RESIDUAL=residual is not None, PIECES=pieces, BM=bm, BN=bn, BK=bk, BR=br,
+        num_warps=BOTH.warps, num_stages=BOTH.stages,
+    )  # fmt: skip
+
+
 def _fits_many(own: list[Tensor], tiles: _Tiles) -> bool:
     return tiles.packed and len(own) == MAX_SHARED
 
@@ -546,6 +613,12 @@ def _step(
     )  # fmt: skip
 
 
+def _with_strides(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tensor)
+
+
 def products(
     x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], residuals: list[Tensor | None],
     tiles: _Tiles, scale: float,
@@ -554,8 +627,14 @@ def products(
     rows, dtype = x.shape[0], x.dtype
     x = described(x)
     s = x.new_empty((rows, stacked.shape[1]))
-    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
     ys = [new_described(x, rows, b.shape[1]) for b in own]
+    residuals = [
+        None if residual is None else _with_strides(residual, y) for residual, y in zip(residuals, ys, strict=True)
+    ]
+    if _fits_both(x, own, weights, tiles):
+        _both(x, stacked, own[0], s, ys[0], tiles, scale=scale, residual=residuals[0])
+        return [ys[0].contiguous()], s
+    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
     ranks = [b.shape[2] for b in own]
     columns = [sum(ranks[:i]) for i in range(len(ranks))]
     whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
@@ -564,8 +643,6 @@ def products(
         return [y.contiguous() for y in ys], s
     for y, weight, b, column, residual in zip(ys, whole, own, columns, residuals, strict=True):
         shared = [] if weight is None else [(x, weight)]
-        if residual is not None and residual.stride() != y.stride():
-            residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
         _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
     return [y.contiguous() for y in ys], s
 
@@ -577,6 +654,10 @@ def data_gradients(
     """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
     rows, depth = x.shape
     e = x.new_empty((rows, stacked.shape[1]))
+    if wants_x and _fits_both(x, own, weights, tiles):
+        d_x = new_described(x, rows, depth)
+        _both(grads[0], own[0], stacked, e, d_x, tiles, scale=scale, transposed=True)
+        return e, d_x.contiguous()
     parts = list(e.split([b.shape[2] for b in own], dim=1))
     options: dict[str, Any] = {"scale": scale, "transposed": True, "config": SHRINK}
     if _fits_many(own, tiles):
