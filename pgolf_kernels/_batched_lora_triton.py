@@ -29,7 +29,7 @@ from pgolf_kernels._adapter_adamw_triton import adamw
 from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
 from pgolf_kernels._triton_tile import described, new_described, strip
 from pgolf_kernels.batched_lora import Layout, low_size, padded
-from pgolf_kernels.stepped_lora import Adapters, AdamStep, Moments
+from pgolf_kernels.stepped_lora import AdamStep, Adapters, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
 
@@ -49,8 +49,8 @@ class LoraConfig:
 PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 OUTER = LoraConfig(columns=128, stages=3)
-STEP = LoraConfig(columns=128, stages=3)
-BOTH = LoraConfig(rows=64, columns=128, stages=3, warps=4)
+STEP = LoraConfig(columns=128, strips=8, stages=3)  # 16 columns a strip: few enough registers for two programs
+BOTH = LoraConfig(rows=64, columns=64, stages=3, warps=4)
 BOTH_ROWS, BOTH_WIDTH = 256, 1024  # rows a document and columns up to which both products of an adapter are one launch
 CAST_TILE = 8192  # elements a program casts
 
@@ -180,7 +180,8 @@ def _project_many_kernel(
         s_column = tl.where(third, s_column2, tl.where(second, s_column1, 0))
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range(0, S + (RANK + BK - 1) // BK):
-            left_desc, right_desc, k, column, plane = s0_desc, l0_desc, (step - S) * BK, s_column, tl.maximum(adapter, 0)
+            left_desc, right_desc, k, column = s0_desc, l0_desc, (step - S) * BK, s_column
+            plane = tl.maximum(adapter, 0)
             if third:
                 left_desc, right_desc = s2_desc, l2_desc
             elif second:
@@ -235,8 +236,12 @@ def _both_kernel(
                 else:
                     acc = tl.dot(x, tl.reshape(first_desc.load([plane, 0, k]), (BR, BK)).T, acc)
             s = (acc * tl.where(adapter < 0, 0.0, scale)).to(s_ptr.dtype.element_ty)
-            row, column = (m + tl.arange(0, BM)).to(tl.int64), tl.arange(0, BR)
-            inside = (row < end)[:, None]
+            row, column = tl.arange(0, BM), tl.arange(0, BR)
+            inside = (m + row < end)[:, None]
+            s_ptr += m.to(tl.int64) * s_stride
+            y_ptr += m.to(tl.int64) * y_stride
+            if RESIDUAL:
+                residual_ptr += m.to(tl.int64) * y_stride
             tl.store(s_ptr + row[:, None] * s_stride + column[None, :], s, mask=inside & (column < rank)[None, :])
             for n in range(0, columns, BN):
                 if TRANSPOSED:
@@ -355,8 +360,15 @@ def _outer_step_kernel(
         acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
         row = i + tl.arange(0, BI)
         inverse1, inverse2 = tl.load(factor_ptr + 2 * document), tl.load(factor_ptr + 2 * document + 1)
-        own = (document.to(tl.int64) * rows + row) * columns
-        low = document.to(tl.int64) * plane + row * stride
+        own = document.to(tl.int64) * rows * columns
+        p_ptr += own
+        square_ptr += own
+        low_ptr += document.to(tl.int64) * plane
+        if MOMENT:
+            if is_b:
+                mean_ptr = mean1_ptr + own
+            else:
+                mean_ptr = mean0_ptr + own
         if SCALED:
             factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
         for part in tl.static_range(STRIPS):
@@ -364,15 +376,12 @@ def _outer_step_kernel(
             if SCALED:
                 gradient *= factor
             column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
-            offsets = own[:, None] + column[None, :]
+            offsets = row[:, None] * columns + column[None, :]
             mask = (row < rows)[:, None] & (column < columns)[None, :]
             p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
             square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
             mean = gradient
             if MOMENT:
-                mean_ptr = mean0_ptr
-                if is_b:
-                    mean_ptr = mean1_ptr
                 mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
             p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
             if MOMENT:
@@ -381,7 +390,7 @@ def _outer_step_kernel(
             tl.store(p_ptr + offsets, p, mask=mask)
             if SCALED:
                 p *= factor
-            tl.store(low_ptr + low[:, None] + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+            tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -75,11 +75,11 @@ class SteppedLora:
         Raises ValueError for shapes and strides.
         """
         for i, (a, b) in enumerate(zip(lora_as, lora_bs, strict=True)):
-            wanted = (*a.shape[:2], b.shape[2], a.shape[2])
-            if not 1 <= a.shape[2] <= MAX_RANK or a.dim() != 4 or b.shape != wanted or not a.is_contiguous():
+            fits = a.dim() == b.dim() == 4 and (*a.shape[:2], a.shape[2]) == (*b.shape[:2], b.shape[3])
+            if not fits or not 1 <= a.shape[2] <= MAX_RANK or not (a.is_contiguous() and b.is_contiguous()):
                 raise ValueError(
-                    f"adapters {i}: got A {tuple(a.shape)} and B {tuple(b.shape)}, wanted [slots, documents, r, in] and "
-                    f"[slots, documents, out, r] with 1 <= r <= {MAX_RANK}, contiguous"
+                    f"adapters {i}: got A {tuple(a.shape)} and B {tuple(b.shape)}, wanted [slots, documents, r, in] "
+                    f"and [slots, documents, out, r] with 1 <= r <= {MAX_RANK}, contiguous"
                 )
         self._tensors = [*lora_as], [*lora_bs]
         self._moments = [
@@ -90,9 +90,10 @@ class SteppedLora:
         if runs_narrow_triton(first.new_empty(0, dtype=dtype)):
             ranks = [padded(a.shape[2], dtype) for a in lora_as]
             shape = (*first.shape[:2], sum(ranks), padded(first.shape[3], dtype))
-            self._low = first.new_zeros(shape, dtype=dtype), [
-                b.new_zeros((*b.shape[:3], rank), dtype=dtype) for b, rank in zip(lora_bs, ranks, strict=True)
-            ]
+            self._low = (
+                first.new_zeros(shape, dtype=dtype),
+                [b.new_zeros((*b.shape[:3], rank), dtype=dtype) for b, rank in zip(lora_bs, ranks, strict=True)],
+            )
         self._slots = [self._slot(i) for i in range(len(first))]
 
     def _slot(self, slot: int) -> Adapters:
