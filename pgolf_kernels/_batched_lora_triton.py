@@ -29,7 +29,7 @@ from pgolf_kernels._adapter_adamw_triton import adamw
 from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
 from pgolf_kernels._triton_tile import described, new_described, strip
 from pgolf_kernels.batched_lora import Layout, low_size, padded
-from pgolf_kernels.stepped_lora import AdamStep, Adapters, Moments
+from pgolf_kernels.stepped_lora import AdamStep, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
 
@@ -647,8 +647,9 @@ def products(
     ranks = [b.shape[2] for b in own]
     columns = [sum(ranks[:i]) for i in range(len(ranks))]
     whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
-    if _fits_many(own, tiles) and all(w is not None for w in whole) and all(r is None for r in residuals):
-        _project_many(x, whole, [s] * 3, columns, ranks, own, ys, tiles)
+    present = [weight for weight in whole if weight is not None]
+    if _fits_many(own, tiles) and len(present) == MAX_SHARED and all(r is None for r in residuals):
+        _project_many(x, present, [s] * 3, columns, ranks, own, ys, tiles)
         return [y.contiguous() for y in ys], s
     for y, weight, b, column, residual in zip(ys, whole, own, columns, residuals, strict=True):
         shared = [] if weight is None else [(x, weight)]
@@ -720,16 +721,16 @@ def backward(
 
 
 def backward_step(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], adapters: Adapters, s: Tensor,
-    out_scales: list[Tensor | None], tiles: _Tiles, wants_x: bool, step: AdamStep,
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], lora_as: list[Moments], lora_bs: list[Moments],
+    stacked: Tensor, own: list[Tensor], s: Tensor, out_scales: list[Tensor | None], tiles: _Tiles, wants_x: bool,
+    step: AdamStep,
 ) -> Tensor:  # fmt: skip
     """dx or an empty tensor; then a step of the adapters, of which dx has read the values before it."""
-    stacked, own = adapters.low
     with torch.cuda.device_of(x):
         grads = [described(grad) for grad in grads]
         e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x)
         x, column = described(x), 0
-        for grad, a, b, low_b, out_scale in zip(grads, adapters.a, adapters.b, own, out_scales, strict=True):
+        for grad, a, b, low_b, out_scale in zip(grads, lora_as, lora_bs, own, out_scales, strict=True):
             _step(e, x, grad, s, column, a, b, stacked, low_b, out_scale, step, tiles)
             column += low_b.shape[2]
     return d_x

@@ -9,7 +9,7 @@ adapter_adamw.py does:
     dA_p[b] = e_p^T x,   dB_p[b] = c_p * (g_p^T s_p),   (A_p, B_p) <- AdamW(A_p, B_p; dA_p, dB_p)
 
 On a GPU the accumulator of a gradient's tile is the input of the step: no gradient is written, and the same pass writes
-what the next forward reads, A and c * B in the activations' dtype. The 28 bytes an element that a gradient, a step and
+what the next forward reads, A and c * B in the activations' dtype. The 30 bytes an element that a gradient, a step and
 a cast would move beside each other become 18.
 
 A step in a backward is right only where a pass uses an adapter once; :class:`LoraPass` sees to it.
@@ -42,6 +42,7 @@ class AdamStep:
     factors: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", self.steps.contiguous())
         object.__setattr__(self, "factors", step_factors(self.steps, self.beta1, self.beta2, torch.float32))
 
 
@@ -174,8 +175,9 @@ class _Call:
         pairs = zip(self.weights, residuals, strict=True)
         return [_WEIGHT * (w is not None) | _RESIDUAL * (r is not None) for w, r in pairs]
 
-    def runs_kernels(self, x: Tensor) -> bool:
-        return self.adapters.low is not None and runs_narrow_triton(x) and x.numel() > 0
+    def low(self, x: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        """What the kernels read, where they run."""
+        return self.adapters.low if runs_narrow_triton(x) and x.numel() else None
 
     def values(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and factor * B of each projection."""
@@ -192,13 +194,11 @@ class _Stepped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call, x: Tensor, *residuals: Tensor | None) -> tuple[Tensor, ...]:
         present = [t for t in call.weights if t is not None]
-        if call.runs_kernels(x):
-            stacked, own = call.adapters.low
+        low = call.low(x)
+        if low is not None:
             with torch.cuda.device_of(x):
                 tiles = call.through.tiles(x)
-                ys, shrunk = kernels("batched_lora").products(
-                    x, call.weights, stacked, own, list(residuals), tiles, 1.0
-                )
+                ys, shrunk = kernels("batched_lora").products(x, call.weights, *low, list(residuals), tiles, 1.0)
         else:
             added, parts = [t for t in residuals if t is not None], call.parts(residuals)
             *ys, shrunk, _ = _forward(x, present, *call.values(), added, parts, call.through.cu_seqlens, None, 0, 1.0)
@@ -211,11 +211,12 @@ class _Stepped(torch.autograd.Function):
         call, (x, shrunk), wants_x = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2]
         grads = tuple(grad.contiguous() for grad in grads)
         step = call.through.step
-        if call.runs_kernels(x):
+        low = call.low(x)
+        if low is not None:
+            a, b = call.adapters.a, call.adapters.b
             d_x = kernels("batched_lora").backward_step(
-                list(grads), x, call.weights, call.adapters, shrunk, call.out_scales, call.through.tiles(x), wants_x,
-                step,
-            )  # fmt: skip
+                list(grads), x, call.weights, a, b, *low, shrunk, call.out_scales, call.through.tiles(x), wants_x, step
+            )
         else:
             d_x = _backward_step(list(grads), x, shrunk, call, wants_x, step)
         d_residuals = [grad if has else None for grad, has in zip(grads, ctx.has_residual, strict=True)]
@@ -297,5 +298,6 @@ def stepped_lora(
             if tensor is not None and tensor.requires_grad and name != "residuals" and torch.is_grad_enabled():
                 raise ValueError(f"{name}[{i}]: got a tensor that requires a gradient, wanted a frozen one")
     through.enter(adapters)
-    call = _Call(list(weights), adapters, out_scales, through)
+    rows_of_b = [None if scale is None else scale.contiguous() for scale in out_scales]
+    call = _Call(list(weights), adapters, rows_of_b, through)
     return list(_Stepped.apply(through.anchor, call, x.contiguous(), *residuals))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pgolf_kernels._triton_op import kernels
 from pgolf_kernels.batched_lora import Layout
 from pgolf_kernels.residual import CONFIG
-from pgolf_kernels.stepped_lora import Adapters, Moments
+from pgolf_kernels.stepped_lora import Moments
 from tests import triton_aot
 
 ROWS, WIDTH, HIDDEN, VOCAB = 98304, 512, 2048, 8192
@@ -79,7 +79,7 @@ def stepped_lora(module: ModuleType, length: int, outs: tuple[int, ...], adds: b
     tiles = module.tiles_of(x, Layout(0, empty(documents + 1, dtype=torch.int32), None))
     residuals, scales = ([t if adds else None] * len(outs) for t in (grads[0], empty(outs[0], dtype=FP32)))
     _, s = module.products(x, weights, *low, residuals, tiles, 1.0)
-    module.backward_step(grads, x, weights, Adapters(a, b, low), s, scales, tiles, True, step)
+    module.backward_step(grads, x, weights, a, b, *low, s, scales, tiles, True, step)
 
 
 def adapter_adamw(module: ModuleType, moment: bool) -> None:
