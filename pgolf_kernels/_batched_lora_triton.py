@@ -4,7 +4,7 @@
 shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
 between them. With no shared pair it is the product that shrinks x to the ranks. `_outer_kernel` sums u^T v over each
-adapter's rows; `_outer_step_kernel` takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
+adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
 
 Dense batches are described as [documents, T, columns]: the copy engine then fills rows past a document's end with zeros
 and drops them when storing, whatever T is. Packed batches take their tiles from a map that one small kernel computes,
@@ -41,7 +41,7 @@ class LoraConfig:
     rows: int = 128
     columns: int = 256
     depth: int = 64
-    strips: int = 4
+    strips: int = 2
     stages: int = 4
     warps: int = 8
 
@@ -49,9 +49,8 @@ class LoraConfig:
 PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 OUTER = LoraConfig(columns=128, stages=3)
-STEP = LoraConfig(columns=128, strips=8, stages=3)  # 16 columns a strip: few enough registers for two programs
-BOTH = LoraConfig(rows=64, columns=64, stages=3, warps=4)
-BOTH_ROWS, BOTH_WIDTH = 256, 1024  # rows a document and columns up to which both products of an adapter are one launch
+# H200, a layer's adapters of 64 documents of 96 rows: 227 us; 128 rows and 8 warps 276, 16 columns a strip 299.
+STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
 CAST_TILE = 8192  # elements a program casts
 
 
@@ -155,15 +154,14 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["columns0", "columns1", "columns2", "stride0", "stride1", "stride2",
                                "s_column1", "s_column2"])  # fmt: skip
-def _project_many_kernel(
-    a_desc, w0_desc, w1_desc, w2_desc, s0_desc, s1_desc, s2_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr,
-    map_ptr, count_ptr, columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2, scale,
-    D: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _project_three_kernel(
+    a_desc, w0_desc, w1_desc, w2_desc, s_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr, map_ptr, count_ptr,
+    columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2,
+    D: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side; see above.
+    """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side.
 
-    Depth past the end of a narrower s_p reads zeros.
+    RANK is the largest: past a narrower l_p's end its descriptor reads zeros.
     """
     first1 = tl.cdiv(columns0, BN)
     first2 = first1 + tl.cdiv(columns1, BN)
@@ -176,30 +174,23 @@ def _project_many_kernel(
         n = (number - tl.where(third, first2, tl.where(second, first1, 0))) * BN
         m = tl.load(map_ptr + block * 3)
         end = tl.load(map_ptr + block * 3 + 1)
-        adapter = tl.load(map_ptr + block * 3 + 2)
+        own = tl.maximum(tl.load(map_ptr + block * 3 + 2), 0)
         s_column = tl.where(third, s_column2, tl.where(second, s_column1, 0))
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range(0, S + (RANK + BK - 1) // BK):
-            left_desc, right_desc, k, column = s0_desc, l0_desc, (step - S) * BK, s_column
-            plane = tl.maximum(adapter, 0)
+            left_desc, right_desc, k, column, plane = s_desc, l0_desc, (step - S) * BK, s_column, own
             if third:
-                left_desc, right_desc = s2_desc, l2_desc
+                right_desc = l2_desc
             elif second:
-                left_desc, right_desc = s1_desc, l1_desc
-            if D > 0:
-                if step < S:
-                    left_desc, right_desc, k, column, plane = a_desc, w0_desc, step * BK, 0, 0
-                    if third:
-                        right_desc = w2_desc
-                    elif second:
-                        right_desc = w1_desc
+                right_desc = l1_desc
+            if step < S:
+                left_desc, right_desc, k, column, plane = a_desc, w0_desc, step * BK, 0, 0
+                if third:
+                    right_desc = w2_desc
+                elif second:
+                    right_desc = w1_desc
             left = tl.reshape(left_desc.load([0, m, column + k]), (BM, BK))
-            if TRANSPOSED:
-                acc = tl.dot(left, tl.reshape(right_desc.load([plane, k, n]), (BK, BN)), acc)
-            else:
-                acc = tl.dot(left, tl.reshape(right_desc.load([plane, n, k]), (BN, BK)).T, acc)
-        if D == 0:
-            acc *= tl.where(adapter < 0, 0.0, scale)
+            acc = tl.dot(left, tl.reshape(right_desc.load([plane, n, k]), (BN, BK)).T, acc)
         y_ptr, columns, stride = y0_ptr, columns0, stride0
         if third:
             y_ptr, columns, stride = y2_ptr, columns2, stride2
@@ -209,51 +200,6 @@ def _project_many_kernel(
         offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
         mask = (row < end)[:, None] & (column_n < columns)[None, :]
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["columns", "s_stride", "y_stride"])
-def _both_kernel(
-    x_desc, first_desc, second_desc, s_ptr, residual_ptr, y_ptr, map_ptr, count_ptr, columns, rank, s_stride, y_stride,
-    scale, D: tl.constexpr, TRANSPOSED: tl.constexpr, RESIDUAL: tl.constexpr, PIECES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """s = scale * x m_b^T and y = s n_b^T (+ residual) of a packed batch; TRANSPOSED: m_b and n_b instead.
-
-    A program takes one of the PIECES of a tile of the map; s stays in its registers.
-    """
-    block = tl.program_id(0) // PIECES
-    if block < tl.load(count_ptr):
-        m = tl.load(map_ptr + block * 3) + tl.program_id(0) % PIECES * BM
-        end = tl.load(map_ptr + block * 3 + 1)
-        adapter = tl.load(map_ptr + block * 3 + 2)
-        plane = tl.maximum(adapter, 0)
-        if m < end:
-            acc = tl.zeros((BM, BR), tl.float32)
-            for k in range(0, D, BK):
-                x = tl.reshape(x_desc.load([0, m, k]), (BM, BK))
-                if TRANSPOSED:
-                    acc = tl.dot(x, tl.reshape(first_desc.load([plane, k, 0]), (BK, BR)), acc)
-                else:
-                    acc = tl.dot(x, tl.reshape(first_desc.load([plane, 0, k]), (BR, BK)).T, acc)
-            s = (acc * tl.where(adapter < 0, 0.0, scale)).to(s_ptr.dtype.element_ty)
-            row, column = tl.arange(0, BM), tl.arange(0, BR)
-            inside = (m + row < end)[:, None]
-            s_ptr += m.to(tl.int64) * s_stride
-            y_ptr += m.to(tl.int64) * y_stride
-            if RESIDUAL:
-                residual_ptr += m.to(tl.int64) * y_stride
-            tl.store(s_ptr + row[:, None] * s_stride + column[None, :], s, mask=inside & (column < rank)[None, :])
-            for n in range(0, columns, BN):
-                if TRANSPOSED:
-                    y = tl.dot(s, tl.reshape(second_desc.load([plane, 0, n]), (BR, BN)))
-                else:
-                    y = tl.dot(s, tl.reshape(second_desc.load([plane, n, 0]), (BN, BR)).T)
-                column_n = n + tl.arange(0, BN)
-                offsets = row[:, None] * y_stride + column_n[None, :]
-                mask = inside & (column_n < columns)[None, :]
-                if RESIDUAL:
-                    y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -277,120 +223,105 @@ def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, M
     return acc
 
 
-@triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
-def _outer_kernel(
-    u0_desc, v0_desc, out0_ptr, rows0, columns0, u_column0, u1_desc, v1_desc, out1_ptr, rows1, columns1, v_column1,
-    tiles0, cu_ptr, index_ptr, length, documents,
-    PACKED: tl.constexpr, INDEX: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+@triton.jit
+def _adamw_tile(
+    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, is_b, inverse1, inverse2,
+    lr, beta1, beta2, eps, keep,
+    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
-
-    The first reads u from a column on, the second v: e and s hold the ranks of several projections.
-    """
-    tile = tl.program_id(0)
-    if tile < tiles0:
-        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
-            u0_desc,
-            v0_desc,
-            out0_ptr,
-            rows0,
-            columns0,
-            u_column0,
-            0,
-        )
-    else:
-        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
-            u1_desc,
-            v1_desc,
-            out1_ptr,
-            rows1,
-            columns1,
-            0,
-            v_column1,
-        )
-        tile -= tiles0
-    tiles_j = tl.cdiv(columns, BJ)
-    i = tile // tiles_j * BI
-    j = tile % tiles_j * BJ
-    adapter = tl.program_id(1)
-    first, last = adapter, tl.minimum(adapter + 1, documents)
-    if INDEX:
-        first, last = 0, documents
-    acc = tl.zeros((BI, BJ), tl.float32)
-    for d in range(first, last):
-        document, start, end = d, 0, length
-        if PACKED:
-            document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
-        if INDEX:
-            if tl.load(index_ptr + d) != adapter:
-                end = start
-        acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
-    row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
-    offsets = (adapter.to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows0", "rows1", "u_column0", "v_column1", "tiles0"])
-def _outer_step_kernel(
-    u0_desc, v0_desc, p0_ptr, square0_ptr, mean0_ptr, low0_ptr, rows0, columns0, plane0, stride0, u_column0,
-    u1_desc, v1_desc, p1_ptr, square1_ptr, mean1_ptr, low1_ptr, rows1, columns1, plane1, stride1, v_column1,
-    scale_ptr, tiles0, cu_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
-    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr,
-    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """One AdamW step of A and B [documents, rows, columns] with the gradients e^T x and g^T s, a tile a program.
+    """One AdamW step of a tile of A or B [rows, columns] with the gradient acc, strip by strip of its columns.
 
     `low` gets the new values in the activations' dtype. B's rows have a factor there, and so has B's gradient.
     """
-    tile, document = tl.program_id(0), tl.program_id(1)
-    if tl.load(step_ptr + document) > 0:
+    row = i + tl.arange(0, BI)
+    if SCALED:
+        factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
+    for part in tl.static_range(STRIPS):
+        gradient = strip(acc, part, STRIPS, BI, BJ)
+        if SCALED:
+            gradient *= factor
+        column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
+        offsets = row[:, None] * columns + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+        square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+        mean = gradient
+        if MOMENT:
+            mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+        p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+        if MOMENT:
+            tl.store(mean_ptr + offsets, mean, mask=mask)
+        tl.store(square_ptr + offsets, square, mask=mask)
+        tl.store(p_ptr + offsets, p, mask=mask)
+        if SCALED:
+            p *= factor
+        tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
+def _outer_kernel(
+    u0_desc, v0_desc, out0_ptr, square0_ptr, mean0_ptr, low0_ptr, plane0, stride0, rows0, columns0, u_column0,
+    u1_desc, v1_desc, out1_ptr, square1_ptr, mean1_ptr, low1_ptr, plane1, stride1, rows1, columns1, v_column1,
+    tiles0, cu_ptr, index_ptr, length, documents, scale_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, STEP: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr,
+    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
+
+    The first reads u from a column on, the second v: e and s hold the ranks of several projections. STEP: the sum is
+    the gradient of a step of `out`, which an adapter whose count is 0 does not take; packed and without an index.
+    """
+    tile, adapter = tl.program_id(0), tl.program_id(1)
+    works = True
+    if STEP:
+        works = tl.load(step_ptr + adapter) > 0
+    if works:
         is_b = tile >= tiles0
         if is_b:
-            u_desc, v_desc, p_ptr, square_ptr, low_ptr = u1_desc, v1_desc, p1_ptr, square1_ptr, low1_ptr
-            rows, columns, plane, stride, u_column, v_column = rows1, columns1, plane1, stride1, 0, v_column1
+            u_desc, v_desc, out_ptr, rows, columns = u1_desc, v1_desc, out1_ptr, rows1, columns1
+            u_column, v_column = 0, v_column1
             tile -= tiles0
         else:
-            u_desc, v_desc, p_ptr, square_ptr, low_ptr = u0_desc, v0_desc, p0_ptr, square0_ptr, low0_ptr
-            rows, columns, plane, stride, u_column, v_column = rows0, columns0, plane0, stride0, u_column0, 0
+            u_desc, v_desc, out_ptr, rows, columns = u0_desc, v0_desc, out0_ptr, rows0, columns0
+            u_column, v_column = u_column0, 0
         tiles_j = tl.cdiv(columns, BJ)
-        i, j = tile // tiles_j * BI, tile % tiles_j * BJ
-        start, end = tl.load(cu_ptr + document), tl.load(cu_ptr + document + 1)
+        i = tile // tiles_j * BI
+        j = tile % tiles_j * BJ
+        first, last = adapter, tl.minimum(adapter + 1, documents)
+        if INDEX:
+            first, last = 0, documents
         acc = tl.zeros((BI, BJ), tl.float32)
-        acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
-        row = i + tl.arange(0, BI)
-        inverse1, inverse2 = tl.load(factor_ptr + 2 * document), tl.load(factor_ptr + 2 * document + 1)
-        own = document.to(tl.int64) * rows * columns
-        p_ptr += own
-        square_ptr += own
-        low_ptr += document.to(tl.int64) * plane
-        if MOMENT:
+        for d in range(first, last):
+            document, start, end = d, 0, length
+            if PACKED:
+                document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
+            if INDEX:
+                if tl.load(index_ptr + d) != adapter:
+                    end = start
+            acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
+        out_ptr += adapter.to(tl.int64) * rows * columns
+        if STEP:
             if is_b:
-                mean_ptr = mean1_ptr + own
+                square_ptr, low_ptr, plane, stride = square1_ptr, low1_ptr, plane1, stride1
             else:
-                mean_ptr = mean0_ptr + own
-        if SCALED:
-            factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
-        for part in tl.static_range(STRIPS):
-            gradient = strip(acc, part, STRIPS, BI, BJ)
-            if SCALED:
-                gradient *= factor
-            column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
+                square_ptr, low_ptr, plane, stride = square0_ptr, low0_ptr, plane0, stride0
+            square_ptr += adapter.to(tl.int64) * rows * columns
+            mean_ptr = square_ptr
+            if MOMENT:
+                if is_b:
+                    mean_ptr = mean1_ptr + adapter.to(tl.int64) * rows * columns
+                else:
+                    mean_ptr = mean0_ptr + adapter.to(tl.int64) * rows * columns
+            inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
+            _adamw_tile(
+                acc, i, j, out_ptr, square_ptr, mean_ptr, low_ptr + adapter.to(tl.int64) * plane, rows, columns, stride,
+                scale_ptr, is_b, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT, SCALED, STRIPS, BI, BJ,
+            )  # fmt: skip
+        else:
+            row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
             offsets = row[:, None] * columns + column[None, :]
             mask = (row < rows)[:, None] & (column < columns)[None, :]
-            p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
-            square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
-            mean = gradient
-            if MOMENT:
-                mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-            p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
-            if MOMENT:
-                tl.store(mean_ptr + offsets, mean, mask=mask)
-            tl.store(square_ptr + offsets, square, mask=mask)
-            tl.store(p_ptr + offsets, p, mask=mask)
-            if SCALED:
-                p *= factor
-            tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -520,6 +451,7 @@ def _project(
 ) -> None:  # fmt: skip
     """out [N, columns] (a view with rows of 16 bytes) = sum of a w^T + s[:, s_column:][:rank] own_b^T + residual."""
     bm, bn, bk = config.rows, config.columns, config.depth
+    strips = config.strips if residual is None else 2 * config.strips  # one of the residual lies beside the output's
     columns = out.shape[1]
     w_block = (1, bk, bn) if transposed else (1, bn, bk)
     s_desc, own_desc = descriptor(tiles.planes(s), (1, bm, bk)), descriptor(own, w_block)
@@ -527,7 +459,7 @@ def _project(
     pairs += [(None, None)] * (MAX_SHARED - len(pairs))  # a descriptor costs the host some microseconds a launch
     depths = [a.shape[1] for a, _ in shared] + [0] * (MAX_SHARED - len(shared))
     y_desc, residual_desc = (
-        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // config.strips))
+        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // strips))
         for t in (out, residual)
     )
     grid = min(grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
@@ -535,90 +467,59 @@ def _project(
         *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, residual_desc, out, residual,
         tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0), s_column, scale,
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
-        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=config.strips,
+        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=strips,
         BM=bm, BN=bn, BK=bk,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
-def _fits_both(x: Tensor, own: list[Tensor], weights: list[Tensor | None], tiles: _Tiles) -> bool:
-    """An adapter alone, few rows a document: one launch, as its two products are too short to fill the device."""
-    return (
-        tiles.packed and len(own) == 1 and weights[0] is None and len(x) <= BOTH_ROWS * tiles.documents
-        and max(x.shape[1], own[0].shape[1]) <= BOTH_WIDTH
+def _project_three(
+    a: Tensor, weights: list[Tensor], s: Tensor, own: list[Tensor], outs: list[Tensor], tiles: _Tiles
+) -> None:
+    """out_p = a w_p^T + s_p own_p,b^T of a packed batch, without residuals; s_p lie side by side in s."""
+    bm, bn, bk = PROJECT.rows, PROJECT.columns, PROJECT.depth
+    columns, ranks = [out.shape[1] for out in outs], [b.shape[2] for b in own]
+    grid = min(grid_size(a), tiles.blocks(bm) * sum(triton.cdiv(n, bn) for n in columns))
+    _project_three_kernel[(grid,)](
+        descriptor(tiles.planes(a), (1, bm, bk)), *(descriptor(w.unsqueeze(0), (1, bn, bk)) for w in weights),
+        descriptor(tiles.planes(s), (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
+        tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), ranks[0], ranks[0] + ranks[1],
+        D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk, num_warps=PROJECT.warps, num_stages=PROJECT.stages,
     )  # fmt: skip
 
 
-def _both(
-    x: Tensor, first: Tensor, second: Tensor, s: Tensor, out: Tensor, tiles: _Tiles, *, scale: float = 1.0,
-    residual: Tensor | None = None, transposed: bool = False,
+_Target = tuple[Tensor, Tensor | None, Tensor | None]  # the sum, or Moments to step with it
+
+
+def _outer(
+    e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: _Target, b: _Target, tiles: _Tiles,
+    stepped: tuple[AdamStep, Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:  # fmt: skip
-    """s = scale * x first_b^T, out = s second_b^T + residual in one launch; transposed: first_b and second_b."""
-    bm, bn, bk, br = BOTH.rows, BOTH.columns, BOTH.depth, block_at_least(s.shape[1], 16, 128)
-    blocks = ((1, bk, br), (1, br, bn)) if transposed else ((1, br, bk), (1, bn, br))
-    pieces = PROJECT.rows // bm
-    _both_kernel[(tiles.blocks(PROJECT.rows) * pieces,)](
-        descriptor(tiles.planes(x), (1, bm, bk)), descriptor(first, blocks[0]), descriptor(second, blocks[1]),
-        s, residual, out, tiles.map, tiles.count, out.shape[1], s.shape[1], s.stride(0), out.stride(0), scale,
-        D=x.shape[1], TRANSPOSED=transposed, RESIDUAL=residual is not None, PIECES=pieces, BM=bm, BN=bn, BK=bk, BR=br,
-        num_warps=BOTH.warps, num_stages=BOTH.stages,
-    )  # fmt: skip
+    """a = sum over each adapter's rows of e[:, column:]^T x, b the same of grad^T s[:, column:].
 
-
-def _fits_many(own: list[Tensor], tiles: _Tiles) -> bool:
-    return tiles.packed and len(own) == MAX_SHARED
-
-
-def _project_many(
-    a: Tensor | None, weights: list[Tensor], s: list[Tensor], s_columns: list[int], ranks: list[int],
-    own: list[Tensor], outs: list[Tensor], tiles: _Tiles, *, scale: float = 1.0, transposed: bool = False,
-    config: LoraConfig = PROJECT,
-) -> None:  # fmt: skip
-    """Three outputs at once: out_p = a w_p^T + s_p[:, s_columns[p]:][:ranks[p]] own_p,b^T, packed, no residuals."""
-    bm, bn, bk = config.rows, config.columns, config.depth
-    w_block = (1, bk, bn) if transposed else (1, bn, bk)
-    columns = [out.shape[1] for out in outs]
-    grid = min(grid_size(outs[0]), tiles.blocks(bm) * sum(triton.cdiv(n, bn) for n in columns))
-    _project_many_kernel[(grid,)](
-        None if a is None else descriptor(tiles.planes(a), (1, bm, bk)),
-        *([descriptor(w.unsqueeze(0), w_block) for w in weights] or [None] * 3),
-        *(descriptor(tiles.planes(t), (1, bm, bk)) for t in s), *(descriptor(b, w_block) for b in own), *outs,
-        tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), *s_columns[1:], scale,
-        D=0 if a is None else a.shape[1], RANK=max(ranks), TRANSPOSED=transposed, BM=bm, BN=bn, BK=bk,
+    stepped: a step (step, copy of all A, copy of B, B's factor) with these sums as gradients instead.
+    """
+    config = OUTER if stepped is None else STEP
+    bi, bj, bk = config.rows, config.columns, config.depth
+    shapes = [t[0].shape for t in (a, b)]
+    count_a, count_b = (triton.cdiv(shape[1], bi) * triton.cdiv(shape[2], bj) for shape in shapes)
+    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
+    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
+    copies: list[tuple[Any, ...]] = [(None, 0, 0)] * 2
+    rest: tuple[Any, ...] = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
+    out_scale = None
+    if stepped is not None:
+        step, low_a, low_b, out_scale = stepped
+        copies = [(low, *low.stride()[:2]) for low in (low_a[:, column:], low_b)]
+        keep = 1.0 - step.lr * step.weight_decay
+        rest = (out_scale, step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, keep)
+    _outer_kernel[(count_a + count_b, shapes[0][0])](
+        e_desc, x_desc, *a, *copies[0], *shapes[0][1:], column,
+        grad_desc, s_desc, *b, *copies[1], *shapes[1][1:], column,
+        count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, *rest,
+        PACKED=tiles.packed, INDEX=tiles.index is not None, STEP=stepped is not None, MOMENT=a[2] is not None,
+        SCALED=out_scale is not None, STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
         num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-
-
-def _outer(e: Tensor, x: Tensor, d_a: Tensor, grad: Tensor, s: Tensor, d_b: Tensor, column: int, tiles: _Tiles) -> None:
-    """d_a = sum over each adapter's rows of e[:, column:]^T x, d_b the same of grad^T s[:, column:]."""
-    bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
-    tiles_a, tiles_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (d_a, d_b))
-    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
-    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    _outer_kernel[(tiles_a + tiles_b, d_a.shape[0])](
-        e_desc, x_desc, d_a, *d_a.shape[1:], column, grad_desc, s_desc, d_b, *d_b.shape[1:], column,
-        tiles_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
-        PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
-        num_warps=OUTER.warps, num_stages=OUTER.stages,
-    )  # fmt: skip
-
-
-def _step(
-    e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: Moments, b: Moments, low_a: Tensor, low_b: Tensor,
-    out_scale: Tensor | None, step: AdamStep, tiles: _Tiles,
-) -> None:  # fmt: skip
-    """One step of a projection's adapters, whose columns of e and s begin at `column`, as do low_a's rows."""
-    bi, bj, bk = STEP.rows, STEP.columns, STEP.depth
-    count_a, count_b = (triton.cdiv(t.value.shape[1], bi) * triton.cdiv(t.value.shape[2], bj) for t in (a, b))
-    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
-    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    _outer_step_kernel[(count_a + count_b, len(a.value))](
-        e_desc, x_desc, *a, low_a[:, column:], *a.value.shape[1:], *low_a.stride()[:2], column,
-        grad_desc, s_desc, *b, low_b, *b.value.shape[1:], *low_b.stride()[:2], column,
-        out_scale, count_a, tiles.cu_seqlens, step.steps, step.factors,
-        step.lr, step.beta1, step.beta2, step.eps, 1.0 - step.lr * step.weight_decay,
-        MOMENT=a.mean is not None, SCALED=out_scale is not None, STRIPS=STEP.strips, BI=bi, BJ=bj, BK=bk,
-        num_warps=STEP.warps, num_stages=STEP.stages,
     )  # fmt: skip
 
 
@@ -640,20 +541,16 @@ def products(
     residuals = [
         None if residual is None else _with_strides(residual, y) for residual, y in zip(residuals, ys, strict=True)
     ]
-    if _fits_both(x, own, weights, tiles):
-        _both(x, stacked, own[0], s, ys[0], tiles, scale=scale, residual=residuals[0])
-        return [ys[0].contiguous()], s
     _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
-    ranks = [b.shape[2] for b in own]
-    columns = [sum(ranks[:i]) for i in range(len(ranks))]
     whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
-    present = [weight for weight in whole if weight is not None]
-    if _fits_many(own, tiles) and len(present) == MAX_SHARED and all(r is None for r in residuals):
-        _project_many(x, present, [s] * 3, columns, ranks, own, ys, tiles)
-        return [y.contiguous() for y in ys], s
-    for y, weight, b, column, residual in zip(ys, whole, own, columns, residuals, strict=True):
-        shared = [] if weight is None else [(x, weight)]
-        _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
+    present, column = [weight for weight in whole if weight is not None], 0
+    if tiles.packed and len(own) == len(present) == 3 and all(residual is None for residual in residuals):
+        _project_three(x, present, s, own, ys, tiles)
+    else:
+        for y, weight, b, residual in zip(ys, whole, own, residuals, strict=True):
+            shared = [] if weight is None else [(x, weight)]
+            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
+            column += b.shape[2]
     return [y.contiguous() for y in ys], s
 
 
@@ -664,17 +561,9 @@ def data_gradients(
     """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
     rows, depth = x.shape
     e = x.new_empty((rows, stacked.shape[1]))
-    if wants_x and _fits_both(x, own, weights, tiles):
-        d_x = new_described(x, rows, depth)
-        _both(grads[0], own[0], stacked, e, d_x, tiles, scale=scale, transposed=True)
-        return e, d_x.contiguous()
     parts = list(e.split([b.shape[2] for b in own], dim=1))
-    options: dict[str, Any] = {"scale": scale, "transposed": True, "config": SHRINK}
-    if _fits_many(own, tiles):
-        _project_many(None, [], grads, [0, 0, 0], [b.shape[1] for b in own], own, parts, tiles, **options)
-    else:
-        for grad, b, part in zip(grads, own, parts, strict=True):
-            _project([], grad, 0, b.shape[1], b, part, tiles, **options)
+    for grad, b, part in zip(grads, own, parts, strict=True):
+        _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
     if not wants_x:
         return e, x.new_empty(0)
     shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
@@ -715,7 +604,7 @@ def backward(
         )
         column = 0
         for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
-            _outer(e, x, d_a, grad, s, d_b, column, tiles)
+            _outer(e, x, grad, s, column, (d_a, None, None), (d_b, None, None), tiles)
             column += b.shape[2]
     return d_x, d_as, d_bs
 
@@ -731,6 +620,6 @@ def backward_step(
         e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x)
         x, column = described(x), 0
         for grad, a, b, low_b, out_scale in zip(grads, lora_as, lora_bs, own, out_scales, strict=True):
-            _step(e, x, grad, s, column, a, b, stacked, low_b, out_scale, step, tiles)
+            _outer(e, x, grad, s, column, a, b, tiles, (step, stacked, low_b, out_scale))
             column += low_b.shape[2]
     return d_x
