@@ -99,6 +99,7 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
         ("gain of test-time training", lambda r: _gain(r["ttt_gain"]) if r.get("ttt_gain") else None),
         ("artifact", lambda r: f"{r['artifact']['bytes']:,} bytes" if r.get("artifact") else None),
         *titled("seconds, ", under("seconds", lambda value: f"{value:,.1f}")),
+        *under("breakdown", lambda value: f"{1000 * value:.2f} ms"),
     ]
 
 

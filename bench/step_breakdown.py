@@ -1,11 +1,15 @@
-"""Where the time of a training step goes, as a table: `python -m bench.step_breakdown`.
+"""Where the time of a training step goes, as a table: `python -m bench.step_breakdown [--record]`.
 
 One micro-step of 98,304 tokens and one optimiser step of pull request 1530's preset are profiled, and their kernels'
 times are summed by kind, told by the kernels' names. Idle is the measured time of back-to-back steps minus all kernels.
+`--record` keeps both columns in bench/runs, from where bench.render writes them into the documentation.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import platform
 import re
 import time
 from collections import Counter
@@ -18,17 +22,21 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.bench_train_step import CASES, DEVICE, config, our_micro_step, our_micro_steps, setup
+from bench.real_runs import RECORDS
 from model.distributed import Dist
 from model.optim import Optimizer, WeightAverage
+from model.run import commit
+from pgolf_kernels import attention_backend_info
 
 STEPS = 5
 # The first pattern that is found in a kernel's name decides.
 KINDS = (
     ("attention", r"flash|fmha|attn|attention"),
-    ("MLP kernel", r"mlp"),
-    ("loss", r"softcap|cross_entropy|_ce_|ce_kernel|loss|head"),
-    ("norms, mixing, RoPE, XSA", r"combine|norm|rope|xsa|resid|stream"),
-    ("matrix products", r"nvjet|gemm|cutlass|xmma|cublas|matmul"),
+    ("MLP's products with an activation", r"mlp|product_kernel|_up_kernel|grad_pre"),
+    ("loss", r"softcap|cross_entropy|powers|finish|scale_rows|loss"),
+    ("norms, mixing, RoPE, XSA", r"_forward_kernel|_backward_kernel|norm|sum_rows"),
+    ("other matrix products", r"nvjet|gemm|cutlass|xmma|cublas|matmul"),
+    ("embedding", r"_tiles_kernel|_joins_kernel|radix|gather"),
     ("copies and the rest", r""),
 )
 
@@ -60,7 +68,24 @@ def wall_seconds(call: Callable[[], None]) -> float:
     return (time.perf_counter() - start) / STEPS
 
 
+def keep(column: Counter[str], loop: bool) -> None:
+    """A record in the form of a run's, of this column alone."""
+    record = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": commit(),
+        "changed": {},
+        "note": f"attention: {attention_backend_info()['backend']}; `python -m bench.step_breakdown --record`",
+        "breakdown": {name: round(seconds, 6) for name, seconds in column.items()},
+    }
+    file = RECORDS / f"micro_step_loop_{'on' if loop else 'off'}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.step_breakdown")
+    parser.add_argument("--record", action="store_true", help="keep the columns in bench/runs")
+    options = parser.parse_args()
     if DEVICE.type != "cuda":
         raise SystemExit("step_breakdown: needs an NVIDIA GPU")
     console = Console()
@@ -93,6 +118,8 @@ def main() -> None:
         column["idle"] = max(total - sum(column.values()), 0.0)
         column["total"] = total
         columns.append(column)
+        if options.record:
+            keep(column, case.loop)
         table.add_column(str(case), justify="right")
     for name in [kind for kind, _ in KINDS] + ["optimiser and average", "idle", "total"]:
         table.add_row(name, *(f"{1000 * column[name]:.2f}" for column in columns))

@@ -392,25 +392,26 @@ class GPT(nn.Module):
         epsilon = norm_epsilon(normed.dtype)
         rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         if state.adapters is None:
-            q, k, v, again = qkv_rope(normed, *projections, **rope)
+            group = config.num_heads // config.num_kv_heads
+            q, ks, vs = qkv_rope(normed, *projections, key_readers=group, value_readers=group + 1, **rope)
         else:
             q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in state.adapters.qkv(slot, normed, projections))
             q, k = qk_rope(q, k, **rope)
-            again = v
+            ks, vs = (k,), (v, v)
         if config.value_residual:
             if layer == 0:
-                state.first_value = v
+                state.first_value = vs[0]
             else:
-                share = torch.softmax(self.v_lambda[layer - 1].to(v.dtype), dim=0)
-                v = again = share[0] * v + share[1] * state.first_value
+                share = torch.softmax(self.v_lambda[layer - 1].to(vs[0].dtype), dim=0)
+                vs = (share[0] * vs[0] + share[1] * state.first_value,) * len(vs)
         subtract_self = layer >= config.num_layers - config.xsa_last_n
         if subtract_self and config.xsa_form == "self_weight":
-            y = attention_without_self(q, k, v, state.starts)
+            y = attention_without_self(q, ks[0], vs[0], state.starts)
         else:
-            packed = [t.reshape(rows * length, t.size(2), t.size(3)) for t in (q, k, v)]
-            y = varlen_attention(packed[0], packed[1], packed[2], state.cu_seqlens, state.max_seqlen).view(q.shape)
+            keys, values = ([t.flatten(0, 1) for t in aliases] for aliases in (ks, vs[:-1]))
+            y = varlen_attention(q.flatten(0, 1), keys, values, state.cu_seqlens, state.max_seqlen).view(q.shape)
             if subtract_self:
-                y = xsa(y, again)
+                y = xsa(y, vs[-1])
         y = y.reshape(rows, length, dim)
         if state.collect is not None:
             state.collect((f"blocks.{layer}.attn.o",), y)

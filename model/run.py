@@ -184,7 +184,7 @@ def provenance(data_hash: str, source_hash: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "commit": _commit(),
+        "commit": commit(),
         "source_sha256": source_hash,
         "data_sha256": data_hash,
     }
@@ -214,14 +214,14 @@ def _cpu_name() -> str:
     return next(names, platform.processor())
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with "+" where files were changed; None outside a checkout."""
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files were changed; outside a checkout PGOLF_COMMIT, or None."""
     git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("PGOLF_COMMIT")
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_tile import sum_rows
 
-TOKENS = 8  # a tile; 4 warps then hold 32 values a thread
+TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
 PROGRAMS = 8  # a multiprocessor, of the backward's persistent grid
 
@@ -60,18 +60,20 @@ def _turn(x_ptr, out_ptr, gain_ptr, cos_ptr, sin_ptr, tile, tokens, stride, leng
 
 
 @triton.jit
-def _gather(x_ptr, y_ptr, out_ptr, tile, tokens, out_stride, ADD: tl.constexpr, WIDTH: tl.constexpr,
+def _gather(x_ptr, y_ptr, z_ptr, out_ptr, tile, tokens, out_stride, COUNT: tl.constexpr, WIDTH: tl.constexpr,
             WIDTH_PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Packed rows of x, or of x + y, into rows of another stride."""
+    """Packed rows of x, of x + y or of x + y + z into rows of another stride."""
     token = tile * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, WIDTH_PADDED)
     mask = (token < tokens)[:, None] & (column < WIDTH)[None, :]
     token = token.to(tl.int64)[:, None]
     offsets = token * WIDTH + column[None, :]
-    value = tl.load(x_ptr + offsets, mask=mask)
-    if ADD:
-        value = (value.to(tl.float32) + tl.load(y_ptr + offsets, mask=mask).to(tl.float32)).to(value.dtype)
-    tl.store(out_ptr + token * out_stride + column[None, :], value, mask=mask)
+    value = tl.load(x_ptr + offsets, mask=mask).to(tl.float32)
+    if COUNT > 1:
+        value += tl.load(y_ptr + offsets, mask=mask).to(tl.float32)
+    if COUNT > 2:
+        value += tl.load(z_ptr + offsets, mask=mask).to(tl.float32)
+    tl.store(out_ptr + token * out_stride + column[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -87,9 +89,9 @@ def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stri
 
 
 @triton.jit
-def _turn_back(grad_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile, tokens, stride, d_stride, length, eps,
-               GAIN: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr,
-               DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile, tokens, stride, d_stride,
+               length, eps, TWO: tl.constexpr, GAIN: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+               DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     token, head, column, swapped, mask, cos, sin = _tile(
         tile, tokens, length, cos_ptr, sin_ptr, HEADS, HEADS_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS
     )
@@ -97,6 +99,9 @@ def _turn_back(grad_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile,
     x = tl.load(x_ptr + (token * stride + head * DIM)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_ptr + packed + column[None, :], mask=mask, other=0.0).to(tl.float32)
     other = tl.load(grad_ptr + packed + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
+    if TWO:
+        g += tl.load(grad2_ptr + packed + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        other += tl.load(grad2_ptr + packed + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
     normed = x * inverse[:, None]
     back = g * cos - other * sin
@@ -112,21 +117,22 @@ def _turn_back(grad_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile,
 
 
 @triton.jit
-def _backward_kernel(grad_q, grad_k, grad_v, grad_v2, q, k, gain, cos, sin, d_q, d_k, d_v, partial, tokens, q_stride,
-                     k_stride, d_q_stride, d_k_stride, length, eps, VALUES: tl.constexpr, H: tl.constexpr,
-                     H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr,
-                     DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """VALUES: how many gradients of the values there are to be added and written (0 to 2)."""
+def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, gain, cos, sin, d_q, d_k, d_v, partial,
+                     tokens, q_stride, k_stride, d_q_stride, d_k_stride, length, eps, KEYS: tl.constexpr,
+                     VALUES: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr,
+                     HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
+                     TOKENS: tl.constexpr):  # fmt: skip
+    """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added."""
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
-        d_gain = _turn_back(grad_q, q, d_q, gain, d_gain, cos, sin, tile, tokens, q_stride, d_q_stride, length, eps,
-                            True, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
-        unused = _turn_back(grad_k, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length, eps,
-                            False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+        d_gain = _turn_back(grad_q, grad_q, q, d_q, gain, d_gain, cos, sin, tile, tokens, q_stride, d_q_stride, length,
+                            eps, False, True, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+        unused = _turn_back(grad_k, grad_k2, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length,
+                            eps, KEYS > 1, False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         if VALUES > 0:
-            _gather(grad_v, grad_v2, d_v, tile, tokens, d_q_stride, VALUES > 1, HKV * DIM, HKV_PADDED * DIM_PADDED,
-                    TOKENS)  # fmt: skip
+            _gather(grad_v, grad_v2, grad_v3, d_v, tile, tokens, d_q_stride, VALUES, HKV * DIM,
+                    HKV_PADDED * DIM_PADDED, TOKENS)  # fmt: skip
     row = tl.arange(0, TOKENS * H_PADDED)
     tl.store(partial + tl.program_id(0) * (TOKENS * H_PADDED) + row, d_gain)
 
@@ -165,26 +171,33 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and gain."""
     d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    d_gain = backward_into(grad_q, grad_k, [], q, k, gain, cos, sin, eps, d_q, d_k, None)
+    d_gain = backward_into(grad_q, [grad_k], [], q, k, gain, cos, sin, eps, d_q, d_k, None)
     return d_q, d_k, d_gain
 
 
 def backward_into(
-    grad_q: Tensor, grad_k: Tensor, grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-    eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None,
+    grad_q: Tensor, grad_ks: list[Tensor], grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor,
+    sin: Tensor, eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Writes d_q, d_k and the sum of up to two gradients of v into d_v (strided as d_q is); returns gain's gradient."""
+    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v (d_q's strides); returns gain's."""
     q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
-    grad_q, grad_k, gain, cos, sin, *grad_vs = (t.contiguous() for t in (grad_q, grad_k, gain, cos, sin, *grad_vs))
+    grad_q, gain, cos, sin = (t.contiguous() for t in (grad_q, gain, cos, sin))
+    grad_ks, grad_vs = _at_most(grad_ks, 2), _at_most(grad_vs, 3)
     shape = _shape(q, k, cos)
     tokens = q.shape[0]
     programs = min(triton.cdiv(tokens, TOKENS), PROGRAMS * _triton_op.grid_size(q))
     partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
-    first_v, second_v = (*grad_vs, grad_k, grad_k)[:2]
+    unused = grad_ks[0]
     with torch.cuda.device_of(q):
         _backward_kernel[(programs,)](
-            grad_q, grad_k, first_v, second_v, q, k, gain, cos, sin, d_q, d_k, d_k if d_v is None else d_v, partial,
-            tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0), cos.shape[0], eps, VALUES=len(grad_vs),
-            **shape, num_warps=WARPS,
+            grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin, d_q, d_k,
+            d_k if d_v is None else d_v, partial, tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0),
+            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), **shape, num_warps=WARPS,
         )  # fmt: skip
     return sum_rows(partial.flatten(0, 1))[: gain.numel()].to(gain.dtype)
+
+
+def _at_most(grads: list[Tensor], count: int) -> list[Tensor]:
+    """The same sum in so many contiguous terms."""
+    rest = [torch.stack(grads[count - 1 :]).sum(0)] if len(grads) > count else grads[count - 1 :]
+    return [grad.contiguous() for grad in (*grads[: count - 1], *rest)]

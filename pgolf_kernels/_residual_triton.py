@@ -14,7 +14,7 @@ from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_tile import sum_rows
 
 if TYPE_CHECKING:
-    from pgolf_kernels.residual import ResidualConfig
+    from pgolf_kernels.residual import Launch
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def forward(
     eps: float,
     with_total: bool,
     with_norm: bool,
-    config: ResidualConfig,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     dim = first.shape[-1]
@@ -194,12 +194,12 @@ def forward(
     total, normed = (torch.empty_like(first) if wanted else first.new_empty(0) for wanted in (with_total, with_norm))
     if rows == 0:
         return total, normed
-    grid = (_programs(rows, config.forward_rows, first, config.forward_programs),)
+    grid = (_programs(rows, launch.rows, first, launch.programs),)
     with torch.cuda.device_of(first):
         _forward_kernel[grid](
             *_pad(streams), coefficients, total, normed, rows, eps, scale,
-            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
-            TOTAL=with_total, NORM=with_norm, num_warps=config.forward_warps,
+            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
+            TOTAL=with_total, NORM=with_norm, num_warps=launch.warps,
         )  # fmt: skip
     return total, normed
 
@@ -213,7 +213,7 @@ def backward(
     scale: float,
     eps: float,
     wanted: list[bool],
-    config: ResidualConfig,
+    launch: Launch,
 ) -> tuple[list[Tensor], Tensor]:
     first = streams[0]
     dim = first.shape[-1]
@@ -222,17 +222,17 @@ def backward(
     d_streams = [torch.empty_like(s) if want else s.new_empty(0) for s, want in zip(streams, wanted[1:], strict=True)]
     if rows == 0:
         return d_streams, torch.zeros_like(coefficients) if sums else first.new_empty(0)
-    programs = _programs(rows, config.backward_rows, first, config.backward_programs)
+    programs = _programs(rows, launch.rows, first, launch.programs)
     partial = first.new_empty((programs, len(streams), dim) if sums else 1, dtype=torch.float32)
     with torch.cuda.device_of(first):
         _backward_kernel[(programs,)](
             *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
             coefficients, first if d_total is None else d_total,
             first if d_normed is None else d_normed, partial, rows, eps, scale,
-            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.backward_rows,
+            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
             TOTAL=d_total is not None, NORM=d_normed is not None,
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
-            num_warps=config.backward_warps,
+            num_warps=launch.warps,
         )  # fmt: skip
     return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else first.new_empty(0)
 
@@ -241,31 +241,31 @@ def _bits(flags: Iterable[bool]) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
 
 
-def norm(x: Tensor, scale: float, eps: float, config: ResidualConfig) -> tuple[Tensor, Tensor]:
+def norm(x: Tensor, scale: float, eps: float, launch: Launch) -> tuple[Tensor, Tensor]:
     """(n, 1 / rms [rows] in fp32)."""
     dim = x.shape[-1]
     rows = x.numel() // dim
     normed, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(x):
-            _norm_kernel[(_programs(rows, config.forward_rows, x, config.forward_programs),)](
+            _norm_kernel[(_programs(rows, launch.rows, x, launch.programs),)](
                 x, normed, inverse, rows, eps, scale, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-                ROWS=config.forward_rows, num_warps=config.forward_warps,
+                ROWS=launch.rows, num_warps=launch.warps,
             )  # fmt: skip
     return normed, inverse
 
 
 def norm_backward(
-    d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float, config: ResidualConfig
+    d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float, launch: Launch
 ) -> Tensor:
     """The gradient of x, plus `through`."""
     dim, rows = normed.shape[-1], len(inverse)
     d_x = torch.empty_like(normed)
     if rows:
         with torch.cuda.device_of(normed):
-            _norm_backward_kernel[(_programs(rows, config.forward_rows, normed, config.forward_programs),)](
+            _norm_backward_kernel[(_programs(rows, launch.rows, normed, launch.programs),)](
                 d_normed, normed, inverse, normed if through is None else through, d_x, rows, scale, 1.0 / scale,
-                THROUGH=through is not None, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=config.forward_rows,
-                num_warps=config.forward_warps,
+                THROUGH=through is not None, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
+                num_warps=launch.warps,
             )  # fmt: skip
     return d_x

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgolf_kernels import _triton_op
 
-TOKENS = 8
+TOKENS = 4
 WARPS = 4
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -283,7 +283,7 @@ def _backward_cuda(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     backend = _BACKWARD[attention_backend(q.device)]
-    return backend(grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale)
+    return backend(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,7 +313,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 9
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-    grads = _backward_op(grad, q, k, v, out, lse, cu_q, cu_k, *ctx.rest)
+    grads = _backward_op(grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.rest)
     return (*grads, None, None, None, None, None, None)
 
 
@@ -328,13 +328,68 @@ _forward_op = register_op(
 )
 
 
+# ---- gradients by the members of head groups -------------------------------------------------------------------------
+# Given grouped heads, FlashAttention 3 adds up the gradients of keys and values by atomics in fp32 buffers, which it
+# clears before and converts after. A call for the first query head of every group, one for the second, ... takes less
+# time; whoever made keys and values adds the results.
+
+
+def _by_member(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """[dq, dk and dv from the first members, dk and dv from the second, ...]."""
+    group = q.shape[1] // k.shape[1]
+    lse_of = lse.unflatten(0, (-1, group)).transpose(0, 1).contiguous()
+    backward = _backward_cuda if q.is_cuda else _backward_cpu
+    rest = (cu_q, cu_k, max_q, max_k, causal, scale)
+    dq, found = q.new_empty(q.shape), []
+    for member in range(group):
+        heads = (slice(None), slice(member, None, group))
+        dq[heads], *own = backward(grad[heads], q[heads], k, v, out[heads], lse_of[member], *rest)
+        found += own
+    return [dq, *found]
+
+
+_by_member_op = register_op(
+    "varlen_attention_backward_by_member(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale) "
+    "-> Tensor[]",
+    _by_member,
+    fake=lambda grad, q, k, v, *_: [
+        q.new_empty(q.shape), *(t.new_empty(t.shape) for _ in range(q.shape[1] // k.shape[1]) for t in (k, v))
+    ],
+    not_differentiable="double backward is not supported",
+)  # fmt: skip
+
+
+class _AliasedKeys(torch.autograd.Function):
+    """Attention to keys and values that come once for each member of the head groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+        *aliases: Tensor,
+    ) -> Tensor:  # fmt: skip
+        k, v = aliases[0], aliases[len(aliases) // 2]
+        out, lse = _forward_op(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.rest = (max_q, max_k, causal, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dq, *parts = _by_member_op(grad.contiguous(), *ctx.saved_tensors, *ctx.rest)
+        return dq, *(None,) * 6, *parts[::2], *parts[1::2]
+
+
 # ---- public function -------------------------------------------------------------------------------------------------
 
 
 def varlen_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     cu_seqlens_k: Tensor | None = None,
@@ -351,14 +406,26 @@ def varlen_attention(
     the number of documents may change without a recompile (mark dimension 0 of `cu_seqlens` dynamic). `scale` is
     1 / sqrt(D) by default. Returns [Tq, H, D].
 
+    k and v may each come as H / Hkv aliases of one tensor, as `qkv_rope` gives them for so many readers: then the n-th
+    alias gets the gradient from the n-th query head of every group, which FlashAttention 3 computes faster so.
+
     The values of `cu_seqlens` are not read on the host (that would wait for the GPU): bounds outside the tensors are
     the caller's error. Raises ValueError for shapes and devices, TypeError for dtypes.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    keys, values = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (k, v))
+    _check(q, keys[0], values[0], cu_seqlens_q, cu_seqlens_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)[0]
+    rest = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)
+    if len(keys) == len(values) == 1:
+        return _forward_op(q, keys[0], values[0], *rest)[0]
+    if not len(keys) == len(values) == q.shape[1] // keys[0].shape[1]:
+        raise ValueError(
+            f"k, v: got {len(keys)} and {len(values)} aliases, wanted one each or as many as a key has query heads "
+            f"({q.shape[1] // keys[0].shape[1]})"
+        )
+    return _AliasedKeys.apply(q, *rest, *keys, *values)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:

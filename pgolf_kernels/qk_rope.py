@@ -162,7 +162,7 @@ def _project_fake(x, w_q, w_k, w_v, gain, cos, sin, eps):
 
 def _project_backward_kernel(
     grad_q: torch.Tensor,
-    grad_k: torch.Tensor,
+    grad_ks: list[torch.Tensor],
     grad_vs: list[torch.Tensor],
     x: torch.Tensor,
     w_q: torch.Tensor,
@@ -176,25 +176,26 @@ def _project_backward_kernel(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, the weights' gradients one below the other, dgain); what is not wanted is empty."""
-    q, k, _ = split_heads(raw, grad_q.shape[1], grad_k.shape[1])
+    heads, kv_heads = grad_q.shape[1], grad_ks[0].shape[1]
+    q, k, _ = split_heads(raw, heads, kv_heads)
     if runs_triton(x) and x.numel():
         d_raw = torch.empty_like(raw)
-        d_heads = split_heads(d_raw, grad_q.shape[1], grad_k.shape[1])
-        d_gain = kernels("qk_rope").backward_into(grad_q, grad_k, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
+        d_heads = split_heads(d_raw, heads, kv_heads)
+        d_gain = kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
     else:
+        grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
         d_q, d_k, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
-        d_v = grad_vs[0] if len(grad_vs) == 1 else grad_vs[0] + grad_vs[1]
-        d_raw = torch.cat([d.flatten(1) for d in (d_q, d_k, d_v)], 1)
+        d_raw = torch.cat([d.flatten(1) for d in (d_q, d_k, grad_v)], 1)
     weights = torch.cat([w_q, w_k, w_v])
     d_x = d_raw @ weights if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain
 
 
 _project_backward_op = register_op(
-    "qkv_rope_backward(Tensor grad_q, Tensor grad_k, Tensor[] grad_vs, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
+    "qkv_rope_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
     " Tensor raw, Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _project_backward_kernel,
-    fake=lambda grad_q, grad_k, grad_vs, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
+    fake=lambda grad_q, grad_ks, grad_vs, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
         x.new_empty(x.shape if wanted[0] else (0,)),
         x.new_empty((raw.shape[1], x.shape[1]) if wanted[1] else (0,)),
         gain.new_empty(gain.shape),
@@ -212,7 +213,7 @@ _project_op = register_op(
 
 
 class _QkvRope(torch.autograd.Function):
-    """The op with v as a view of what is saved, and twice: an op's schema can say neither, an autograd function can."""
+    """The op with v as a view of what is saved, keys and values for several readers: an op's schema can say neither."""
 
     @staticmethod
     def forward(
@@ -225,13 +226,16 @@ class _QkvRope(torch.autograd.Function):
         cos: torch.Tensor,
         sin: torch.Tensor,
         eps: float,
+        key_readers: int,
+        value_readers: int,
     ) -> tuple[torch.Tensor, ...]:
         q, k, raw = _project_op(x, w_q, w_k, w_v, gain, cos, sin, eps)
         ctx.save_for_backward(x, w_q, w_k, w_v, raw, gain, cos, sin)
         ctx.set_materialize_grads(False)
-        ctx.eps = eps
+        ctx.eps, ctx.key_readers = eps, key_readers
         v = split_heads(raw, q.shape[1], k.shape[1])[2]
-        return q, k, v, v.view_as(v)
+        aliases = [t.view_as(t) for t, readers in ((k, key_readers), (v, value_readers)) for _ in range(readers)]
+        return q, *aliases
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -240,15 +244,16 @@ class _QkvRope(torch.autograd.Function):
         x, w_q, w_k, w_v, *_ = ctx.saved_tensors
         head_dim = w_q.shape[0] // ctx.saved_tensors[5].numel()
         shapes = [(x.shape[0], weight.shape[0] // head_dim, head_dim) for weight in (w_q, w_k, w_v)]
-        grad_q, grad_k = (
-            x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads[:2], shapes[:2], strict=True)
+        keys = 1 + ctx.key_readers
+        (grad_q,), grad_ks, grad_vs = (
+            [grad for grad in part if grad is not None] or [x.new_zeros(shape)]
+            for part, shape in zip((grads[:1], grads[1:keys], grads[keys:]), shapes, strict=True)
         )
-        grad_vs = [grad for grad in grads[2:] if grad is not None] or [x.new_zeros(shapes[2])]
         wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])]
-        results = _project_backward_op(grad_q, grad_k, grad_vs, *ctx.saved_tensors, ctx.eps, wanted)
+        results = _project_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps, wanted)
         d_x, d_weights, d_gain = results
         parts = d_weights.split([w.shape[0] for w in (w_q, w_k, w_v)]) if wanted[1] else (None, None, None)
-        return d_x if wanted[0] else None, *parts, d_gain, None, None, None
+        return d_x if wanted[0] else None, *parts, d_gain, *(None,) * 5
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -263,13 +268,15 @@ def qkv_rope(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
+    key_readers: int = 1,
+    value_readers: int = 1,
     eps: float = EPS,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q', k', v, v) from the input of the projections: `qk_rope` of x W_q^T and x W_k^T, and x W_v^T twice.
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """(q', ks, vs) from the input of the projections: `qk_rope` of x W_q^T and x W_k^T, and x W_v^T.
 
     x [..., T, D]; w_q [H d, D], w_k and w_v [Hkv d, D] in x's dtype; gain [H], cos and sin as in :func:`qk_rope`.
-    Returns q' [..., T, H, d], k' and v [..., T, Hkv, d]; v is a strided view of all three projections. Give its second
-    copy to a second reader: the gradients of both are added within this function's backward kernel. Raises ValueError
+    Returns q' [..., T, H, d], and k' and v [..., T, Hkv, d] as often as they will be read: the gradients of all readers
+    are added within this function's backward kernel. v is a strided view of all three projections. Raises ValueError
     for shapes, TypeError for dtypes.
     """
     if gain.dim() != 1 or w_q.dim() != 2 or gain.numel() == 0 or w_q.shape[0] % gain.numel():
@@ -287,9 +294,9 @@ def qkv_rope(
     if sin.shape != cos.shape:
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
     flat = x.reshape(-1, x.shape[-1])
-    results = _QkvRope.apply(flat, w_q, w_k, w_v, gain, cos, sin, float(eps))
-    q, k, v, again = (t.view(*x.shape[:-1], *t.shape[1:]) for t in results)
-    return q, k, v, again
+    results = _QkvRope.apply(flat, w_q, w_k, w_v, gain, cos, sin, float(eps), key_readers, value_readers)
+    q, *aliases = (t.view(*x.shape[:-1], *t.shape[1:]) for t in results)
+    return q, tuple(aliases[:key_readers]), tuple(aliases[key_readers:])
 
 
 def qk_rope(

@@ -47,19 +47,35 @@ def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps
 
 
 @dataclass(frozen=True)
-class ResidualConfig:
-    """Launch knobs: tokens a tile, warps, and programs a multiprocessor of the persistent grid.
+class Launch:
+    """Tokens a tile, warps, and programs a multiprocessor of the persistent grid."""
 
-    On an H200 at 98,304 x 512 in bf16 the forward of 3 and 5 streams moves 93 and 97 % of copy bandwidth with these,
-    the backward 82 and 79 %. More tokens a backward tile cost registers (eight accumulators): 8 tokens halve its speed.
+    rows: int
+    warps: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Launch shapes by direction and number of streams.
+
+    Measured on an H200 at 98,304 x 512 in bf16. Backward: accumulators are as wide as a tile, one a stream; tiles of
+    two tokens are fastest up to three streams (188 against 262 us for two), and of one beyond (326 against 430 for
+    four).
     """
 
-    forward_rows: int = 4
-    forward_warps: int = 2
-    forward_programs: int = 16
-    backward_rows: int = 1
-    backward_warps: int = 4
-    backward_programs: int = 8
+    few: int = 3  # streams
+    norm: Launch = Launch(4, 2, 16)
+    forward_few: Launch = Launch(2, 2, 16)
+    forward_many: Launch = Launch(4, 2, 16)
+    backward_few: Launch = Launch(2, 2, 8)
+    backward_many: Launch = Launch(1, 4, 8)
+
+    def forward(self, streams: int) -> Launch:
+        return self.forward_few if streams <= self.few else self.forward_many
+
+    def backward(self, streams: int) -> Launch:
+        return self.backward_few if streams <= self.few else self.backward_many
 
 
 CONFIG = ResidualConfig()
@@ -73,7 +89,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     first = streams[0]
     if _triton_op.runs_triton(first):
-        return _triton_op.kernels("residual").forward(streams, coefficients, scale, eps, with_total, with_norm, CONFIG)
+        return _triton_op.kernels("residual").forward(
+            streams, coefficients, scale, eps, with_total, with_norm, CONFIG.forward(len(streams))
+        )
     total, normed = reference(streams, coefficients, scale, eps)
     return total if with_total else first.new_empty(0), normed if with_norm else first.new_empty(0)
 
@@ -99,7 +117,9 @@ def _backward(
     first = streams[0]
     if _triton_op.runs_triton(first):
         backward = _triton_op.kernels("residual").backward
-        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, CONFIG)
+        return backward(
+            streams, coefficients, d_total, d_normed, through, scale, eps, wanted, CONFIG.backward(len(streams))
+        )
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
     weights = coefficients.to(wide)
@@ -224,7 +244,7 @@ class _CombineNormThrough(torch.autograd.Function):
 def _norm(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """(n, 1 / rms [rows])."""
     if _triton_op.runs_triton(x):
-        return _triton_op.kernels("residual").norm(x, scale, eps, CONFIG)
+        return _triton_op.kernels("residual").norm(x, scale, eps, CONFIG.norm)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (wide * inverse * scale).to(x.dtype), inverse.flatten()
@@ -232,7 +252,7 @@ def _norm(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
 
 def _norm_backward(d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float) -> Tensor:
     if _triton_op.runs_triton(normed):
-        return _triton_op.kernels("residual").norm_backward(d_normed, normed, inverse, through, scale, CONFIG)
+        return _triton_op.kernels("residual").norm_backward(d_normed, normed, inverse, through, scale, CONFIG.norm)
     unit, d = normed.to(inverse.dtype) * (1 / scale), d_normed.to(inverse.dtype)
     d_x = scale * inverse.view(*normed.shape[:-1], 1) * (d - unit * (d * unit).mean(-1, keepdim=True))
     return (d_x if through is None else d_x + through.to(d_x.dtype)).to(normed.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from pgolf_kernels import attention_backend_info, set_attention_backend, varlen_attention
 from pgolf_kernels.attention import (
+    _by_member_op,
     _fa3_backward,
     _fa3_forward,
     _flash_attention_3,
@@ -50,11 +51,20 @@ def _assert_close_to_the_formula(k_bounds, causal, dtype, device="cpu", **shape)
     exact = run(formula, lambda t: t.double())
     plain = run(formula, lambda t: t)
     longest = int(max(cu_q.diff().max(), cu_k.diff().max()))
-    ours = run(lambda q, k, v: varlen_attention(q, k, v, cu_q, longest, cu_k, longest, causal=causal), lambda t: t)
-    for name, mine, theirs, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
-        assert mine.dtype == dtype
-        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
-        assert error <= 2 * allowed + 1e-6, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+    def attend(q, k, v):
+        return varlen_attention(q, k, v, cu_q, longest, cu_k, longest, causal=causal)
+
+    def by_member(q, k, v):
+        group = q.shape[1] // v.shape[1]
+        return attend(q, [k.view_as(k) for _ in range(group)], [v.view_as(v) for _ in range(group)])
+
+    for way in (attend, by_member):
+        ours = run(way, lambda t: t)
+        for name, mine, theirs, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+            assert mine.dtype == dtype
+            error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+            assert error <= 2 * allowed + 1e-6, f"{way.__name__}, {name}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
 @pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
@@ -98,7 +108,23 @@ def test_strided_inputs():
     torch.testing.assert_close(varlen_attention(*views, cu, 32), varlen_attention(q, k, v, cu, 32))
 
 
+def test_aliases_get_the_gradients_of_their_heads():
+    (q, k, v), (cu, _), grad = _case(SAME, torch.float64)
+    keys, values = ([t.clone().requires_grad_() for _ in range(2)] for t in (k, v))
+    found = torch.autograd.grad(varlen_attention(q, keys, values, cu, 32), [*keys, *values], grad)
+    for member in range(2):
+        leaves = [k.clone().requires_grad_(), v.clone().requires_grad_()]
+        out = varlen_attention(q[:, member::2], *leaves, cu, 32)
+        for mine, wanted in zip(found[member::2], torch.autograd.grad(out, leaves, grad[:, member::2]), strict=True):
+            torch.testing.assert_close(mine, wanted)
+    with pytest.raises(ValueError, match="k, v: got 3 and 2 aliases"):
+        varlen_attention(q, [k, k, k], values, cu, 32)
+
+
 def test_op_contract():
+    (q, k, v), (cu, _), grad = _case(SAME, torch.float32)
+    out, lse = _forward_op(q, k, v, cu, cu, 32, 32, True, 0.3)
+    torch.library.opcheck(_by_member_op, (grad, q, k, v, out, lse, cu, cu, 32, 32, True, 0.3))
     for bounds in (SAME, SHORTER_KEYS):
         tensors, (cu_q, cu_k), _ = _case(bounds, torch.float32)
         torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in tensors), cu_q, cu_k, 32, 32, True, 0.3))
@@ -161,7 +187,7 @@ def test_flash_attention_3_gets_its_arguments_by_position(monkeypatch, names):
 
     (q, k, v), (cu_q, cu_k), grad = _case(LONGER_KEYS, torch.bfloat16)
     module = types.SimpleNamespace(
-        _flash_attn_forward=stub(_FA3_FORWARD, lambda a: (a["q"] + 1, torch.zeros(4, len(q)), None, None)),
+        _flash_attn_forward=stub(_FA3_FORWARD, lambda a: (a["q"] + 1, torch.rand(4, len(q)), None, None)),
         _flash_attn_backward=stub(_FA3_BACKWARD, lambda a: [a[n].fill_(i) for i, n in enumerate(("dq", "dk", "dv"))]),
     )
     monkeypatch.setattr("pgolf_kernels.attention._flash_attention_3", lambda: module)

@@ -41,8 +41,8 @@ def _assert_no_worse_than_pytorch(shape, dtype, device="cpu"):
         assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu"):
-    """`qkv_rope` with both values read, beside three linears and the formula."""
+def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", readers=1):
+    """`qkv_rope` with so many readers of the keys and one more of the values, beside three linears and the formula."""
     lead, heads, kv_heads, dim, _ = shape
     (_, _, gain, cos, sin), (grad_q, grad_k) = _case(shape, dtype, device)
     generator = torch.Generator().manual_seed(1)
@@ -53,11 +53,18 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu"):
     width = 32
     weights = [draw(n * dim, width) / width**0.5 for n in (heads, kv_heads, kv_heads)]
     inputs = [draw(*lead, width), *weights, gain]
-    grads = [grad_q, grad_k, draw(*lead, kv_heads, dim), draw(*lead, kv_heads, dim)]
+    grad_ks = [grad_k, *(draw(*grad_k.shape) for _ in range(readers - 1))]
+    grad_vs = [draw(*grad_k.shape) for _ in range(readers + 1)]
+    grads = [grad_q, *grad_ks, *grad_vs]
 
     def plainly(x, w_q, w_k, w_v, gain, cos, sin):
         q, k, v = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, dim)) for w in (w_q, w_k, w_v))
-        return *reference(q, k, gain, cos, sin), v, v
+        q, k = reference(q, k, gain, cos, sin)
+        return q, *[k] * len(grad_ks), *[v] * len(grad_vs)
+
+    def ours(*args):
+        q, ks, vs = qkv_rope(*args, key_readers=len(grad_ks), value_readers=len(grad_vs))
+        return q, *ks, *vs
 
     def run(function, convert):
         leaves = [convert(t.clone()).requires_grad_() for t in inputs]
@@ -65,9 +72,9 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu"):
         torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
         return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)]
 
-    exact, plain, ours = run(plainly, lambda t: t.double()), run(plainly, lambda t: t), run(qkv_rope, lambda t: t)
-    names = ("q", "k", "v", "v again", "dx", "dw_q", "dw_k", "dw_v", "dgain")
-    for name, mine, theirs, truth in zip(names, ours, plain, exact, strict=True):
+    results = run(ours, lambda t: t), run(plainly, lambda t: t), run(plainly, lambda t: t.double())
+    names = ("q", *("k" for _ in grad_ks), *("v" for _ in grad_vs), "dx", "dw_q", "dw_k", "dw_v", "dgain")
+    for name, mine, theirs, truth in zip(names, *results, strict=True):
         error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
         # Gains are few numbers, in which PyTorch's roundings may cancel by chance: both have rounded projections.
         allowed = max(allowed, torch.finfo(dtype).eps / 4) if name == "dgain" else allowed
@@ -77,16 +84,22 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu"):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_projections_are_no_worse_than_pytorch(shape, dtype):
-    _assert_projections_no_worse_than_pytorch(shape, dtype)
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_projections_are_no_worse_than_pytorch(shape, dtype, readers):
+    _assert_projections_no_worse_than_pytorch(shape, dtype, readers=readers)
 
 
 def test_one_reader_of_the_values_is_enough():
     (_, _, gain, cos, sin), _ = _case(SHAPES[0], torch.float64)
     gain, cos, sin = (t.double() for t in (gain, cos, sin))
     leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((5, 8), (64, 8), (32, 8), (32, 8))]
-    for readers in ((0, 2), (1, 3), (2, 3), (0,)):
-        assert torch.autograd.gradcheck(lambda *a, r=readers: [qkv_rope(*a, gain, cos, sin)[i] for i in r], leaves)
+
+    def call(picked, *args):
+        q, ks, vs = qkv_rope(*args, gain, cos, sin, key_readers=2, value_readers=3)
+        return [(q, *ks, *vs)[i] for i in picked]
+
+    for picked in ((0, 3), (1, 5), (1, 2, 3, 4), (2,), (0,)):
+        assert torch.autograd.gradcheck(lambda *a, picked=picked: call(picked, *a), leaves)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -193,7 +206,8 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(shape, dtype):
     _assert_no_worse_than_pytorch(shape, dtype, "cuda")
-    _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda")
+    for readers in (1, 2, 4):
+        _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda", readers)
 
 
 if __name__ == "__main__":
@@ -201,4 +215,5 @@ if __name__ == "__main__":
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)
-                _assert_projections_no_worse_than_pytorch(case, precision)
+                for count in (1, 2, 4):
+                    _assert_projections_no_worse_than_pytorch(case, precision, readers=count)

@@ -97,8 +97,8 @@ def qk_rope(module: ModuleType) -> None:
     module.forward(q, k, gain, cos, cos, EPS)
     module.forward(*parts[:2], gain, cos, cos, EPS)
     module.backward(q, k, q, k, gain, cos, cos, EPS)
-    for count in (1, 2):
-        module.backward_into(q, k, [k] * count, *parts[:2], gain, cos, cos, EPS, *parts)
+    for keys, values in ((1, 1), (1, 2), (2, 3)):
+        module.backward_into(q, [k] * keys, [k] * values, *parts[:2], gain, cos, cos, EPS, *parts)
 
 
 def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
@@ -118,14 +118,17 @@ def residual(module: ModuleType, count: int) -> None:
     frozen = [False, *[True] * (len(streams) - 1), False]
     for through in ([None] * len(streams), streams):
         for wanted in ([True] * (len(streams) + 1), frozen):
-            module.backward(streams, coefficients, streams[0], streams[0], through, 1.0, EPS, wanted, CONFIG)
+            module.backward(
+                streams, coefficients, streams[0], streams[0], through, 1.0, EPS, wanted, CONFIG.backward(count)
+            )
     for with_total in (False, True):
-        module.forward(streams, coefficients, 1.0, EPS, with_total, True, CONFIG)
-    module.forward(streams, coefficients, 1.0, EPS, True, False, CONFIG)
-    module.backward(streams, coefficients, streams[0], None, [None] * count, 1.0, EPS, [True] * (count + 1), CONFIG)
-    normed, inverse = module.norm(streams[0], 1.0, EPS, CONFIG)
+        module.forward(streams, coefficients, 1.0, EPS, with_total, True, CONFIG.forward(count))
+    module.forward(streams, coefficients, 1.0, EPS, True, False, CONFIG.forward(count))
+    wanted = [True] * (count + 1)
+    module.backward(streams, coefficients, streams[0], None, [None] * count, 1.0, EPS, wanted, CONFIG.backward(count))
+    normed, inverse = module.norm(streams[0], 1.0, EPS, CONFIG.norm)
     for later in (None, normed):
-        module.norm_backward(normed, normed, inverse, later, 1.0, CONFIG)
+        module.norm_backward(normed, normed, inverse, later, 1.0, CONFIG.norm)
 
 
 LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
