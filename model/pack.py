@@ -1,23 +1,24 @@
 """What a size-limited submission ships: one self-extracting script, the artifact, and papers.
 
-    train_gpt.py     every module that training and scoring need, minified, LZMA; unpacks itself and runs
+    train_gpt.py     what training and scoring need of every module, minified, bzip2; unpacks itself and runs
     model.pgolf      the artifact, in the static mode, which the script decodes with NumPy alone
     submission.json  sizes and results        README.md  how to run it        train.log  what the run printed
 
 The script needs Python, PyTorch and the libraries in requirements.txt, and no compiled part of this project: native
-kernels are replaced by their PyTorch references. The script of a run that scores with n-gram hints carries their C++
-sources and compiles them where it runs. Every file in the folder counts against the budget.
+kernels are replaced by their PyTorch references, and what launches them is left out with all else that the entry cannot
+reach (model/prune.py). The script of a run that scores with n-gram hints carries their C++ sources and compiles them
+where it runs. Every file in the folder counts against the budget.
 """
 
 from __future__ import annotations
 
 import ast
+import bz2
 import functools
 import json
-import lzma
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from model.artifact import encode_artifact, read_artifact
 from model.config import Config
 from model.errors import PgolfError
 from model.files import atomic_folder
+from model.prune import prune
 from model.run import RunDir
 from model.size import BUDGET
 
@@ -36,15 +38,15 @@ ROOT_MODULES = ("model.packed_entry", "model.packed_native")
 LIBRARIES = ("torch", "numpy", "sentencepiece", "brotli", "zstandard", "safetensors", "click", "rich")
 _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
-_LZMA: list[dict[str, int]] = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
 _NATIVE = "pgolf_kernels._native"
+_KERNELS = "_triton"  # ending of the modules of Triton kernels, which are imported by name where they run
 
 _STUB = b'''# coding: latin-1
 """Self-extracting: python train_gpt.py --help"""
-import atexit,lzma,pathlib,shutil,sys,tempfile
+import atexit,bz2,pathlib,shutil,sys,tempfile
 d=tempfile.mkdtemp()
 atexit.register(shutil.rmtree,d,True)
-f=lzma.decompress("%s".encode("latin-1")).split(b"\\0")
+f=bz2.decompress("""%s""".encode("latin-1")).split(b"\\0")
 for n,t in zip(f[::2],f[1::2]):
  p=pathlib.Path(d,n.decode())
  p.parent.mkdir(parents=True,exist_ok=True)
@@ -127,16 +129,19 @@ def entry_script(*, ngram: bool = False) -> bytes:
     """
     files = packed_files(ngram=ngram)
     content = "\0".join(part for name in sorted(files) for part in (name, files[name])).encode()
-    packed = lzma.compress(content, format=lzma.FORMAT_ALONE, filters=_LZMA)
-    return _STUB % latin1_literal(packed)
+    return _STUB % latin1_literal(bz2.compress(content))
 
 
 def packed_files(*, ngram: bool) -> dict[str, str]:
     """What `entry_script` unpacks: path -> text."""
+    paths = reachable_modules(_roots())
+    paths[_NATIVE] = paths.pop("model.packed_native")
+    sources = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    missing = _missing_native(sources[_NATIVE])
     files = {}
-    for name, path in reachable_modules(_roots()).items():
-        target = _NATIVE if name == "model.packed_native" else name
-        files[target.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")] = minified(path)
+    for name, source in prune(sources, ("model.packed_entry", _NATIVE), false=missing, by_name=_KERNELS).items():
+        suffix = "/__init__.py" if paths[name].name == "__init__.py" else ".py"
+        files[name.replace(".", "/") + suffix] = minified(source, kernels=name.endswith((_KERNELS, "_triton_tile")))
     if ngram:
         files |= {path.relative_to(_SOURCE).as_posix(): without_comments(path) for path in _ngram_sources()}
     return files
@@ -148,28 +153,48 @@ def uses_ngram(config: Config) -> bool:
 
 
 def latin1_literal(data: bytes) -> bytes:
-    """What stands between the quotes of a string literal whose Latin-1 bytes are `data`, in a file of that encoding.
+    """What stands between three double quotes a side for Latin-1 bytes `data`, in a file of that encoding.
 
-    One byte in fifty grows, where base 85 makes every four bytes five.
+    One byte in eighty grows, where base 85 makes every four bytes five.
     """
-    for byte, escape in ((b"\\", b"\\\\"), (b"\0", b"\\x00"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
-        data = data.replace(byte, escape)
-    return data
+    last = b'\\"' if data.endswith(b'"') else b""
+    data = data.removesuffix(b'"')
+    data = data.replace(b"\\", b"\\\\").replace(b"\r", b"\\r").replace(b'""', b'"\\"')
+    return re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", b"\\0") + last
 
 
-def minified(path: Path) -> str:
+def minified(source: str, *, kernels: bool) -> str:
     """A module's source without comments, docstrings and annotations of functions, with short names of locals.
 
-    Names of modules stay because others refer to them. Triton kernels are read from their source: theirs stay, too.
+    Names of modules stay because others refer to them. Triton reads its kernels' source, where names of arguments are
+    those of launches and annotations say what is constant: there both stay.
     """
     return python_minifier.minify(
-        path.read_text(encoding="utf-8"),
-        str(path),
+        source,
+        remove_annotations=not kernels,
         remove_literal_statements=True,
-        rename_locals=not path.stem.endswith(("_triton", "_triton_tile")),
+        rename_locals=not kernels,
         rename_globals=False,
         hoist_literals=False,
     )
+
+
+def _missing_native(stand_in: str) -> Callable[[ast.expr], bool]:
+    """Whether an expression asks for compiled code that the stand-in does not have."""
+    names = {getattr(node, "name", None) for node in ast.parse(stand_in).body}
+    names |= {node.id for node in ast.walk(ast.parse(stand_in)) if isinstance(node, ast.Name)}
+
+    def missing(node: ast.expr) -> bool:
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            return False
+        if node.func.id in ("runs_native", "has_native_cuda"):
+            return True
+        match node.func.id, node.args:
+            case "hasattr", [ast.Name("_native"), ast.Constant(name)]:
+                return name not in names
+        return False
+
+    return missing
 
 
 def without_comments(path: Path) -> str:
@@ -211,7 +236,7 @@ def reachable_modules(roots: Iterable[str]) -> dict[str, Path]:
 
 def _roots() -> list[str]:
     """The entry, the stand-in for compiled code, and the Triton kernels, which are imported by name where they run."""
-    kernels = sorted((_SOURCE / "pgolf_kernels").glob("_*_triton.py"))
+    kernels = sorted((_SOURCE / "pgolf_kernels").glob(f"_*{_KERNELS}.py"))
     return [*ROOT_MODULES, *(f"pgolf_kernels.{path.stem}" for path in kernels)]
 
 

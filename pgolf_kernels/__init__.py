@@ -12,10 +12,14 @@ from pgolf_kernels.packing import byte_shuffle, byte_unshuffle, decode_codes, en
 from pgolf_kernels.qk_rope import qk_rope, qkv_rope
 from pgolf_kernels.residual import combine, combine_norm, norm_residual
 from pgolf_kernels.softcap_ce import softcap_cross_entropy, softcap_cross_entropy_with_grad
+from pgolf_kernels.stepped_lora import AdamStep, LoraPass, SteppedLora, stepped_lora
 from pgolf_kernels.xsa import xsa
 
 __all__ = [
+    "AdamStep",
     "GptqRecipe",
+    "LoraPass",
+    "SteppedLora",
     "adapter_adamw",
     "attention_backend_info",
     "batched_lora",
@@ -39,6 +43,7 @@ __all__ = [
     "set_attention_backend",
     "softcap_cross_entropy",
     "softcap_cross_entropy_with_grad",
+    "stepped_lora",
     "varlen_attention",
     "xsa",
 ]

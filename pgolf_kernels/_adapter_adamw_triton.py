@@ -10,6 +10,15 @@ from torch import Tensor
 BLOCK, WARPS = 1024, 2  # H200, 534.8 M parameters: 2.94 ms; 2048 by 4 warps 2.97, 4096 by 8 3.74
 
 
+@triton.jit
+def adamw(p, g, v, m, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT: tl.constexpr):
+    """(p, v, m) after a step with the gradient g; m is not read without MOMENT."""
+    v = beta2 * v + (1 - beta2) * g * g
+    if MOMENT:
+        g = beta1 * m + (1 - beta1) * g
+    return p * keep - lr * inverse1 * g / (tl.sqrt(v) * inverse2 + eps), v, g
+
+
 @triton.jit(do_not_specialize=["total", "documents"])
 def _step_kernel(
     p_ptr, g_ptr, v_ptr, m_ptr, factor_ptr, reset_ptr, total, inner, documents, lr, beta1, beta2, eps, keep,
@@ -35,12 +44,15 @@ def _step_kernel(
     mask = mask & (inverse2 > 0)
     p = tl.load(p_ptr + i, mask=mask, other=0.0)
     g = tl.load(g_ptr + i, mask=mask, other=0.0)
-    v = beta2 * tl.load(v_ptr + i, mask=mask, other=0.0) + (1 - beta2) * g * g
+    v = tl.load(v_ptr + i, mask=mask, other=0.0)
+    m = g
     if MOMENT:
-        g = beta1 * tl.load(m_ptr + i, mask=mask, other=0.0) + (1 - beta1) * g
-        tl.store(m_ptr + i, g, mask=mask)
+        m = tl.load(m_ptr + i, mask=mask, other=0.0)
+    p, v, m = adamw(p, g, v, m, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+    if MOMENT:
+        tl.store(m_ptr + i, m, mask=mask)
     tl.store(v_ptr + i, v, mask=mask)
-    tl.store(p_ptr + i, p * keep - lr * inverse1 * g / (tl.sqrt(v) * inverse2 + eps), mask=mask)
+    tl.store(p_ptr + i, p, mask=mask)
 
 
 def step(

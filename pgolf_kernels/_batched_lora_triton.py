@@ -4,7 +4,7 @@
 shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
 between them. With no shared pair it is the product that shrinks x to the ranks. `_outer_kernel` sums u^T v over each
-adapter's rows.
+adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
 
 Dense batches are described as [documents, T, columns]: the copy engine then fills rows past a document's end with zeros
 and drops them when storing, whatever T is. Packed batches take their tiles from a map that one small kernel computes,
@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgolf_kernels._adapter_adamw_triton import adamw
 from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
 from pgolf_kernels._triton_tile import described, new_described, strip
 from pgolf_kernels.batched_lora import Layout, low_size, padded
+from pgolf_kernels.stepped_lora import AdamStep, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
 
@@ -38,7 +41,7 @@ class LoraConfig:
     rows: int = 128
     columns: int = 256
     depth: int = 64
-    strips: int = 4
+    strips: int = 2
     stages: int = 4
     warps: int = 8
 
@@ -46,6 +49,8 @@ class LoraConfig:
 PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 OUTER = LoraConfig(columns=128, stages=3)
+# H200, a layer's adapters of 64 documents of 96 rows: 227 us; 128 rows and 8 warps 276, 16 columns a strip 299.
+STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
 CAST_TILE = 8192  # elements a program casts
 
 
@@ -147,6 +152,56 @@ def _project_kernel(
                 y_desc.store(place, tl.reshape(part.to(y_desc.dtype), (1, BM, BN // STRIPS)))
 
 
+@triton.jit(do_not_specialize=["columns0", "columns1", "columns2", "stride0", "stride1", "stride2",
+                               "s_column1", "s_column2"])  # fmt: skip
+def _project_three_kernel(
+    a_desc, w0_desc, w1_desc, w2_desc, s_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr, map_ptr, count_ptr,
+    columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2,
+    D: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side.
+
+    RANK is the largest: past a narrower l_p's end its descriptor reads zeros.
+    """
+    first1 = tl.cdiv(columns0, BN)
+    first2 = first1 + tl.cdiv(columns1, BN)
+    tiles_n = first2 + tl.cdiv(columns2, BN)
+    S: tl.constexpr = (D + BK - 1) // BK
+    tiles = tl.load(count_ptr) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        block, number = tile // tiles_n, tile % tiles_n
+        second, third = number >= first1, number >= first2
+        n = (number - tl.where(third, first2, tl.where(second, first1, 0))) * BN
+        m = tl.load(map_ptr + block * 3)
+        end = tl.load(map_ptr + block * 3 + 1)
+        own = tl.maximum(tl.load(map_ptr + block * 3 + 2), 0)
+        s_column = tl.where(third, s_column2, tl.where(second, s_column1, 0))
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, S + (RANK + BK - 1) // BK):
+            left_desc, right_desc, k, column, plane = s_desc, l0_desc, (step - S) * BK, s_column, own
+            if third:
+                right_desc = l2_desc
+            elif second:
+                right_desc = l1_desc
+            if step < S:
+                left_desc, right_desc, k, column, plane = a_desc, w0_desc, step * BK, 0, 0
+                if third:
+                    right_desc = w2_desc
+                elif second:
+                    right_desc = w1_desc
+            left = tl.reshape(left_desc.load([0, m, column + k]), (BM, BK))
+            acc = tl.dot(left, tl.reshape(right_desc.load([plane, n, k]), (BN, BK)).T, acc)
+        y_ptr, columns, stride = y0_ptr, columns0, stride0
+        if third:
+            y_ptr, columns, stride = y2_ptr, columns2, stride2
+        elif second:
+            y_ptr, columns, stride = y1_ptr, columns1, stride1
+        row, column_n = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
+        mask = (row < end)[:, None] & (column_n < columns)[None, :]
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, MASKED: tl.constexpr, BK: tl.constexpr,
                 BI: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
@@ -168,58 +223,105 @@ def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, M
     return acc
 
 
+@triton.jit
+def _adamw_tile(
+    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, is_b, inverse1, inverse2,
+    lr, beta1, beta2, eps, keep,
+    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """One AdamW step of a tile of A or B [rows, columns] with the gradient acc, strip by strip of its columns.
+
+    `low` gets the new values in the activations' dtype. B's rows have a factor there, and so has B's gradient.
+    """
+    row = i + tl.arange(0, BI)
+    if SCALED:
+        factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
+    for part in tl.static_range(STRIPS):
+        gradient = strip(acc, part, STRIPS, BI, BJ)
+        if SCALED:
+            gradient *= factor
+        column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
+        offsets = row[:, None] * columns + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+        square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+        mean = gradient
+        if MOMENT:
+            mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+        p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+        if MOMENT:
+            tl.store(mean_ptr + offsets, mean, mask=mask)
+        tl.store(square_ptr + offsets, square, mask=mask)
+        tl.store(p_ptr + offsets, p, mask=mask)
+        if SCALED:
+            p *= factor
+        tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
 def _outer_kernel(
-    u0_desc, v0_desc, out0_ptr, rows0, columns0, u_column0, u1_desc, v1_desc, out1_ptr, rows1, columns1, v_column1,
-    tiles0, cu_ptr, index_ptr, length, documents,
-    PACKED: tl.constexpr, INDEX: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    u0_desc, v0_desc, out0_ptr, square0_ptr, mean0_ptr, low0_ptr, plane0, stride0, rows0, columns0, u_column0,
+    u1_desc, v1_desc, out1_ptr, square1_ptr, mean1_ptr, low1_ptr, plane1, stride1, rows1, columns1, v_column1,
+    tiles0, cu_ptr, index_ptr, length, documents, scale_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, STEP: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr,
+    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
 
-    The first reads u from a column on, the second v: e and s hold the ranks of several projections.
+    The first reads u from a column on, the second v: e and s hold the ranks of several projections. STEP: the sum is
+    the gradient of a step of `out`, which an adapter whose count is 0 does not take; packed and without an index.
     """
-    tile = tl.program_id(0)
-    if tile < tiles0:
-        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
-            u0_desc,
-            v0_desc,
-            out0_ptr,
-            rows0,
-            columns0,
-            u_column0,
-            0,
-        )
-    else:
-        u_desc, v_desc, out_ptr, rows, columns, u_column, v_column = (
-            u1_desc,
-            v1_desc,
-            out1_ptr,
-            rows1,
-            columns1,
-            0,
-            v_column1,
-        )
-        tile -= tiles0
-    tiles_j = tl.cdiv(columns, BJ)
-    i = tile // tiles_j * BI
-    j = tile % tiles_j * BJ
-    adapter = tl.program_id(1)
-    first, last = adapter, tl.minimum(adapter + 1, documents)
-    if INDEX:
-        first, last = 0, documents
-    acc = tl.zeros((BI, BJ), tl.float32)
-    for d in range(first, last):
-        document, start, end = d, 0, length
-        if PACKED:
-            document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
+    tile, adapter = tl.program_id(0), tl.program_id(1)
+    works = True
+    if STEP:
+        works = tl.load(step_ptr + adapter) > 0
+    if works:
+        is_b = tile >= tiles0
+        if is_b:
+            u_desc, v_desc, out_ptr, rows, columns = u1_desc, v1_desc, out1_ptr, rows1, columns1
+            u_column, v_column = 0, v_column1
+            tile -= tiles0
+        else:
+            u_desc, v_desc, out_ptr, rows, columns = u0_desc, v0_desc, out0_ptr, rows0, columns0
+            u_column, v_column = u_column0, 0
+        tiles_j = tl.cdiv(columns, BJ)
+        i = tile // tiles_j * BI
+        j = tile % tiles_j * BJ
+        first, last = adapter, tl.minimum(adapter + 1, documents)
         if INDEX:
-            if tl.load(index_ptr + d) != adapter:
-                end = start
-        acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
-    row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
-    offsets = (adapter.to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            first, last = 0, documents
+        acc = tl.zeros((BI, BJ), tl.float32)
+        for d in range(first, last):
+            document, start, end = d, 0, length
+            if PACKED:
+                document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
+            if INDEX:
+                if tl.load(index_ptr + d) != adapter:
+                    end = start
+            acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
+        out_ptr += adapter.to(tl.int64) * rows * columns
+        if STEP:
+            if is_b:
+                square_ptr, low_ptr, plane, stride = square1_ptr, low1_ptr, plane1, stride1
+            else:
+                square_ptr, low_ptr, plane, stride = square0_ptr, low0_ptr, plane0, stride0
+            square_ptr += adapter.to(tl.int64) * rows * columns
+            mean_ptr = square_ptr
+            if MOMENT:
+                if is_b:
+                    mean_ptr = mean1_ptr + adapter.to(tl.int64) * rows * columns
+                else:
+                    mean_ptr = mean0_ptr + adapter.to(tl.int64) * rows * columns
+            inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
+            _adamw_tile(
+                acc, i, j, out_ptr, square_ptr, mean_ptr, low_ptr + adapter.to(tl.int64) * plane, rows, columns, stride,
+                scale_ptr, is_b, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT, SCALED, STRIPS, BI, BJ,
+            )  # fmt: skip
+        else:
+            row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
+            offsets = row[:, None] * columns + column[None, :]
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -287,13 +389,15 @@ def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Te
     (adapters, _, depth), row = stacked.shape, 0
     for a, b, target in zip(lora_as, lora_bs, own, strict=True):
         rank = target.shape[2]
-        blocks = [block_at_least(columns, 16, 512) for columns in (depth, rank)]
-        tiles = [
-            triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, b.shape[1]), blocks, strict=True)
-        ]
+        # B without padding may as well have long rows, which are copied in whole blocks.
+        (_, out, width), padded_width = b.shape, rank
+        if width == rank and out * width % 512 == 0:
+            out, width, padded_width = out * width // 512, 512, 512
+        blocks = [block_at_least(columns, 16, 512) for columns in (depth, padded_width)]
+        tiles = [triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, out), blocks, strict=True)]
         _cast_kernel[(sum(tiles),)](
             a.contiguous(), b.contiguous(), stacked[:, row:], target, tiles[0], adapters,
-            a.shape[1], a.shape[2], rank, depth, stacked.stride(0), b.shape[1], b.shape[2], rank,
+            a.shape[1], a.shape[2], rank, depth, stacked.stride(0), out, width, padded_width,
             BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8,
         )  # fmt: skip
         row += rank
@@ -326,7 +430,7 @@ class _Tiles:
         return self.documents * triton.cdiv(self.length, rows)
 
 
-def _tiles(x: Tensor, layout: Layout) -> _Tiles:
+def tiles_of(x: Tensor, layout: Layout) -> _Tiles:
     if layout.cu_seqlens is None:
         return _Tiles(layout.rows, x.shape[0] // layout.rows, None, layout.index, None, None)
     rows, documents = x.shape[0], layout.cu_seqlens.shape[0] - 1
@@ -347,6 +451,7 @@ def _project(
 ) -> None:  # fmt: skip
     """out [N, columns] (a view with rows of 16 bytes) = sum of a w^T + s[:, s_column:][:rank] own_b^T + residual."""
     bm, bn, bk = config.rows, config.columns, config.depth
+    strips = config.strips if residual is None else 2 * config.strips  # one of the residual lies beside the output's
     columns = out.shape[1]
     w_block = (1, bk, bn) if transposed else (1, bn, bk)
     s_desc, own_desc = descriptor(tiles.planes(s), (1, bm, bk)), descriptor(own, w_block)
@@ -354,7 +459,7 @@ def _project(
     pairs += [(None, None)] * (MAX_SHARED - len(pairs))  # a descriptor costs the host some microseconds a launch
     depths = [a.shape[1] for a, _ in shared] + [0] * (MAX_SHARED - len(shared))
     y_desc, residual_desc = (
-        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // config.strips))
+        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // strips))
         for t in (out, residual)
     )
     grid = min(grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
@@ -362,24 +467,111 @@ def _project(
         *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, residual_desc, out, residual,
         tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0), s_column, scale,
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
-        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=config.strips,
+        INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=strips,
         BM=bm, BN=bn, BK=bk,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
-def _outer(e: Tensor, x: Tensor, d_a: Tensor, grad: Tensor, s: Tensor, d_b: Tensor, column: int, tiles: _Tiles) -> None:
-    """d_a = sum over each adapter's rows of e[:, column:]^T x, d_b the same of grad^T s[:, column:]."""
-    bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
-    tiles_a, tiles_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (d_a, d_b))
+def _project_three(
+    a: Tensor, weights: list[Tensor], s: Tensor, own: list[Tensor], outs: list[Tensor], tiles: _Tiles
+) -> None:
+    """out_p = a w_p^T + s_p own_p,b^T of a packed batch, without residuals; s_p lie side by side in s."""
+    bm, bn, bk = PROJECT.rows, PROJECT.columns, PROJECT.depth
+    columns, ranks = [out.shape[1] for out in outs], [b.shape[2] for b in own]
+    grid = min(grid_size(a), tiles.blocks(bm) * sum(triton.cdiv(n, bn) for n in columns))
+    _project_three_kernel[(grid,)](
+        descriptor(tiles.planes(a), (1, bm, bk)), *(descriptor(w.unsqueeze(0), (1, bn, bk)) for w in weights),
+        descriptor(tiles.planes(s), (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
+        tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), ranks[0], ranks[0] + ranks[1],
+        D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk, num_warps=PROJECT.warps, num_stages=PROJECT.stages,
+    )  # fmt: skip
+
+
+_Target = tuple[Tensor, Tensor | None, Tensor | None]  # the sum, or Moments to step with it
+
+
+def _outer(
+    e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: _Target, b: _Target, tiles: _Tiles,
+    stepped: tuple[AdamStep, Tensor, Tensor, Tensor | None] | None = None,
+) -> None:  # fmt: skip
+    """a = sum over each adapter's rows of e[:, column:]^T x, b the same of grad^T s[:, column:].
+
+    stepped: a step (step, copy of all A, copy of B, B's factor) with these sums as gradients instead.
+    """
+    config = OUTER if stepped is None else STEP
+    bi, bj, bk = config.rows, config.columns, config.depth
+    shapes = [t[0].shape for t in (a, b)]
+    count_a, count_b = (triton.cdiv(shape[1], bi) * triton.cdiv(shape[2], bj) for shape in shapes)
     e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
     x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    _outer_kernel[(tiles_a + tiles_b, d_a.shape[0])](
-        e_desc, x_desc, d_a, *d_a.shape[1:], column, grad_desc, s_desc, d_b, *d_b.shape[1:], column,
-        tiles_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
-        PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
-        num_warps=OUTER.warps, num_stages=OUTER.stages,
+    copies: list[tuple[Any, ...]] = [(None, 0, 0)] * 2
+    rest: tuple[Any, ...] = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
+    out_scale = None
+    if stepped is not None:
+        step, low_a, low_b, out_scale = stepped
+        copies = [(low, *low.stride()[:2]) for low in (low_a[:, column:], low_b)]
+        keep = 1.0 - step.lr * step.weight_decay
+        rest = (out_scale, step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, keep)
+    _outer_kernel[(count_a + count_b, shapes[0][0])](
+        e_desc, x_desc, *a, *copies[0], *shapes[0][1:], column,
+        grad_desc, s_desc, *b, *copies[1], *shapes[1][1:], column,
+        count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, *rest,
+        PACKED=tiles.packed, INDEX=tiles.index is not None, STEP=stepped is not None, MOMENT=a[2] is not None,
+        SCALED=out_scale is not None, STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+
+
+def _with_strides(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(tensor)
+
+
+def products(
+    x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], residuals: list[Tensor | None],
+    tiles: _Tiles, scale: float,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """(y of each projection, s = scale * x A^T) with the adapters in x's dtype, each rank padded to 16 bytes."""
+    rows, dtype = x.shape[0], x.dtype
+    x = described(x)
+    s = x.new_empty((rows, stacked.shape[1]))
+    ys = [new_described(x, rows, b.shape[1]) for b in own]
+    residuals = [
+        None if residual is None else _with_strides(residual, y) for residual, y in zip(residuals, ys, strict=True)
+    ]
+    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
+    whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
+    present, column = [weight for weight in whole if weight is not None], 0
+    if tiles.packed and len(own) == len(present) == 3 and all(residual is None for residual in residuals):
+        _project_three(x, present, s, own, ys, tiles)
+    else:
+        for y, weight, b, residual in zip(ys, whole, own, residuals, strict=True):
+            shared = [] if weight is None else [(x, weight)]
+            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
+            column += b.shape[2]
+    return [y.contiguous() for y in ys], s
+
+
+def data_gradients(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], tiles: _Tiles,
+    scale: float, wants_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
+    rows, depth = x.shape
+    e = x.new_empty((rows, stacked.shape[1]))
+    parts = list(e.split([b.shape[2] for b in own], dim=1))
+    for grad, b, part in zip(grads, own, parts, strict=True):
+        _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
+    if not wants_x:
+        return e, x.new_empty(0)
+    shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
+    d_x = new_described(x, rows, depth)
+    _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
+    for grad, weight in shared[MAX_SHARED:]:
+        d_x += (grad @ weight)[:, :depth]
+    return e, d_x.contiguous()
 
 
 def forward(
@@ -387,23 +579,9 @@ def forward(
     residuals: list[Tensor | None], layout: Layout, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """[y of each projection..., s, the adapters in x's dtype]; s holds scale * x A^T, each rank padded to 16 bytes."""
-    dtype, rows = x.dtype, x.shape[0]
     with torch.cuda.device_of(x):
-        tiles = _tiles(x, layout)
-        low = x.new_empty(low_size(lora_as, lora_bs, dtype))
-        stacked, own = _cast(lora_as, lora_bs, low)
-        x = described(x)
-        s = x.new_empty((rows, stacked.shape[1]))
-        _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
-        ys, column = [], 0
-        for weight, b, residual in zip(weights, own, residuals, strict=True):
-            y = new_described(x, rows, b.shape[1])
-            shared = [] if weight is None else [(x, described(weight.to(dtype)))]
-            if residual is not None and residual.stride() != y.stride():
-                residual = torch.empty_strided(y.shape, y.stride(), dtype=dtype, device=x.device).copy_(residual)
-            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
-            ys.append(y.contiguous())
-            column += b.shape[2]
+        low = x.new_empty(low_size(lora_as, lora_bs, x.dtype))
+        ys, s = products(x, weights, *_cast(lora_as, lora_bs, low), residuals, tiles_of(x, layout), scale)
     return [*ys, s, low]
 
 
@@ -412,34 +590,36 @@ def backward(
     s: Tensor, low: Tensor, layout: Layout, scale: float, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again."""
-    dtype, (rows, depth) = x.dtype, x.shape
     with torch.cuda.device_of(x):
-        tiles = _tiles(x, layout)
+        tiles = tiles_of(x, layout)
         if low.numel():
             stacked, own = _views(lora_as, lora_bs, low)
         else:
-            stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, dtype)))
-        x = described(x)
+            stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, x.dtype)))
         grads = [described(grad) for grad in grads]
-        e = torch.empty_like(s)
+        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, scale, wants_x)
+        x = described(x)
         d_as, d_bs = (
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (lora_as, lora_bs)
         )
         column = 0
         for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
-            rank = b.shape[2]
-            _project(
-                [], grad, 0, b.shape[1], b, e[:, column : column + rank], tiles, scale=scale, transposed=True,
-                config=SHRINK,
-            )  # fmt: skip
-            _outer(e, x, d_a, grad, s, d_b, column, tiles)
-            column += rank
-        d_x = x.new_empty(0)
-        if wants_x:
-            shared = [(g, described(w.to(dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
-            d_x = new_described(x, rows, depth)
-            _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
-            for grad, weight in shared[MAX_SHARED:]:
-                d_x += (grad @ weight)[:, :depth]
-            d_x = d_x.contiguous()
+            _outer(e, x, grad, s, column, (d_a, None, None), (d_b, None, None), tiles)
+            column += b.shape[2]
     return d_x, d_as, d_bs
+
+
+def backward_step(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], lora_as: list[Moments], lora_bs: list[Moments],
+    stacked: Tensor, own: list[Tensor], s: Tensor, out_scales: list[Tensor | None], tiles: _Tiles, wants_x: bool,
+    step: AdamStep,
+) -> Tensor:  # fmt: skip
+    """dx or an empty tensor; then a step of the adapters, of which dx has read the values before it."""
+    with torch.cuda.device_of(x):
+        grads = [described(grad) for grad in grads]
+        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x)
+        x, column = described(x), 0
+        for grad, a, b, low_b, out_scale in zip(grads, lora_as, lora_bs, own, out_scales, strict=True):
+            _outer(e, x, grad, s, column, a, b, tiles, (step, stacked, low_b, out_scale))
+            column += low_b.shape[2]
+    return d_x

@@ -22,7 +22,7 @@ from pgolf_kernels._native_op import LIBRARY, num_threads, runs_native
 from pgolf_kernels._triton_op import kernels, runs_triton
 
 
-def _factors(steps: torch.Tensor, beta1: float, beta2: float, dtype: torch.dtype) -> torch.Tensor:
+def step_factors(steps: torch.Tensor, beta1: float, beta2: float, dtype: torch.dtype) -> torch.Tensor:
     """[documents, 2]: 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), 0 where the document takes no step.
 
     From expm1 in fp64: 1 - 0.999^t loses four digits when subtracted in fp32.
@@ -55,7 +55,7 @@ def _step(
 ) -> None:
     if not params:
         return
-    factors = _factors(steps, beta1, beta2, params[0].dtype)
+    factors = step_factors(steps, beta1, beta2, params[0].dtype)
     moments: Sequence[torch.Tensor | None] = exp_avgs or [None] * len(params)
     for p, g, v, m, zero in zip(params, grads, exp_avg_sqs, moments, zeroed, strict=True):
         if p.numel() == 0:

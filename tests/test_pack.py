@@ -1,11 +1,15 @@
 """Sizes before and after packing, and a submission that runs without this repository."""
 
 import ast
+import builtins
+import dis
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ from model.size import print_table, size_report
 from pgolf_kernels import ngram_hints
 from tests.artifacts import same
 from tests.tiny import tiny_config, tiny_data
+from tests.triton_aot import needs_triton
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +87,57 @@ def test_the_packed_modules_are_complete_and_need_nothing_else() -> None:
 
 def test_any_bytes_as_a_literal() -> None:
     data = bytes(range(256)) * 3 + b'\\x00\\\n"\r\n0' + b"\0" + b"7"
-    source = b'# coding: latin-1\nvalue = "%s".encode("latin-1")\n' % latin1_literal(data)
-    assert ast.literal_eval(ast.parse(source).body[0].value.func.value).encode("latin-1") == data
-    assert len(latin1_literal(data)) < 1.05 * len(data)
+    for end in (b"", b'"', b'""', b'"""', b'\\"""""', b"\\", b"\\\\", b"\0", b"\r", b"\r\n", b'\0"9'):
+        for content in (data + end, end + data, data + end + data):
+            source = b'# coding: latin-1\nvalue = """%s""".encode("latin-1")\n' % latin1_literal(content)
+            assert ast.literal_eval(ast.parse(source).body[0].value.func.value).encode("latin-1") == content
+    assert len(latin1_literal(data)) < 1.02 * len(data)
+
+
+def _bound_and_read(code: CodeType) -> tuple[set[str], set[str]]:
+    """Names that a module's code, with the functions in it, binds and reads as globals."""
+    bound, read = set(), set()
+    waiting = [code]
+    while waiting:
+        part = waiting.pop()
+        waiting += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
+        for step in dis.get_instructions(part):
+            if step.opname == "STORE_GLOBAL" or (step.opname == "STORE_NAME" and part is code):
+                bound.add(step.argval)
+            elif step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_NAME" and part is code):
+                read.add(step.argval)
+    return bound, read
+
+
+def test_packed_modules_have_every_name_that_they_read() -> None:
+    modules = {}
+    for path, source in packed_files(ngram=False).items():
+        name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        modules[name] = ast.parse(source), *_bound_and_read(compile(source, path, "exec"))
+    for name, (tree, bound, read) in modules.items():
+        assert read <= bound | set(dir(builtins)) | {"__file__", "__name__"}, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                for alias in node.names:
+                    assert alias.name in modules[node.module][1] or f"{node.module}.{alias.name}" in modules, (
+                        f"{name} imports {alias.name} from {node.module}"
+                    )
+
+
+@pytest.mark.long
+@needs_triton
+def test_packed_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    for path, source in packed_files(ngram=False).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source)
+    shutil.copytree(Path(__file__).parent, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests" / "test_place.py").write_text(
+        f"import pgolf_kernels\ndef test_place():\n    assert pgolf_kernels.__file__.startswith({str(tmp_path)!r})\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_triton_kernels.py", "tests/test_place.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from pgolf_kernels._triton_op import kernels
 from pgolf_kernels.batched_lora import Layout
 from pgolf_kernels.qk_rope import split_heads
 from pgolf_kernels.residual import CONFIG
+from pgolf_kernels.stepped_lora import Moments
 from tests import triton_aot
 
 ROWS, WIDTH, HIDDEN, VOCAB = 98304, 512, 2048, 8192
@@ -58,6 +59,28 @@ def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tup
     grads = [empty(len(x), out, dtype=dtype) for out in outs]
     *_, s, low = module.forward(x, weights, a, b, [grads[0], *[None] * (len(outs) - 1)], layout, 1.0)
     module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
+
+
+def stepped_lora(module: ModuleType, length: int, outs: tuple[int, ...], adds: bool, mean: bool) -> None:
+    """q, k, v or an adapter that joins a branch's output, packed, with a step in the backward."""
+    documents = 64
+    x = empty(documents * length, WIDTH)
+    grads = [empty(len(x), out) for out in outs]
+    weights = [None if adds else empty(out, WIDTH) for out in outs]
+    a, b = (
+        [Moments(t, t, t if mean else None) for t in (empty(documents, *shape, dtype=FP32) for shape in shapes)]
+        for shapes in ([(96, WIDTH)] * len(outs), [(out, 96) for out in outs])
+    )
+    low = empty(documents, 96 * len(outs), WIDTH), [empty(documents, out, 96) for out in outs]
+    # On the meta device the table of factors cannot be computed.
+    step = SimpleNamespace(
+        steps=empty(documents, dtype=torch.int64), factors=empty(documents, 2, dtype=FP32), lr=1e-4, beta1=0.9 * mean,
+        beta2=0.999, eps=1e-10, weight_decay=0.5,
+    )  # fmt: skip
+    tiles = module.tiles_of(x, Layout(0, empty(documents + 1, dtype=torch.int32), None))
+    residuals, scales = ([t if adds else None] * len(outs) for t in (grads[0], empty(outs[0], dtype=FP32)))
+    _, s = module.products(x, weights, *low, residuals, tiles, 1.0)
+    module.backward_step(grads, x, weights, a, b, *low, s, scales, tiles, True, step)
 
 
 def adapter_adamw(module: ModuleType, moment: bool) -> None:
@@ -116,6 +139,9 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (False, FP16, (512, 256, 256))),
         (batched_lora, (True, FP16, (512, 256, 256))),
         (batched_lora, (True, BF16, (VOCAB,))),
+        (stepped_lora, (2048, (512, 256, 256), False, False)),
+        (stepped_lora, (96, (512,), True, False)),
+        (stepped_lora, (2048, (512,), True, True)),
     ],
     "embedding": [(embedding, (dtype, vocab)) for dtype, vocab in ((BF16, VOCAB), (FP32, VOCAB), (BF16, 65536))],
     "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],

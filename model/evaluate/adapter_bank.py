@@ -5,6 +5,9 @@ moments become zero. The initial values depend on (seed, document, kind, layer s
 generator in integer arithmetic, so they are the same on every device and for every schedule:
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)),  B = 0                      (pull request 1530)
+
+With AdamW the layers' adapters are stepped in the backward pass (pgolf_kernels/stepped_lora.py). What remains, the
+logits' adapter and everything under SGD, gets gradients and a step after the backward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.adapters import KINDS, Adapters
 from model.config import EvalConfig, ModelConfig
-from pgolf_kernels import adapter_adamw
+from pgolf_kernels import AdamStep, LoraPass, SteppedLora, adapter_adamw, stepped_lora
 
 ADAM_EPS = 1e-10  # of the public systems' test-time optimiser
 InitialA = Callable[[str, np.ndarray], Tensor]  # (kind, documents [n]) -> A [slots, n, r, in]
@@ -28,6 +32,7 @@ InitialA = Callable[[str, np.ndarray], Tensor]  # (kind, documents [n]) -> A [sl
 _STEP = -7046029254386353131
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
 _DOCUMENTS_AT_ONCE = 8
+_GROUPS = (("q", "k", "v"), ("o",), ("mlp",))  # adapters of one input and one place in the graph
 
 
 def adapter_kinds(config: EvalConfig) -> tuple[str, ...]:
@@ -57,8 +62,45 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ (z >> 31 & 0x1FFFFFFFF)
 
 
+class SteppingAdapters(Adapters):
+    """Adapters of which those in `groups` (kinds -> their SteppedLora) take their step in the backward pass."""
+
+    def __init__(
+        self,
+        a: dict[str, Any],
+        b: dict[str, Any],
+        groups: dict[tuple[str, ...], SteppedLora],
+        through: LoraPass,
+    ) -> None:
+        super().__init__(a, b, cu_seqlens=through.cu_seqlens)
+        self._groups, self._through = groups, through
+
+    def qkv(self, slot: int, x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        kinds = next((kinds for kinds in self._groups if "q" in kinds), None)
+        if kinds is None:
+            return super().qkv(slot, x, weights)
+        flat = x.reshape(-1, x.size(-1))
+        by_kind = dict(zip("qkv", weights, strict=True))
+        adapted = stepped_lora(flat, [by_kind[kind] for kind in kinds], self._groups[kinds][slot], self._through)
+        outputs = {kind: F.linear(flat, by_kind[kind]) for kind in by_kind if kind not in kinds}
+        outputs.update(zip(kinds, adapted, strict=True))
+        return tuple(outputs[kind].view(*x.shape[:-1], -1) for kind in by_kind)
+
+    def add(self, kind: str, slot: int, x: Tensor, output: Tensor, scale: Tensor | None = None) -> Tensor:
+        group = self._groups.get((kind,))
+        if group is None:
+            return super().add(kind, slot, x, output, scale)
+        residual = output.reshape(-1, output.size(-1))
+        flat = x.reshape(-1, x.size(-1))
+        (y,) = stepped_lora(flat, [None], group[slot], self._through, residuals=[residual], out_scales=[scale])
+        return y.view_as(output)
+
+
 class AdapterBank:
-    """`slots` sets of adapters for a model in layer order of `layer_slots` positions, and one optimiser for all."""
+    """`slots` sets of adapters for a model in layer order of `layer_slots` positions, and one optimiser for all.
+
+    `dtype` is the adapters', `compute_dtype` the activations'.
+    """
 
     def __init__(
         self,
@@ -69,6 +111,7 @@ class AdapterBank:
         slots: int,
         device: torch.device,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         seed: int = 0,
         initial_a: InitialA | None = None,
     ) -> None:
@@ -77,24 +120,46 @@ class AdapterBank:
         kinds = adapter_kinds(config)
         zeros = Adapters.zeros(model, layer_slots, slots, config.ttt_lora_rank, kinds, device, dtype)
         self.a, self.b = zeros.a, zeros.b  # [layer slots, slots, r, in] and [layer slots, slots, out, r]
-        # One leaf for each layer slot: the gradient of a stacked tensor would be assembled from full-size pieces.
-        self._leaves_a = {kind: _leaves(tensor) for kind, tensor in self.a.items()}
-        self._leaves_b = {kind: _leaves(tensor) for kind, tensor in self.b.items()}
-        self.leaves = [leaf for kind in kinds for leaf in (*self._leaves_a[kind], *self._leaves_b[kind])]
-        keeps_square = config.ttt_optimizer == "adam"
         keeps_mean = config.ttt_beta1 > 0
-        stacked = [tensor for kind in kinds for tensor in (self.a[kind], self.b[kind])]
-        squares = [torch.zeros_like(tensor) for tensor in stacked] if keeps_square else []
+        # A rerun loop passes layers twice with the same adapters: their gradient is whole only after the backward pass.
+        steps_inside = config.ttt_optimizer == "adam" and model.loop_form != "rerun"
+        groups = [tuple(kind for kind in group if kind in kinds) for group in _GROUPS] if steps_inside else []
+        self._groups = {
+            group: SteppedLora(
+                [self.a[kind] for kind in group], [self.b[kind] for kind in group], dtype=compute_dtype, mean=keeps_mean
+            )
+            for group in groups
+            if group
+        }
+        own = [kind for kind in kinds if not any(kind in group for group in groups)]
+        # One leaf for each layer slot: the gradient of a stacked tensor would be assembled from full-size pieces.
+        self._leaves_a: dict[str, Any] = {**self.a, **{kind: _leaves(self.a[kind]) for kind in own}}
+        self._leaves_b: dict[str, Any] = {**self.b, **{kind: _leaves(self.b[kind]) for kind in own}}
+        self.leaves = [leaf for kind in own for leaf in (*self._leaves_a[kind], *self._leaves_b[kind])]
+        stacked = [tensor for kind in own for tensor in (self.a[kind], self.b[kind])]
+        squares = [torch.zeros_like(tensor) for tensor in stacked] if config.ttt_optimizer == "adam" else []
         means = [torch.zeros_like(tensor) for tensor in stacked] if keeps_mean else []
-        self._zeroed = [*self.b.values(), *squares, *means]  # on handing a slot over
+        self._zeroed = [*(self.b[kind] for kind in own), *squares, *means]  # on handing a slot over
         self._squares = [part for tensor in squares for part in tensor]
         self._means = [part for tensor in means for part in tensor]
 
-    def adapters(self, cu_seqlens: Tensor) -> Adapters:
-        """The adapters for a packed row whose document i is read by slot i."""
-        a: Any = self._leaves_a  # indexed by layer slot, as stacked tensors are
-        b: Any = self._leaves_b
-        return Adapters(a, b, cu_seqlens=cu_seqlens)
+    def open_pass(self, cu_seqlens: Tensor, steps: Tensor | None) -> LoraPass:
+        """A pass over a packed row whose document i is read by slot i; None: without an optimiser step.
+
+        `steps` int64 [slots] counts a slot's steps from 1, 0 where it takes none.
+        """
+        if steps is None:
+            return LoraPass(cu_seqlens)
+        config = self.config
+        numbers = {
+            "lr": config.ttt_lora_lr, "beta1": config.ttt_beta1, "beta2": config.ttt_beta2, "eps": ADAM_EPS,
+            "weight_decay": config.ttt_weight_decay,
+        }  # fmt: skip
+        return LoraPass(cu_seqlens, AdamStep(steps, **numbers))
+
+    def adapters(self, through: LoraPass) -> Adapters:
+        """The adapters for a pass; indexed by layer slot, as stacked tensors are."""
+        return SteppingAdapters(self._leaves_a, self._leaves_b, self._groups, through)
 
     @torch.no_grad()
     def hand_over(self, slots: np.ndarray, documents: np.ndarray) -> None:
@@ -104,28 +169,39 @@ class AdapterBank:
             rows = torch.from_numpy(slots[part]).to(self.device)
             for kind, values in self._first_a(documents[part]).items():
                 self.a[kind][:, rows] = values.to(self.a[kind])
+            for group in self._groups.values():
+                group.hand_over(rows)
         rows = torch.from_numpy(slots).to(self.device)
         for tensor in self._zeroed:
             tensor.index_fill_(1, rows, 0.0)
 
-    @torch.no_grad()
-    def step(self, grads: tuple[Tensor, ...], steps: Tensor) -> None:
-        """One optimiser step; `steps` int64 [slots] counts a slot's steps from 1, 0 where it takes none."""
+    def learn(self, loss: Tensor, through: LoraPass) -> None:
+        """The backward pass of a loss that came through `adapters(through)`, and one optimiser step."""
+        grads = through.backward(loss, self.leaves)
+        step = through.step
+        assert step is not None, "opened without steps"
+        with torch.no_grad():
+            if self.config.ttt_optimizer == "adam":
+                self._adam(grads, step)
+            else:
+                self._sgd(grads, step.steps)
+
+    def _adam(self, grads: tuple[Tensor, ...], step: AdamStep) -> None:
+        adapter_adamw(
+            [leaf.detach().unsqueeze(0) for leaf in self.leaves],
+            [grad.unsqueeze(0) for grad in grads],
+            [square.unsqueeze(0) for square in self._squares],
+            step.steps,
+            exp_avgs=[mean.unsqueeze(0) for mean in self._means] if step.beta1 > 0 else None,
+            lr=step.lr,
+            beta1=step.beta1,
+            beta2=step.beta2,
+            eps=step.eps,
+            weight_decay=step.weight_decay,
+        )
+
+    def _sgd(self, grads: tuple[Tensor, ...], steps: Tensor) -> None:
         config = self.config
-        if config.ttt_optimizer == "adam":
-            adapter_adamw(
-                [leaf.detach().unsqueeze(0) for leaf in self.leaves],
-                [grad.unsqueeze(0) for grad in grads],
-                [square.unsqueeze(0) for square in self._squares],
-                steps,
-                exp_avgs=[mean.unsqueeze(0) for mean in self._means] or None,
-                lr=config.ttt_lora_lr,
-                beta1=config.ttt_beta1,
-                beta2=config.ttt_beta2,
-                eps=ADAM_EPS,
-                weight_decay=config.ttt_weight_decay,
-            )
-            return
         runs = (steps > 0).to(self.leaves[0].dtype).view(-1, 1, 1)
         for i, (leaf, grad) in enumerate(zip(self.leaves, grads, strict=True)):
             direction = torch.add(grad, leaf.detach(), alpha=config.ttt_weight_decay)

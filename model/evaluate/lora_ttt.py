@@ -126,6 +126,7 @@ class DocumentTrainer:
             slots=self.slots,
             device=session.device,
             dtype=torch.float64 if model.compute_dtype == torch.float64 else torch.float32,
+            compute_dtype=model.compute_dtype,
             seed=seed,
             initial_a=initial_a,
         )
@@ -217,6 +218,7 @@ class DocumentTrainer:
         # Scored positions, one line a slot; a line that is not full repeats its last, which nobody reads.
         columns = torch.minimum(self._columns, (count - 1).clamp(min=0).unsqueeze(1))
         positions = (bounds[:-1] + offset).unsqueeze(1).add(columns).clamp_(max=size - 1).view(-1)
+        through = self.bank.open_pass(bounds.int(), steps if train else None)
         with torch.set_grad_enabled(train):
             nll, score = session.losses(
                 session.input_ids[inputs][None],
@@ -225,12 +227,11 @@ class DocumentTrainer:
                 inputs[positions] + 1,
                 cu_seqlens=self._attention_bounds(bounds, size),
                 max_seqlen=config.ttt_eval_seq_len,
-                adapters=self.bank.adapters(bounds.int()),
+                adapters=self.bank.adapters(through),
             )
             if train:
                 means = nll.view(self.slots, -1).mean(dim=1)
-                grads = torch.autograd.grad((means * (steps > 0)).sum(), self.bank.leaves)
-                self.bank.step(grads, steps)
+                self.bank.learn((means * (steps > 0)).sum(), through)
         return score
 
     def _attention_bounds(self, bounds: Tensor, size: int) -> Tensor:

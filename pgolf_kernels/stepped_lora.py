@@ -1,0 +1,303 @@
+"""Linear layers with a low-rank adapter for each document, whose backward takes the optimiser's step.
+
+    y_p = x W_p^T + c_p * ((x A_p[b]^T) B_p[b]^T) (+ residual_p)
+
+as in batched_lora.py, with frozen weights W_p, a frozen factor c_p [out] for each output (or none), and b the document
+of a packed row. The backward gives dx and, instead of returning dA and dB, does with them at once what
+adapter_adamw.py does:
+
+    dA_p[b] = e_p^T x,   dB_p[b] = c_p * (g_p^T s_p),   (A_p, B_p) <- AdamW(A_p, B_p; dA_p, dB_p)
+
+On a GPU the accumulator of a gradient's tile is the input of the step: no gradient is written, and the same pass writes
+what the next forward reads, A and c * B in the activations' dtype. The 30 bytes an element that a gradient, a step and
+a cast would move beside each other become 18.
+
+A step in a backward is right only where a pass uses an adapter once; :class:`LoraPass` sees to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgolf_kernels._triton_op import kernels, runs_narrow_triton
+from pgolf_kernels.adapter_adamw import adapter_adamw, step_factors
+from pgolf_kernels.batched_lora import _RESIDUAL, _WEIGHT, MAX_RANK, Layout, _backward_kernel, _forward, padded
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One AdamW step; `steps` and the numbers are those of :func:`adapter_adamw`."""
+
+    steps: Tensor  # integers [documents], from 1; 0: the document takes no step
+    lr: float
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    factors: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", self.steps.contiguous())
+        object.__setattr__(self, "factors", step_factors(self.steps, self.beta1, self.beta2, torch.float32))
+
+
+class Moments(NamedTuple):
+    """A or B of one projection [documents, rows, columns] with the averages of its gradient and of its square."""
+
+    value: Tensor
+    square: Tensor
+    mean: Tensor | None
+
+
+class Adapters(NamedTuple):
+    """What one call reads and steps: A and B of its projections, and their copies in the activations' dtype.
+
+    `low`: A of all projections side by side [documents, ranks, in], and each one's B times its factor [documents, out,
+    rank]; ranks and `in` are padded with zeros to 16 bytes. None where the products read A and B themselves.
+    """
+
+    a: list[Moments]
+    b: list[Moments]
+    low: tuple[Tensor, list[Tensor]] | None
+
+
+class SteppedLora:
+    """Adapters of projections that share an input, at every layer slot, with what an optimiser keeps of them."""
+
+    def __init__(self, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], *, dtype: torch.dtype, mean: bool) -> None:
+        """lora_as [slots, documents, r, in] and lora_bs [slots, documents, out, r] (B zero), contiguous and in float32
+        or float64, are stepped in place. `dtype` is that of the activations; `mean`: whether beta1 > 0.
+
+        Raises ValueError for shapes and strides.
+        """
+        for i, (a, b) in enumerate(zip(lora_as, lora_bs, strict=True)):
+            fits = a.dim() == b.dim() == 4 and (*a.shape[:2], a.shape[2]) == (*b.shape[:2], b.shape[3])
+            if not fits or not 1 <= a.shape[2] <= MAX_RANK or not (a.is_contiguous() and b.is_contiguous()):
+                raise ValueError(
+                    f"adapters {i}: got A {tuple(a.shape)} and B {tuple(b.shape)}, wanted [slots, documents, r, in] "
+                    f"and [slots, documents, out, r] with 1 <= r <= {MAX_RANK}, contiguous"
+                )
+        self._tensors = [*lora_as], [*lora_bs]
+        self._moments = [
+            [(torch.zeros_like(t), torch.zeros_like(t) if mean else None) for t in ts] for ts in self._tensors
+        ]
+        self._low: tuple[Tensor, list[Tensor]] | None = None
+        first = lora_as[0]
+        if runs_narrow_triton(first.new_empty(0, dtype=dtype)):
+            ranks = [padded(a.shape[2], dtype) for a in lora_as]
+            shape = (*first.shape[:2], sum(ranks), padded(first.shape[3], dtype))
+            self._low = (
+                first.new_zeros(shape, dtype=dtype),
+                [b.new_zeros((*b.shape[:3], rank), dtype=dtype) for b, rank in zip(lora_bs, ranks, strict=True)],
+            )
+        self._slots = [self._slot(i) for i in range(len(first))]
+
+    def _slot(self, slot: int) -> Adapters:
+        a, b = (
+            [
+                Moments(t[slot], square[slot], None if mean is None else mean[slot])
+                for t, (square, mean) in zip(tensors, moments, strict=True)
+            ]
+            for tensors, moments in zip(self._tensors, self._moments, strict=True)
+        )
+        low = None if self._low is None else (self._low[0][slot], [t[slot] for t in self._low[1]])
+        return Adapters(a, b, low)
+
+    def __getitem__(self, slot: int) -> Adapters:
+        return self._slots[slot]
+
+    @torch.no_grad()
+    def hand_over(self, documents: Tensor) -> None:
+        """After new values have been written to A of the documents (int64 indices): zero B and moments."""
+        lora_as, lora_bs = self._tensors
+        zeroed = [*lora_bs, *(t for moments in self._moments for pair in moments for t in pair if t is not None)]
+        if self._low is not None:
+            stacked, own = self._low
+            zeroed += own
+            row = 0
+            for a, b in zip(lora_as, own, strict=True):
+                stacked[:, documents, row : row + a.shape[2], : a.shape[3]] = a[:, documents].to(stacked.dtype)
+                row += b.shape[3]
+        for tensor in zeroed:
+            tensor.index_fill_(1, documents, 0.0)
+
+
+class LoraPass:
+    """One forward pass over documents packed one behind the other, document i with adapter i, and the step after it.
+
+    cu_seqlens: int32 [documents + 1], from 0; rows past the last bound are no document's. Without `step` the pass is
+    forward only.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, step: AdamStep | None = None) -> None:
+        self.cu_seqlens, self.step = cu_seqlens, step
+        # What every call depends on, so that autograd comes to each, also where x needs no gradient. It gets none.
+        self.anchor = torch.zeros((), device=cu_seqlens.device, requires_grad=step is not None)
+        self._tiles: Any = None
+        self._seen: set[int] = set()
+
+    def tiles(self, x: Tensor) -> Any:
+        """Where the rows lie, for the kernels: computed by the first call for all of them, forward and backward."""
+        if self._tiles is None:
+            self._tiles = kernels("batched_lora").tiles_of(x, Layout(0, self.cu_seqlens, None))
+        return self._tiles
+
+    def enter(self, adapters: Adapters) -> None:
+        if self.step is None:
+            return
+        if id(adapters) in self._seen:
+            raise RuntimeError(
+                "stepped_lora: got the same adapters twice in one pass, wanted each once: its gradient is a sum then"
+            )
+        self._seen.add(id(adapters))
+
+    def backward(self, loss: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Steps every adapter that the loss has come through; returns the gradients of `others`."""
+        return torch.autograd.grad(loss, [self.anchor, *others], allow_unused=True)[1:]
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    weights: list[Tensor | None]
+    adapters: Adapters
+    out_scales: list[Tensor | None]
+    through: LoraPass
+
+    def parts(self, residuals: Sequence[Tensor | None]) -> list[int]:
+        pairs = zip(self.weights, residuals, strict=True)
+        return [_WEIGHT * (w is not None) | _RESIDUAL * (r is not None) for w, r in pairs]
+
+    def low(self, x: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        """What the kernels read, where they run."""
+        return self.adapters.low if runs_narrow_triton(x) and x.numel() else None
+
+    def values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """A and factor * B of each projection."""
+        bs = [b.value for b in self.adapters.b]
+        return [a.value for a in self.adapters.a], [
+            b if scale is None else b * scale.to(b.dtype).unsqueeze(-1)
+            for b, scale in zip(bs, self.out_scales, strict=True)
+        ]
+
+
+class _Stepped(torch.autograd.Function):
+    """Not a registered op: its backward changes its inputs, which no functional graph can say."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, call: _Call, x: Tensor, *residuals: Tensor | None) -> tuple[Tensor, ...]:
+        present = [t for t in call.weights if t is not None]
+        low = call.low(x)
+        if low is not None:
+            with torch.cuda.device_of(x):
+                tiles = call.through.tiles(x)
+                ys, shrunk = kernels("batched_lora").products(x, call.weights, *low, list(residuals), tiles, 1.0)
+        else:
+            added, parts = [t for t in residuals if t is not None], call.parts(residuals)
+            *ys, shrunk, _ = _forward(x, present, *call.values(), added, parts, call.through.cu_seqlens, None, 0, 1.0)
+        ctx.call, ctx.has_residual = call, [t is not None for t in residuals]
+        ctx.save_for_backward(x, shrunk)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call, (x, shrunk), wants_x = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2]
+        grads = tuple(grad.contiguous() for grad in grads)
+        step = call.through.step
+        low = call.low(x)
+        if low is not None:
+            a, b = call.adapters.a, call.adapters.b
+            d_x = kernels("batched_lora").backward_step(
+                list(grads), x, call.weights, a, b, *low, shrunk, call.out_scales, call.through.tiles(x), wants_x, step
+            )
+        else:
+            d_x = _backward_step(list(grads), x, shrunk, call, wants_x, step)
+        d_residuals = [grad if has else None for grad, has in zip(grads, ctx.has_residual, strict=True)]
+        return None, None, d_x if wants_x else None, *d_residuals
+
+
+def _backward_step(
+    grads: list[Tensor], x: Tensor, shrunk: Tensor, call: _Call, wants_x: bool, step: AdamStep
+) -> Tensor:
+    """The same in PyTorch: gradients first, then one step with all of them."""
+    present, (lora_as, lora_bs), count = [t for t in call.weights if t is not None], call.values(), len(grads)
+    d_x, *results = _backward_kernel(
+        grads, x, present, lora_as, lora_bs, shrunk, x.new_empty(0), call.parts([None] * count),
+        call.through.cu_seqlens, None, 0, 1.0, wants_x, [False] * len(present),
+    )  # fmt: skip
+    d_as, d_bs = results[len(present) :][:count], results[len(present) :][count:]
+    d_bs = [
+        d_b if scale is None else d_b * scale.to(d_b.dtype).unsqueeze(-1)
+        for d_b, scale in zip(d_bs, call.out_scales, strict=True)
+    ]
+    stepped = [*call.adapters.a, *call.adapters.b]
+    adapter_adamw(
+        [t.value.unsqueeze(0) for t in stepped],
+        [grad.unsqueeze(0) for grad in (*d_as, *d_bs)],
+        [t.square.unsqueeze(0) for t in stepped],
+        step.steps,
+        exp_avgs=[t.mean.unsqueeze(0) for t in stepped if t.mean is not None] or None,
+        lr=step.lr,
+        beta1=step.beta1,
+        beta2=step.beta2,
+        eps=step.eps,
+        weight_decay=step.weight_decay,
+    )
+    return d_x
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def stepped_lora(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    adapters: Adapters,
+    through: LoraPass,
+    *,
+    residuals: Sequence[Tensor | None] | None = None,
+    out_scales: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """x W_p^T + c_p * (x A_p^T) B_p^T (+ residual_p) of each projection p; :meth:`LoraPass.backward` steps A and B.
+
+    x [N, in]; weights [out, in] or None, frozen; `adapters` one slot of a SteppedLora; residuals [N, out]; out_scales
+    [out], frozen, which must stay as they are from a document's handing over to its end. Returns [N, out] each, in x's
+    dtype.
+
+    Raises ValueError for shapes, lengths and tensors that are not frozen, TypeError for dtypes, RuntimeError where a
+    pass that steps uses the same adapters again.
+    """
+    count = len(adapters.a)
+    residuals = [None] * count if residuals is None else list(residuals)
+    out_scales = [None] * count if out_scales is None else list(out_scales)
+    if not count == len(weights) == len(residuals) == len(out_scales):
+        raise ValueError(
+            f"weights, residuals, out_scales: got lengths {len(weights)}, {len(residuals)}, {len(out_scales)}, "
+            f"wanted {count}, one a projection"
+        )
+    if x.dim() != 2 or x.shape[1] != adapters.a[0].value.shape[2]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [N, {adapters.a[0].value.shape[2]}]")
+    if adapters.low is not None and x.dtype != adapters.low[0].dtype:
+        raise TypeError(f"x: got {x.dtype}, wanted the adapters' {adapters.low[0].dtype}")
+    for i, (weight, residual, scale, b) in enumerate(zip(weights, residuals, out_scales, adapters.b, strict=True)):
+        out = b.value.shape[1]
+        for name, tensor, shape in (
+            ("weights", weight, (out, x.shape[1])),
+            ("residuals", residual, (x.shape[0], out)),
+            ("out_scales", scale, (out,)),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name}[{i}]: got shape {tuple(tensor.shape)}, wanted {shape}")
+            if tensor is not None and tensor.requires_grad and name != "residuals" and torch.is_grad_enabled():
+                raise ValueError(f"{name}[{i}]: got a tensor that requires a gradient, wanted a frozen one")
+    through.enter(adapters)
+    rows_of_b = [None if scale is None else scale.contiguous() for scale in out_scales]
+    call = _Call(list(weights), adapters, rows_of_b, through)
+    return list(_Stepped.apply(through.anchor, call, x.contiguous(), *residuals))

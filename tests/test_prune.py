@@ -1,0 +1,128 @@
+"""What is left of a program's modules."""
+
+import ast
+import textwrap
+
+import pytest
+
+from model.prune import prune
+
+
+def pruned(root, others=None, **options):
+    sources = {"root": root} | (others or {})
+    return prune({name: textwrap.dedent(source) for name, source in sources.items()}, ["root"], **options)
+
+
+def defined(source):
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
+
+
+LIBRARY = {
+    "library": """
+        import os
+        from typing import Any
+        from library_b import far, unused
+
+        LIMIT, OTHER = 3, 4
+        TABLE = {"key": LIMIT}
+        print("acts")
+
+        def used(x: Any) -> int:
+            return far(x)
+
+        def alone():
+            return os.sep, unused()
+
+        class Kept:
+            field: Any = 1
+
+            def __len__(self):
+                return self._helper()
+
+            def _helper(self):
+                return LIMIT
+
+            def idle(self):
+                return TABLE
+
+            def by_string(self):
+                return 0
+
+        class Derived(Base):
+            def hook(self):
+                return 0
+        """,
+    "library_b": "def far(x): return x\ndef unused(): return used_nowhere",
+    "library_c": "print('never imported')",
+}
+
+
+def test_what_nothing_refers_to_goes() -> None:
+    out = pruned("from library import used", LIBRARY)
+    assert set(out) == {"root", "library", "library_b"}
+    assert defined(out["library"]) == {"used", "far"} and defined(out["library_b"]) == {"far"}
+    assert "print" in out["library"] and "Any" not in out["library"]
+
+
+def test_methods_stay_by_attribute_string_or_base() -> None:
+    out = pruned("from library import Kept\ngetattr(Kept(), 'by_string')", LIBRARY)
+    assert {"Kept", "__len__", "_helper", "by_string", "LIMIT"} <= defined(out["library"]) | {"LIMIT"}
+    assert not {"idle", "TABLE", "Derived", "far"} & defined(out["library"])
+    assert "field: 0 = 1" in out["library"] and "LIMIT, OTHER" in out["library"]
+    out = pruned("class Base: pass\nfrom library import Derived", LIBRARY)
+    assert "hook" in defined(out["library"])
+
+
+def test_modules_as_objects_and_modules_by_name() -> None:
+    others = {
+        "package": "",
+        "package.tools": "def one(): return 1\ndef two(): return 2",
+        "package._x_kernels": "def launch(): return _own()\ndef _own(): return 1\ndef rest(): return 2",
+        "package._y_kernels": "def launch(): return 1",
+    }
+    out = pruned("from package import tools\ntools.one()\nload('x').launch()", others, by_name="_kernels")
+    assert set(out) == {"root", "package", "package.tools", "package._x_kernels"}
+    assert defined(out["package.tools"]) == {"one"} and defined(out["package._x_kernels"]) == {"launch", "_own"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("if compiled(x): a()\nelse: b()", "b()"),
+        ("if not compiled(x):\n    return b()\na()", "return b()"),
+        ("if y or not compiled(x):\n    return b()\na()", "return b()"),
+        ("if y and compiled(x): a()\nelif z: b()", "if z:\n    b()"),
+        ("if compiled(x) or y: a()", "if y:\n    a()"),
+        ("if not compiled(x) and y: a()", "if y:\n    a()"),
+        ("if wraps(x): a()\nb()", "b()"),
+        ("if compiled(x): a()", "pass"),
+        ("return a() if compiled(x) else b()", "return b()"),
+        ("return y or compiled(x)", "return y or False"),
+        ("for y in x:\n    if compiled(x):\n        continue\n    a()", "for y in x:\n    a()"),
+    ],
+)
+def test_conditions(before: str, after: str) -> None:
+    head = "def wraps(x):\n    return x.fits and compiled(x)\n"
+
+    def false(node: ast.expr) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) == "compiled"
+
+    source = pruned(f"{head}def f(x, y, z):\n{textwrap.indent(before, '    ')}", false=false)["root"]
+    body = ast.parse(source).body[1].body
+    assert "\n".join(map(ast.unparse, body)) == after
+
+
+def test_annotations_stay_where_they_are_read() -> None:
+    reads = "import typing\nclass C:\n    x: int = 1\ntyping.get_type_hints(C)"
+    assert "x: int" in pruned(reads)["root"]
+    kernel = "@triton.jit\ndef k(x, N: tl.constexpr):\n    M: tl.constexpr = N\n"
+    out = pruned(kernel + "def f(x: int, *y: int, **z: int) -> int: pass")["root"]
+    assert "k(x, N: tl.constexpr)" in out and "M: tl.constexpr" in out and "f(x, *y, **z):" in out

@@ -1,0 +1,221 @@
+"""Adapters stepped in the backward pass against batched_lora and adapter_adamw one after the other."""
+
+import contextlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pgolf_kernels import AdamStep, LoraPass, SteppedLora, adapter_adamw, batched_lora, stepped_lora
+from pgolf_kernels._triton_op import interpreting
+from tests import triton_aot
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]  # rows of each document
+    steps: tuple[int, ...]  # of the first pass; the second has one more where there is one
+    features: int = 24
+    outs: tuple[int, ...] = (40,)
+    ranks: tuple[int, ...] = (8,)
+    beta1: float = 0.0
+    adds: bool = False  # the adapters alone, with a factor for each output, added to a residual
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths) + 5  # five of no document
+
+
+CASES = [
+    Case((70, 0, 9), (3, 1, 1)),
+    Case((30, 150, 64), (1, 0, 7), 33, (40, 19, 70), (5, 16, 3), beta1=0.8),
+    Case((30, 129, 64), (1, 2, 0), 40, (130,), (20,), adds=True),
+    Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=True),
+]
+ADAM = {"lr": 1e-2, "beta2": 0.99, "eps": 1.0, "weight_decay": 0.1}  # a small eps would make signs of gradients
+LOOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class _Problem:
+    """Two slots of adapters, inputs for a pass through the first, and the same done in two parts in fp64."""
+
+    def __init__(self, case, dtype, device="cpu"):
+        generator = torch.Generator().manual_seed(case.features)
+
+        def draw(scale, *size):
+            return (torch.randn(size, generator=generator) * scale).to(device)
+
+        own = torch.float64 if dtype == torch.float64 else torch.float32
+        documents, features = len(case.lengths), case.features
+        shapes = list(zip(case.outs, case.ranks, strict=True))
+        self.case, self.dtype = case, dtype
+        self.a = [torch.zeros(2, documents, rank, features, dtype=own, device=device) for _, rank in shapes]
+        self.b = [torch.zeros(2, documents, out, rank, dtype=own, device=device) for out, rank in shapes]
+        self.stepped = SteppedLora(self.a, self.b, dtype=dtype, mean=case.beta1 > 0)
+        first = [draw(features**-0.5, *a.shape).to(own) for a in self.a]
+        for a, values in zip(self.a, first, strict=True):
+            a.copy_(values)
+        self.stepped.hand_over(torch.arange(documents, device=device))
+        self.bounds = torch.tensor([0, *case.lengths], device=device).cumsum(0).int()
+        self.steps = [torch.tensor(case.steps, device=device) + i * (torch.tensor(case.steps, device=device) > 0)
+                      for i in range(2)]  # fmt: skip
+        weights = [None if case.adds else draw(features**-0.5, out, features).to(dtype) for out in case.outs]
+        self.inputs = [
+            (
+                draw(1.0, case.rows, features).to(dtype),
+                weights,
+                [draw(1.0, case.rows, out).to(dtype) if case.adds else None for out in case.outs],
+                [draw(1.0, out) if case.adds else None for out in case.outs],
+                [draw(1.0, case.rows, out).to(dtype) for out in case.outs],
+            )
+        ] * 2
+
+    def ours(self):
+        results = []
+        for (x, weights, residuals, scales, grads), steps in zip(self.inputs, self.steps, strict=True):
+            leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_() for t in residuals if t is not None)]
+            through = LoraPass(self.bounds, AdamStep(steps, beta1=self.case.beta1, **ADAM))
+            ys = stepped_lora(leaves[0], weights, self.stepped[0], through, residuals=leaves[1:] or None,
+                              out_scales=scales)  # fmt: skip
+            loss = sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True))
+            results += [*ys, *through.backward(loss, leaves)]
+        return [t.detach() for t in (*results, *self.a, *self.b)]
+
+    def in_parts(self):
+        """Gradients by batched_lora, then adapter_adamw, all in fp64."""
+        a, b = ([torch.zeros_like(t, dtype=torch.float64) for t in ts] for ts in (self.a, self.b))
+        for wide, t in zip(a, self.a, strict=True):
+            wide.copy_(t)
+        squares = [torch.zeros_like(t[:1]) for t in (*a, *b)]
+        means = [torch.zeros_like(t[:1]) for t in (*a, *b)] if self.case.beta1 > 0 else None
+        results = []
+        for (x, weights, residuals, scales, grads), steps in zip(self.inputs, self.steps, strict=True):
+            x, *residuals = (None if t is None else t.double().requires_grad_() for t in (x, *residuals))
+            leaves = [t.detach()[0].requires_grad_() for t in (*a, *b)]
+            ys = []
+            for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+                own_b = leaves[len(a) + i]
+                own_b = own_b if scale is None else own_b * scale.double().unsqueeze(-1)
+                ys.append(batched_lora(x, None if weight is None else weight.double(), leaves[i], own_b,
+                                       residual=residuals[i], cu_seqlens=self.bounds))  # fmt: skip
+            loss = sum((y * grad.double()).sum() for y, grad in zip(ys, grads, strict=True))
+            inputs = [x, *(t for t in residuals if t is not None)]
+            found = torch.autograd.grad(loss, [*inputs, *leaves])
+            results += [*ys, *found[: len(inputs)]]
+            adapter_adamw(
+                [t[:1] for t in (*a, *b)], [t.unsqueeze(0) for t in found[len(inputs) :]], squares, steps,
+                exp_avgs=means, beta1=self.case.beta1, **ADAM,
+            )  # fmt: skip
+        return [t.detach() for t in (*results, *a, *b)]
+
+
+def _assert_equals_the_parts(case, dtype, device="cpu", surroundings=contextlib.nullcontext):
+    with surroundings():
+        problem = _Problem(case, dtype, device)
+    wanted = problem.in_parts()
+    with surroundings():
+        found = problem.ours()
+    for number, (mine, truth) in enumerate(zip(found, wanted, strict=True)):
+        error, size = (mine.double() - truth).norm(), truth.norm()
+        assert error <= LOOSE[dtype] * size, f"result {number} of {case}: {error:.2e} of {size:.2e}"
+    for values, length, count in zip(problem.b[0][0], case.lengths, case.steps, strict=True):
+        assert values.any() == (length > 0 and count > 0)  # a document that takes no step keeps its zero
+    if problem.stepped[0].low is not None:
+        _assert_copies_are_current(problem)
+
+
+def _assert_copies_are_current(problem):
+    """What the products read is what the step has left."""
+    stacked, own = problem.stepped[0].low
+    row = 0
+    for a, b, low_b, scale in zip(problem.a, problem.b, own, problem.inputs[0][3], strict=True):
+        assert torch.equal(stacked[:, row : row + a.shape[2], : a.shape[3]], a[0].to(stacked.dtype))
+        wanted = b[0] if scale is None else b[0] * scale.unsqueeze(-1)
+        assert torch.equal(low_b[..., : b.shape[3]], wanted.to(low_b.dtype))
+        row += low_b.shape[2]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_gradients_and_a_step_one_after_the_other(case, dtype):
+    _assert_equals_the_parts(case, dtype)
+
+
+def test_a_document_handed_over_starts_anew():
+    problem = _Problem(CASES[1], torch.float32)
+    problem.ours()
+    problem.stepped.hand_over(torch.tensor([2]))
+    for moments in (*problem.stepped[0].a, *problem.stepped[0].b):
+        assert not moments.square[2].any() and not moments.mean[2].any() and moments.square[0].any()
+    assert not any(b[:, 2].any() for b in problem.b) and all(b[0, 0].any() for b in problem.b)
+
+
+def test_a_pass_without_a_step_leaves_everything():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds)
+    for _ in range(2):
+        (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+    assert not y.requires_grad and not problem.b[0].any()
+
+
+def test_input_without_gradient_still_steps():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
+    (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+    assert through.backward(y.sum()) == ()
+    assert problem.b[0].any()
+
+
+def test_the_same_adapters_twice_in_a_pass_raise():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
+    stepped_lora(x, weights, problem.stepped[0], through)
+    stepped_lora(x, weights, problem.stepped[1], through)
+    with pytest.raises(RuntimeError, match="the same adapters twice in one pass"):
+        stepped_lora(x, weights, problem.stepped[0], through)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(3, 24, 1)}, ValueError, r"x: got shape \(3, 24, 1\), wanted \[N, 24\]"),
+        ({"weights": [torch.randn(39, 24)]}, ValueError, r"weights\[0\]: got shape \(39, 24\), wanted \(40, 24\)"),
+        ({"weights": [None, None]}, ValueError, "got lengths 2, 1, 1, wanted 1"),
+        ({"weights": [torch.randn(40, 24, requires_grad=True)]}, ValueError, "wanted a frozen one"),
+        ({"residuals": [torch.randn(3, 40)]}, ValueError, r"residuals\[0\]: got shape \(3, 40\)"),
+        ({"out_scales": [torch.randn(39)]}, ValueError, r"out_scales\[0\]: got shape \(39,\), wanted \(40,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    arguments = {"x": x, "weights": weights, "adapters": problem.stepped[0], "through": LoraPass(problem.bounds)}
+    with pytest.raises(error, match=message):
+        stepped_lora(**(arguments | change))
+
+
+def test_wrong_adapters_are_named():
+    a, b = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 3)
+    with pytest.raises(ValueError, match=r"adapters 0: got A \(1, 2, 4, 8\) and B \(1, 2, 6, 3\)"):
+        SteppedLora([a], [b], dtype=torch.float32, mean=False)
+
+
+@triton_aot.needs_triton
+def test_triton_kernels_through_the_interpreter():
+    triton_aot.run_interpreted("tests.test_stepped_lora")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256), (96, 96, 96))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_kernels_on_a_gpu(case, dtype):
+    _assert_equals_the_parts(case, dtype, "cuda")
+
+
+if __name__ == "__main__":
+    for small in CASES:
+        for precision in (torch.float32, torch.float16):
+            _assert_equals_the_parts(small, precision, surroundings=interpreting)
