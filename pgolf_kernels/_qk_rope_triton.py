@@ -16,7 +16,7 @@ from pgolf_kernels._triton_tile import sum_rows
 
 TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
-PROGRAMS = 8  # a multiprocessor, of the backward's persistent grid
+PROGRAMS = 6  # a multiprocessor, of the backward's persistent grid: so many fit at a time
 
 
 @triton.jit
