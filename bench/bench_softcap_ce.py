@@ -165,7 +165,8 @@ def liger_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def cce_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     package = gpu_package("cut_cross_entropy")
-    return package.linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, impl="cce_exact")
+    # Its filter leaves out small gradients, which training from the start cannot do without.
+    return package.linear_cross_entropy(hidden, weight, targets, softcap=SOFTCAP, impl="cce", filter_eps=None)
 
 
 def head_by(function: Any) -> Any:

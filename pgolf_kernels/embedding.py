@@ -57,13 +57,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
     (ids,) = ctx.saved_tensors
-    return None, _backward_op(grad.contiguous(), ids, ctx.rows, ctx.dtype), None
+    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+    return None, _backward_op(rows, ids.reshape(-1), ctx.rows, ctx.dtype), None
 
 
 _forward_op = register_op(
     "embedding(Tensor ids, Tensor table, ScalarType dtype) -> Tensor",
     _forward,
-    fake=lambda ids, table, dtype: table.new_empty((ids.shape[0], table.shape[1]), dtype=dtype),
+    fake=lambda ids, table, dtype: table.new_empty((*ids.shape, table.shape[1]), dtype=dtype),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -87,5 +88,4 @@ def embedding(ids: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -
     dtype = table.dtype if dtype is None else dtype
     if not table.dtype.is_floating_point or not dtype.is_floating_point:
         raise TypeError(f"table: got {table.dtype} to be read as {dtype}, wanted floating-point dtypes")
-    rows = _forward_op(ids.reshape(-1).to(torch.int64), table, dtype)
-    return rows.view(*ids.shape, table.shape[1])
+    return _forward_op(ids.to(torch.int64), table, dtype)

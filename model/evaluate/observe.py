@@ -26,7 +26,13 @@ ORDER = "score before update"
 ONCE = "single pass"
 WARM_UP = "warm-up"
 NORMALISATION = "normalisation"
-_aten = torch.ops.aten
+# Where lookups have their table and their indices.
+_LOOKUPS = {
+    torch.ops.pgolf.embedding.default: (1, 0),
+    torch.ops.aten.embedding.default: (0, 1),
+    torch.ops.aten.index_select.default: (0, 2),
+    torch.ops.aten.index.Tensor: (0, 1),
+}
 _MULTIPLIER = 1000003
 _NO_RUN = 0
 
@@ -181,9 +187,11 @@ class Watch(TorchDispatchMode):
         self._shape, self._ledger = model.tok_emb.shape, ledger
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        place = {_aten.embedding.default: 1, _aten.index_select.default: 2, _aten.index.Tensor: 1}.get(func)
-        if place is not None and args[0].shape[1:] == self._shape[1:] and len(args[0]) >= self._shape[0]:
-            ids = args[place][0] if isinstance(args[place], list | tuple) else args[place]
-            if ids is not None and not ids.dtype.is_floating_point:
+        found = _LOOKUPS.get(func)
+        if found is not None:
+            table, ids = (args[place] for place in found)
+            ids = ids[0] if isinstance(ids, list | tuple) else ids
+            looks_like_it = table.shape[1:] == self._shape[1:] and len(table) >= self._shape[0]
+            if looks_like_it and ids is not None and not ids.dtype.is_floating_point:
                 self._ledger.read(ids)
         return func(*args, **(kwargs or {}))
