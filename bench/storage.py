@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,8 +51,11 @@ class _Silent:
         raise ValueError(text)
 
 
-def _storage(folder: Path) -> FileStorage:
-    return FileStorage(folder, _Silent(), default_machine_id=get_machine_id())
+def _storage(folder: Path, run: dict[str, Any]) -> FileStorage:
+    """The storage of the machine that measured the run: its Python may be another than this one."""
+    here, there = platform.python_version(), run["machine_info"].get("python_version", platform.python_version())
+    versions = (".".join(version.split(".")[:2]) for version in (here, there))
+    return FileStorage(folder, _Silent(), default_machine_id=get_machine_id().replace(*versions, 1))
 
 
 def save(results: Path, run: dict[str, Any], name: str) -> Path:
@@ -59,7 +63,7 @@ def save(results: Path, run: dict[str, Any], name: str) -> Path:
     folder = results / machine_name(run["machine_info"]["pgolf"]["device"])
     older = list(_files(folder))
     groups = {row.group for row in rows_of(run) if row.seconds is not None}
-    storage = _storage(folder)
+    storage = _storage(folder, run)
     before = set(folder.glob("*/*.json"))
     storage.save(run, name)
     for file in older:

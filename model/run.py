@@ -215,13 +215,15 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where files were changed; outside a checkout PGOLF_COMMIT, or None."""
+    """PGOLF_COMMIT, or the checkout's commit, with "+" where files were changed; None without either."""
+    if given := os.environ.get("PGOLF_COMMIT"):
+        return given
     git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("PGOLF_COMMIT")
+        return None
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 

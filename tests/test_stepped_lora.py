@@ -82,14 +82,13 @@ class _Problem:
         return [t.detach() for t in (*results, *self.a, *self.b)]
 
     def in_parts(self):
-        """Gradients by batched_lora, then adapter_adamw, all in fp64."""
-        a, b = ([torch.zeros_like(t, dtype=torch.float64) for t in ts] for ts in (self.a, self.b))
-        for wide, t in zip(a, self.a, strict=True):
-            wide.copy_(t)
+        """Gradients by batched_lora, then adapter_adamw, all in fp64, which a GPU's optimiser does not take."""
+        a, b = ([t.to("cpu", torch.float64, copy=True) for t in ts] for ts in (self.a, self.b))
         squares = [torch.zeros_like(t[:1]) for t in (*a, *b)]
         means = [torch.zeros_like(t[:1]) for t in (*a, *b)] if self.case.beta1 > 0 else None
         results = []
-        for (x, weights, residuals, scales, grads), steps in zip(self.inputs, self.steps, strict=True):
+        for inputs, steps in zip(self.inputs, self.steps, strict=True):
+            x, weights, residuals, scales, grads = _on_the_cpu(inputs)
             x, *residuals = (None if t is None else t.double().requires_grad_() for t in (x, *residuals))
             leaves = [t.detach()[0].requires_grad_() for t in (*a, *b)]
             ys = []
@@ -97,16 +96,23 @@ class _Problem:
                 own_b = leaves[len(a) + i]
                 own_b = own_b if scale is None else own_b * scale.double().unsqueeze(-1)
                 ys.append(batched_lora(x, None if weight is None else weight.double(), leaves[i], own_b,
-                                       residual=residuals[i], cu_seqlens=self.bounds))  # fmt: skip
+                                       residual=residuals[i], cu_seqlens=self.bounds.cpu()))  # fmt: skip
             loss = sum((y * grad.double()).sum() for y, grad in zip(ys, grads, strict=True))
             inputs = [x, *(t for t in residuals if t is not None)]
             found = torch.autograd.grad(loss, [*inputs, *leaves])
             results += [*ys, *found[: len(inputs)]]
             adapter_adamw(
-                [t[:1] for t in (*a, *b)], [t.unsqueeze(0) for t in found[len(inputs) :]], squares, steps,
+                [t[:1] for t in (*a, *b)], [t.unsqueeze(0) for t in found[len(inputs) :]], squares, steps.cpu(),
                 exp_avgs=means, beta1=self.case.beta1, **ADAM,
             )  # fmt: skip
         return [t.detach() for t in (*results, *a, *b)]
+
+
+def _on_the_cpu(tensors):
+    """Tensors, None and lists of them, moved."""
+    if isinstance(tensors, list | tuple):
+        return [_on_the_cpu(each) for each in tensors]
+    return None if tensors is None else tensors.cpu()
 
 
 def _assert_equals_the_parts(case, dtype, device="cpu", surroundings=contextlib.nullcontext):
@@ -116,7 +122,7 @@ def _assert_equals_the_parts(case, dtype, device="cpu", surroundings=contextlib.
     with surroundings():
         found = problem.ours()
     for number, (mine, truth) in enumerate(zip(found, wanted, strict=True)):
-        error, size = (mine.double() - truth).norm(), truth.norm()
+        error, size = (mine.double().cpu() - truth).norm(), truth.norm()
         assert error <= LOOSE[dtype] * size, f"result {number} of {case}: {error:.2e} of {size:.2e}"
     for values, length, count in zip(problem.b[0][0], case.lengths, case.steps, strict=True):
         assert values.any() == (length > 0 and count > 0)  # a document that takes no step keeps its zero
