@@ -37,6 +37,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Sum of_block[kCluster];
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   Sum own = {0.0f, 0};
+#if __CUDA_ARCH__ >= 900
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  cluster.sync();  // every block has started: only then may others write into its shared memory
+#endif
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; first < rows;
        first += kUnroll * step) {
     float loss[kUnroll];
@@ -55,7 +59,6 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x < 32) own = warp_sum(of_warp[threadIdx.x]);
 #if __CUDA_ARCH__ >= 900
-  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
   if (threadIdx.x == 0) *cluster.map_shared_rank(of_block + blockIdx.x, 0) = own;
   cluster.sync();
 #else
