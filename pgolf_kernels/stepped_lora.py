@@ -139,6 +139,7 @@ class LoraPass:
         # What every call depends on, so that autograd comes to each, also where x needs no gradient. It gets none.
         self.anchor = torch.zeros((), device=cu_seqlens.device, requires_grad=step is not None)
         self._tiles: Any = None
+        self._rows: int | None = None
         self._seen: set[int] = set()
 
     def tiles(self, x: Tensor) -> Any:
@@ -147,9 +148,25 @@ class LoraPass:
             self._tiles = kernels("batched_lora").tiles_of(x, Layout(0, self.cu_seqlens, None))
         return self._tiles
 
-    def enter(self, adapters: Adapters) -> None:
+    def enter(self, adapters: Adapters, x: Tensor) -> None:
+        """Checks that a call belongs to this pass, and that no other has used its adapters."""
+        documents, bounds = adapters.a[0].value.shape[0], self.cu_seqlens
+        if bounds.dtype != torch.int32 or bounds.shape != (documents + 1,) or bounds.device != x.device:
+            raise ValueError(
+                f"cu_seqlens: got {bounds.dtype} of shape {tuple(bounds.shape)} on {bounds.device}, wanted torch.int32 "
+                f"of shape ({documents + 1},) on x's {x.device}"
+            )
+        if self._rows not in (None, x.shape[0]):
+            raise ValueError(f"x: got {x.shape[0]} rows, wanted {self._rows} as in the pass's other calls")
+        self._rows = x.shape[0]
         if self.step is None:
             return
+        if self.step.steps.shape != (documents,):
+            raise ValueError(f"steps: got shape {tuple(self.step.steps.shape)}, wanted ({documents},)")
+        if (self.step.beta1 > 0) != (adapters.a[0].mean is not None):
+            raise ValueError(
+                f"beta1: got {self.step.beta1}, wanted it to fit the adapters' mean={self.step.beta1 <= 0}"
+            )
         if id(adapters) in self._seen:
             raise RuntimeError(
                 "stepped_lora: got the same adapters twice in one pass, wanted each once: its gradient is a sum then"
@@ -157,8 +174,13 @@ class LoraPass:
         self._seen.add(id(adapters))
 
     def backward(self, loss: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """Steps every adapter that the loss has come through; returns the gradients of `others`."""
-        return torch.autograd.grad(loss, [self.anchor, *others], allow_unused=True)[1:]
+        """Steps every adapter that the loss has come through; returns the gradients of `others`, 0 where unused.
+
+        Raises RuntimeError for a pass without a step.
+        """
+        if self.step is None:
+            raise RuntimeError("LoraPass.backward: got a pass without step, wanted one with an AdamStep")
+        return torch.autograd.grad(loss, [self.anchor, *others], materialize_grads=True)[1:]
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -269,7 +291,7 @@ def stepped_lora(
 
     x [N, in]; weights [out, in] or None, frozen; `adapters` one slot of a SteppedLora; residuals [N, out]; out_scales
     [out], frozen, which must stay as they are from a document's handing over to its end. Returns [N, out] each, in x's
-    dtype.
+    dtype. Between a call and its pass's backward nobody else may change A and B: autograd does not watch them.
 
     Raises ValueError for shapes, lengths and tensors that are not frozen, TypeError for dtypes, RuntimeError where a
     pass that steps uses the same adapters again.
@@ -297,7 +319,7 @@ def stepped_lora(
                 raise ValueError(f"{name}[{i}]: got shape {tuple(tensor.shape)}, wanted {shape}")
             if tensor is not None and tensor.requires_grad and name != "residuals" and torch.is_grad_enabled():
                 raise ValueError(f"{name}[{i}]: got a tensor that requires a gradient, wanted a frozen one")
-    through.enter(adapters)
+    through.enter(adapters, x)
     rows_of_b = [None if scale is None else scale.contiguous() for scale in out_scales]
     call = _Call(list(weights), adapters, rows_of_b, through)
     return list(_Stepped.apply(through.anchor, call, x.contiguous(), *residuals))

@@ -33,6 +33,7 @@ CASES = [
     Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=True),
 ]
 ADAM = {"lr": 1e-2, "beta2": 0.99, "eps": 1.0, "weight_decay": 0.1}  # a small eps would make signs of gradients
+BOUNDS = torch.tensor([0, 70, 70, 79]).int()
 LOOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -174,6 +175,27 @@ def test_input_without_gradient_still_steps():
     assert problem.b[0].any()
 
 
+def test_what_a_loss_does_not_reach_has_no_gradient():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    unused = torch.ones(3, requires_grad=True)
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
+    (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+    (gradient,) = through.backward(y.sum(), [unused])
+    assert torch.equal(gradient, torch.zeros(3))
+    with pytest.raises(RuntimeError, match="got a pass without step"):
+        LoraPass(problem.bounds).backward(y.sum())
+
+
+def test_one_pass_has_one_number_of_rows():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds)
+    stepped_lora(x, weights, problem.stepped[0], through)
+    with pytest.raises(ValueError, match="x: got 80 rows, wanted 84 as in the pass's other calls"):
+        stepped_lora(x[:80], weights, problem.stepped[1], through)
+
+
 def test_the_same_adapters_twice_in_a_pass_raise():
     problem = _Problem(CASES[0], torch.float32)
     x, weights, *_ = problem.inputs[0]
@@ -193,6 +215,10 @@ def test_the_same_adapters_twice_in_a_pass_raise():
         ({"weights": [torch.randn(40, 24, requires_grad=True)]}, ValueError, "wanted a frozen one"),
         ({"residuals": [torch.randn(3, 40)]}, ValueError, r"residuals\[0\]: got shape \(3, 40\)"),
         ({"out_scales": [torch.randn(39)]}, ValueError, r"out_scales\[0\]: got shape \(39,\), wanted \(40,\)"),
+        ({"through": LoraPass(torch.zeros(3).int())}, ValueError, r"cu_seqlens: got torch.int32 of shape \(3,\)"),
+        ({"through": LoraPass(torch.zeros(4))}, ValueError, "cu_seqlens: got torch.float32"),
+        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(2), **ADAM))}, ValueError, r"steps: got shape \(2,\)"),
+        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(3), beta1=0.9, **ADAM))}, ValueError, "beta1: got 0.9"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -177,9 +177,9 @@ class AdapterBank:
 
     def learn(self, loss: Tensor, through: LoraPass) -> None:
         """The backward pass of a loss that came through `adapters(through)`, and one optimiser step."""
-        grads = through.backward(loss, self.leaves)
         step = through.step
         assert step is not None, "opened without steps"
+        grads = through.backward(loss, self.leaves)
         with torch.no_grad():
             if self.config.ttt_optimizer == "adam":
                 self._adam(grads, step)
