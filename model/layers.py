@@ -30,7 +30,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def add_linear_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total + x W^T, written over `total`: the product's accumulator starts from it without a copy.
 
-    total [..., out], x [..., in], weight [out, in]. In place on a view, autograd would copy the gradient three times.
+    total [..., out] and x [..., in], not in one memory, weight [out, in]. In place on a view, autograd would copy the
+    gradient three times.
     """
     return _AddLinear.apply(total, x, weight)
 

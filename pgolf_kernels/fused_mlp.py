@@ -58,6 +58,7 @@ def _runs_native(x: torch.Tensor, hidden_dim: int) -> bool:
         and x.shape[0] < 2**30
         and 8 <= x.shape[1] <= 512
         and x.shape[1] % 8 == 0
+        and hidden_dim > 0
         and hidden_dim % 128 == 0
         and hasattr(_native, "fused_mlp_up_cuda")
         and compute_capability(x.device.index) == 90
@@ -255,17 +256,19 @@ def fused_mlp(
     accumulators); hidden_gain [F] or None; residual [..., D_out] in x's dtype or None. D, F and D_out are
     free; a GPU's copy engine wants rows of 16 bytes, other sizes are copied to padded tensors. Returns y [..., D_out],
     with `return_hidden` also the input of W_down [..., F], which carries no gradient (it serves Hessian collection).
-    `in_place` adds to a contiguous residual where it lies and returns that, which spares the GPU a copy of it.
+    `in_place` adds to a contiguous residual where it lies and returns that, which spares the GPU a copy of it; x must
+    lie in other memory.
 
     Frozen weights cost no weight gradient. Saved for the backward beside the inputs: F elements of x's dtype a row
     (float16 and unfused dtypes: 2 F). Raises ValueError for shapes, devices and slopes, TypeError for
     dtypes.
     """
     _check(x, w_up, w_down, negative_slope, hidden_gain)
-    if residual is not None and (residual.shape != (*x.shape[:-1], w_down.shape[0]) or residual.dtype != x.dtype):
+    wanted = (*x.shape[:-1], w_down.shape[0])
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (wanted, x.dtype, x.device):
         raise ValueError(
-            f"residual: got shape {tuple(residual.shape)} of {residual.dtype}, "
-            f"wanted {(*x.shape[:-1], w_down.shape[0])} of {x.dtype}"
+            f"residual: got shape {tuple(residual.shape)} of {residual.dtype} on {residual.device}, "
+            f"wanted {wanted} of {x.dtype} on {x.device}"
         )
     if hidden_gain is not None:
         # (h * gain) W^T = h (W * gain)^T: a pass over the small matrix instead of one over the activations. Both
@@ -274,7 +277,13 @@ def fused_mlp(
     flat = x.reshape(-1, x.shape[-1])
     if in_place:
         if residual is None or return_hidden or not residual.is_contiguous():
-            raise ValueError("in_place: wanted a contiguous residual, and no return_hidden beside it")
+            found = "none" if residual is None else f"one with strides {residual.stride()}"
+            raise ValueError(
+                f"in_place: got residual {found} and return_hidden={return_hidden}, "
+                "wanted a contiguous residual and no return_hidden"
+            )
+        if x.numel() and residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise ValueError("in_place: got a residual in x's memory, wanted one of its own: x is read once more")
         return _AddMlp.apply(residual, flat, w_up, w_down, float(negative_slope))
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
     y, hidden, _ = _forward_op(flat, w_up, w_down, flat_residual, float(negative_slope))

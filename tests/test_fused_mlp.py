@@ -113,8 +113,12 @@ def test_in_place_is_the_same_sum_and_gradient_on_the_residual_itself():
         found.append([y.detach().clone(), *torch.autograd.grad(y, [*leaves, start, gain], upstream)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match="in_place: wanted a contiguous residual"):
+    with pytest.raises(ValueError, match=r"in_place: got residual none .* wanted a contiguous residual"):
         fused_mlp(*leaves, in_place=True)
+    both = torch.zeros(residual.numel() + leaves[0].numel())
+    beside, within = both[: residual.numel()].view_as(residual), both[residual.numel() :].view_as(leaves[0])
+    with pytest.raises(ValueError, match="in_place: got a residual in x's memory"):
+        fused_mlp(within, *leaves[1:], residual=beside, in_place=True)
 
 
 def test_op_contract():
