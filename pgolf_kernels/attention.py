@@ -415,6 +415,8 @@ def varlen_attention(
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     keys, values = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (k, v))
+    if not keys or not values:
+        raise ValueError(f"k, v: got {len(keys)} and {len(values)} aliases, wanted at least one each")
     _check(q, keys[0], values[0], cu_seqlens_q, cu_seqlens_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rest = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale)
@@ -425,6 +427,9 @@ def varlen_attention(
             f"k, v: got {len(keys)} and {len(values)} aliases, wanted one each or as many as a key has query heads "
             f"({q.shape[1] // keys[0].shape[1]})"
         )
+    for name, aliases in (("k", keys), ("v", values)):
+        if any((t.shape, t.dtype, t.device) != (aliases[0].shape, q.dtype, q.device) for t in aliases):
+            raise ValueError(f"{name}: got tensors that differ in shape, dtype or device, wanted aliases of one tensor")
     return _AliasedKeys.apply(q, *rest, *keys, *values)
 
 

@@ -150,7 +150,7 @@ def _project(
 def split_heads(raw: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
     """q [N, H, d], k and v [N, Hkv, d] of raw [N, (H + 2 Hkv) d]: views."""
     dim = raw.shape[1] // (heads + 2 * kv_heads)
-    return raw.view(raw.shape[0], -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+    return raw.view(raw.shape[0], heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
 
 
 def _project_fake(x, w_q, w_k, w_v, gain, cos, sin, eps):
@@ -279,6 +279,8 @@ def qkv_rope(
     are added within this function's backward kernel. v is a strided view of all three projections. Raises ValueError
     for shapes, TypeError for dtypes.
     """
+    if min(key_readers, value_readers) < 1:
+        raise ValueError(f"key_readers, value_readers: got {key_readers} and {value_readers}, wanted at least 1")
     if gain.dim() != 1 or w_q.dim() != 2 or gain.numel() == 0 or w_q.shape[0] % gain.numel():
         raise ValueError(f"w_q: got shape {tuple(w_q.shape)}, wanted [H d, D] for H = {gain.numel()} gains")
     head_dim = w_q.shape[0] // gain.numel()

@@ -157,6 +157,9 @@ def test_strided_and_empty_inputs():
         torch.testing.assert_close(mine, wanted)
     none = qk_rope(torch.empty(2, 0, 4, 8), torch.empty(2, 0, 2, 8), gain, torch.empty(0, 3), torch.empty(0, 3))
     assert [t.shape for t in none] == [(2, 0, 4, 8), (2, 0, 2, 8)]
+    weights = torch.randn(32, 10), torch.randn(16, 10), torch.randn(16, 10)
+    q, keys, values = qkv_rope(torch.empty(0, 10), *weights, torch.ones(4), torch.empty(0, 3), torch.empty(0, 3))
+    assert [t.shape for t in (q, *keys, *values)] == [(0, 4, 8), (0, 2, 8), (0, 2, 8)]
 
 
 def test_double_backward_raises():
