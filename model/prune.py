@@ -75,7 +75,7 @@ class _Plain(ast.NodeTransformer):
             node.annotation = ast.copy_location(ast.Constant(0), node.annotation)
             return node
         if node.value is None:
-            return None
+            return ast.copy_location(ast.Pass(), node)
         return ast.copy_location(ast.Assign([node.target], node.value), node)
 
 
@@ -193,7 +193,7 @@ class _Reach:
         while self._queue:
             module, node = self._queue.pop()
             if isinstance(node, ast.ClassDef) and not node.bases:
-                for part in (*node.decorator_list, *node.body):
+                for part in (*node.decorator_list, *node.keywords, *node.body):
                     if isinstance(part, ast.FunctionDef) and not part.name.startswith("__"):
                         self._when_met(part.name, module, part)
                     else:
