@@ -221,7 +221,7 @@ def backward(
     sums = wanted[0]
     d_streams = [torch.empty_like(s) if want else s.new_empty(0) for s, want in zip(streams, wanted[1:], strict=True)]
     if rows == 0:
-        return d_streams, torch.zeros_like(coefficients) if sums else first.new_empty(0)
+        return d_streams, torch.zeros_like(coefficients) if sums else coefficients.new_empty(0)
     programs = _programs(rows, launch.rows, first, launch.programs)
     partial = first.new_empty((programs, len(streams), dim) if sums else 1, dtype=torch.float32)
     with torch.cuda.device_of(first):
@@ -234,7 +234,7 @@ def backward(
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
             num_warps=launch.warps,
         )  # fmt: skip
-    return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else first.new_empty(0)
+    return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else coefficients.new_empty(0)
 
 
 def _bits(flags: Iterable[bool]) -> int:

@@ -3,7 +3,8 @@
     y[i] = table[ids[i]]                    dtable[v] = sum over the i with ids[i] = v of dy[i]
 
 ids [...] integers in [0, V), table [V, D], y [..., D] in any floating-point dtype (`dtype`; the table is cast first).
-The gradient has the table's dtype and comes straight from fp32 sums (fp64 for fp64), with the same bits each time.
+The gradient has the table's dtype and comes straight from fp32 sums (fp64 for fp64), with the same bits each time where
+the kernel runs (not fp64 on a GPU).
 
 On a GPU positions are sorted by index; tiles of the sorted positions are summed by segment as a product with a matrix
 of zeros and ones, and what of a segment lies in several tiles is added in a second pass. No atomics, no gradient in

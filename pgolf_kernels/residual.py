@@ -15,8 +15,8 @@ instead of the originals has t_k added inside this kernel, not by a pass of its 
 frozen coefficients or of an input that is not learnt, are neither computed nor written.
 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
-streams stay as they are saved for backward: nothing else is kept, u and r are computed again. The norm of one stream
-alone keeps n and r instead, so that x may be written over. Given up: a kernel per form of sum, which could fold
+streams themselves are what is kept for the backward; u and r are computed again. The norm of one stream alone keeps n
+and r instead, so that x may be written over. Given up: a kernel per form of sum, which could fold
 coefficients known to be one, and would have to be written nine times.
 
 Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
@@ -136,7 +136,7 @@ def _backward(
         for c, t, want in zip(weights, through, wanted[1:], strict=True)
     ]
     if not wanted[0]:
-        return d_streams, first.new_empty(0)
+        return d_streams, coefficients.new_empty(0)
     return d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
 
 

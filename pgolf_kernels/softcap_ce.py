@@ -110,9 +110,9 @@ def _launch(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *a
     if not len(logits):
         return
     if logits.is_cuda:
-        # Those that write a gradient hand out their rows by a counter.
-        claimed = () if name == "softcap_ce_forward" else (logits.new_empty(1, dtype=torch.int32).data_ptr(),)
-        getattr(_native, f"{name}_cuda")(*args, *claimed, *stream_of(logits))
+        # Those that write a gradient hand out their rows by a counter, which has to live until they are queued.
+        counters = [] if name == "softcap_ce_forward" else [logits.new_empty(1, dtype=torch.int32)]
+        getattr(_native, f"{name}_cuda")(*args, *(counter.data_ptr() for counter in counters), *stream_of(logits))
         return
     row = getattr(_native, f"{name}_cpu")(*args, num_threads())
     if row is not None and row >= 0:
