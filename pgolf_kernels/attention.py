@@ -105,7 +105,7 @@ def attention_backend_info() -> dict[str, str]:
     found = _flash_attention_3()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    toolkit = "cu" + (torch.version.cuda or "XXX").replace(".", "")
+    toolkit = "cu" + (torch.version.cuda or "<CUDA version>").replace(".", "")
     release = "torch" + "".join(torch.__version__.split("+")[0].split(".")[:3])
     wheels = f"https://windreamer.github.io/flash-attention3-wheels/{toolkit}_{release}/"
     return {

@@ -152,6 +152,7 @@ def test_the_choice_of_backend_is_visible_and_checked():
     info = attention_backend_info()
     assert info["backend"] == attention_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert "--find-links" in info["wheel"] and "not verified" in info["wheel"]
+    assert torch.version.cuda is not None or "cu<CUDA version>_torch" in info["wheel"]
     with pytest.raises(ValueError, match="name: got 'math', wanted one of auto, fa3, torch"):
         set_attention_backend("math")
     if _flash_attention_3() is None:
