@@ -19,22 +19,16 @@ logits again: four.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from pgolf_kernels._linear_softcap_ce_head import Gradients, Head, check_head, dtypes_of, times_factor
 from pgolf_kernels._native_op import register_op
-from pgolf_kernels._triton_op import kernels, runs_triton
-from pgolf_kernels.batched_lora import _RESIDUAL as RESIDUAL
-from pgolf_kernels.batched_lora import MAX_RANK
-from pgolf_kernels.batched_lora import _backward_kernel as lora_backward
-from pgolf_kernels.batched_lora import _forward as lora_forward
 from pgolf_kernels.batched_lora import _forward_fake as lora_forward_fake
 from pgolf_kernels.softcap_ce import (
-    check_float,
     check_indices,
     check_reduction,
     check_softcap,
@@ -106,154 +100,6 @@ def config_of(tensor: Tensor) -> HeadConfig:
     return CUDA_CONFIG if tensor.device.type == "cuda" else CPU_CONFIG
 
 
-# --- the head, a chunk of rows at a time ------------------------------------------------------------------------------
-
-
-class Head:
-    """Hidden states, weight and adapters in the compute dtype, and the products that a chunk of rows needs.
-
-    With adapters the rows are sorted by document (`order`), for batched_lora.py's products by document.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
-    ):
-        self.hidden = hidden
-        self.weight = weight.to(hidden.dtype)
-        self.order: Tensor | None = None
-        if lora_a is None or lora_b is None or doc_ids is None:
-            return
-        self.adapters = [lora_a], [lora_b]
-        documents = len(lora_a)
-        if (
-            not doc_ids.is_cuda
-            and len(doc_ids)
-            and not 0 <= (extremes := doc_ids.aminmax()).min <= extremes.max < documents
-        ):
-            raise IndexError(
-                f"doc_ids: got {extremes.min.item()} to {extremes.max.item()}, wanted indices in [0, {documents})"
-            )
-        known = doc_ids.where((doc_ids >= 0) & (doc_ids < documents), documents)  # rows of no document go last
-        ids, self.order = known.sort(stable=True)
-        bounds = torch.arange(documents + 1, device=ids.device)
-        self.bounds = torch.searchsorted(ids, bounds, out_int32=True)
-        self.hidden = hidden[self.order]
-
-    def sorted(self, rows: Tensor) -> Tensor:
-        return rows if self.order is None else rows[self.order]
-
-    def unsorted(self, rows: Tensor) -> Tensor:
-        return (
-            rows if self.order is None or not rows.numel() else torch.empty_like(rows).index_copy_(0, self.order, rows)
-        )
-
-    def chunks(self, chunk_bytes: int) -> Iterator[slice]:
-        count = max(1, chunk_bytes // (self.weight.shape[0] * self.hidden.element_size()))
-        for start in range(0, max(1, len(self.hidden)), count):
-            yield slice(start, min(start + count, len(self.hidden)))
-
-    def bounds_in(self, rows: slice) -> Tensor:
-        return (self.bounds - rows.start).clamp(0, rows.stop - rows.start)
-
-    def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """A chunk's logits, and what the adapters' gradients need: x A^T and the adapters in hidden's dtype."""
-        hidden = self.hidden[rows]
-        if self.order is None:
-            return torch.mm(hidden, self.weight.T, out=out), []
-        base = hidden @ self.weight.T
-        a, b = self.adapters
-        logits, *kept = lora_forward(hidden, [], a, b, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
-        return logits if out is None else out.copy_(logits), kept
-
-
-class Gradients:
-    """The inputs' gradients, summed over chunks of rows in float32 at least; None where none is wanted.
-
-    `chunks`: how many; None if the sums themselves are wanted and not the rounded ones.
-    """
-
-    def __init__(self, head: Head, needs: list[bool], dtypes: tuple[torch.dtype | None, ...], chunks: int | None):
-        self.head, self.needs, self.dtypes = head, needs, dtypes
-        wide, own = loss_dtype(head.hidden), dtypes[1] or torch.float32
-        self.sum_dtype = own if chunks == 1 and own in (head.hidden.dtype, wide) else wide
-        self.hidden: Tensor | None = None
-        self.weight: Tensor | None = None
-        self.lora_a: Tensor | None = None
-        self.lora_b: Tensor | None = None
-
-    def add(
-        self, dlogits: Tensor, scale: Tensor | None, rows: slice, kept: list[Tensor], scaled: Tensor | None = None
-    ) -> None:
-        """Adds a chunk whose logits have the gradients scale[i] * dlogits[i]; `kept` is what `logits` gave.
-
-        `scaled`, without adapters and scale: the chunk's hidden states times the factors that dlogits lack. dweight
-        gets them from there, dhidden goes without.
-        """
-        head = self.head
-        scaled = times(head.hidden[rows], scale) if scaled is None else scaled
-        if self.needs[1]:
-            self.weight = add_product(self.weight, dlogits.T, scaled, self.sum_dtype)
-        dhidden = None
-        if kept:
-            inner, low = kept
-            a, b = head.adapters
-            bounds, wants = head.bounds_in(rows), self.needs[0]
-            low_rank: tuple[Any, ...] = (times(inner, scale), low, [0], bounds, None, 0, 1.0, wants, [])
-            dhidden, d_a, d_b = lora_backward([dlogits], scaled, [], a, b, *low_rank)
-            self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
-            self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
-        del scaled  # as large as what comes next
-        if self.needs[0]:
-            self.hidden = torch.empty_like(head.hidden) if self.hidden is None else self.hidden
-            own = torch.mm(dlogits, head.weight, out=self.hidden[rows])
-            if dhidden is not None:
-                own += dhidden
-            times(own, scale, own)
-
-    def sums(self) -> tuple[Tensor, ...]:
-        """As they were summed; an empty tensor where no gradient was wanted (an op returns no optional tensors)."""
-        hidden = None if self.hidden is None else self.head.unsorted(self.hidden)
-        return tuple(
-            total if need and total is not None else self.head.hidden.new_empty(0)
-            for total, need in zip((hidden, self.weight, self.lora_a, self.lora_b), self.needs, strict=True)
-        )
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """In the inputs' dtypes."""
-        return tuple(
-            total.to(dtype) if need else total
-            for total, need, dtype in zip(self.sums(), self.needs, self.dtypes, strict=True)
-        )
-
-
-def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """rows * scale[:, None] with one rounding, to the rows' dtype; the rows themselves without a scale."""
-    if scale is None:
-        return rows
-    out = torch.empty_like(rows) if out is None else out
-    if runs_triton(rows) and rows.dtype != torch.float64:
-        # The kernel reads one number after the other; an upstream gradient expanded from a scalar has stride 0.
-        return kernels("linear_softcap_ce").scale_rows(rows, scale.contiguous(), out)
-    return torch.mul(rows, scale[:, None], out=out)
-
-
-def times_factor(sums: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """sums * factor, one number or one for each row, with one rounding to out's dtype; `out` may be `sums`."""
-    if sums.dim() == 2:
-        return times(sums, factor.expand(len(sums)), out)
-    return torch.mul(sums, factor, out=out)
-
-
-def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a @ b with float32 accumulators, as `dtype` without a rounding in between."""
-    if not a.is_cuda:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        a, b = a.to(wide), b.to(wide)
-    if a.dtype == dtype or not a.is_cuda:
-        return a @ b if total is None else total.addmm_(a, b)
-    return torch.mm(a, b, dtype) if total is None else torch.addmm(total, a, b, dtype, out=total)
-
-
 # --- ops --------------------------------------------------------------------------------------------------------------
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? lora_a, Tensor? lora_b, Tensor? doc_ids"
@@ -269,14 +115,6 @@ def _new_losses(hidden: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor]:
     return losses, torch.empty_like(losses) if hints is not None else losses.new_empty(0)
 
 
-def _fused(head: Head, softcap: float, temperature: float) -> Any:
-    """The module of Triton kernels if they take this head, else None."""
-    if head.order is not None or not runs_triton(head.hidden):
-        return None
-    module = kernels("linear_softcap_ce")
-    return module if module.takes(head.hidden, head.weight, softcap, temperature) else None
-
-
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -290,7 +128,7 @@ def _forward(
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
-    if fused := _fused(head, *scalars[:2]):
+    if fused := head.fused(*scalars[:2]):
         inverse = torch.empty_like(losses)
         fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse)
         return losses, hint_log_probs, inverse
@@ -316,7 +154,7 @@ def _keep(
     targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
     losses, hint_log_probs = _new_losses(hidden, hints)
     scale = torch.ones_like(losses)
-    if fused := _fused(head, *scalars[:2]):
+    if fused := head.fused(*scalars[:2]):
         powers = hidden.new_empty(len(hidden), len(weight))
         fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, scale, powers)
         return losses, hint_log_probs, powers, scale, hidden.new_empty(0), hidden.new_empty(0)
@@ -355,8 +193,8 @@ def _learn(
     losses, hint_log_probs = _new_losses(hidden, hints)
     scale, lse = torch.ones_like(losses), torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).chunk))
-    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), None)
-    fused = _fused(head, *scalars[:2])
+    grads = Gradients(head, needs, None)
+    fused = head.fused(*scalars[:2])
     buffer = hidden.new_empty(chunks[0].stop, len(weight))
     room = torch.empty_like(hidden[chunks[0]]) if fused else hidden
     # With many small chunks the launching thread is what may fall behind: slices are made at once.
@@ -386,10 +224,6 @@ def _learn(
     return total, head.unsorted(hint_log_probs), share, scale, *grads.sums()
 
 
-def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-
-
 def _backward(
     upstream: Tensor,
     dlogits: Tensor,
@@ -406,7 +240,7 @@ def _backward(
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     factor = head.sorted(upstream) * scale
     chunks = list(head.chunks(config_of(hidden).kept_chunk))
-    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), len(chunks))
+    grads = Gradients(head, needs, len(chunks))
     for rows in chunks:
         grads.add(dlogits[rows], factor[rows], rows, [] if lora_a is None else [inner[rows], low])
     return grads.outputs()
@@ -428,9 +262,9 @@ def _recompute(
     head = Head(hidden, weight, lora_a, lora_b, doc_ids)
     targets, upstream = head.sorted(targets), head.sorted(upstream)
     chunks = list(head.chunks(config_of(hidden).chunk))
-    grads = Gradients(head, needs, _dtypes(hidden, weight, lora_a, lora_b), len(chunks))
+    grads = Gradients(head, needs, len(chunks))
     softcap, temperature, _ = scalars
-    fused = _fused(head, softcap, temperature)
+    fused = head.fused(softcap, temperature)
     factor, at_target, one = upstream * sums, upstream / temperature, upstream.new_ones(1)
     buffer = hidden.new_empty(chunks[0].stop, len(weight))
     for rows in chunks:
@@ -550,7 +384,7 @@ def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 
 def _setup_learn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtypes = _dtypes(*(inputs[i] for i in _DIFFERENTIABLE))
+    ctx.dtypes = dtypes_of(*(inputs[i] for i in _DIFFERENTIABLE))
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -601,35 +435,6 @@ _learn_op = register_op(
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
-) -> Tensor | None:
-    """Shapes, dtypes and devices; returns doc_ids as the ops take them."""
-    check_float("hidden", hidden)
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden: got shape {list(hidden.shape)}, wanted [N, D]")
-    rows, width = hidden.shape
-    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {width}] with V > 0")
-    given = [tensor is not None for tensor in (lora_a, lora_b, doc_ids)]
-    if any(given) != all(given):
-        raise ValueError(f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted all three or none")
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor is None:
-            continue
-        check_float(name, tensor)
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: got device {tensor.device}, wanted {hidden.device}")
-    if lora_a is None or lora_b is None or doc_ids is None:
-        return None
-    if lora_a.dim() != 3 or lora_a.shape[2] != width or not 1 <= lora_a.shape[1] <= MAX_RANK:
-        raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, wanted [B, r, {width}] with 1 <= r <= {MAX_RANK}")
-    wanted = (lora_a.shape[0], weight.shape[0], lora_a.shape[1])
-    if lora_b.shape != wanted:
-        raise ValueError(f"lora_b: got shape {list(lora_b.shape)}, wanted {list(wanted)}")
-    return check_indices("doc_ids", doc_ids, rows, hidden.device)
-
-
 def linear_softcap_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -674,7 +479,7 @@ def linear_softcap_cross_entropy(
     cap = check_softcap(softcap)
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, wanted a positive number")
-    doc_ids = _check(hidden, weight, lora_a, lora_b, doc_ids)
+    doc_ids = check_head(hidden, weight, lora_a, lora_b, doc_ids)
     targets = check_indices("targets", targets, len(hidden), hidden.device)
     if hints is not None:
         hints = check_indices("hints", hints, len(hidden), hidden.device)
