@@ -19,6 +19,7 @@ logits again: four.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -115,48 +116,55 @@ def _new_losses(hidden: Tensor, hints: Tensor | None) -> tuple[Tensor, Tensor]:
     return losses, torch.empty_like(losses) if hints is not None else losses.new_empty(0)
 
 
+def _prepared(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An op over `_INPUTS` and hints from a `kernel` over the head and what goes with its rows, in the head's order.
+
+    `kernel` gets targets [N], hints [N] or None, room for losses [N] and log p(hint) [N] or [0], and the op's other
+    arguments. It puts into the caller's order what it returns by row and the caller reads by row.
+    """
+
+    def op(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        doc_ids: Tensor | None,
+        hints: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        head = Head(hidden, weight, lora_a, lora_b, doc_ids)
+        targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
+        return kernel(head, targets, hints, *_new_losses(hidden, hints), *rest)
+
+    return op
+
+
+@_prepared
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    doc_ids: Tensor | None,
-    hints: Tensor | None,
-    *scalars: Any,
+    head: Head, targets: Tensor, hints: Tensor | None, losses: Tensor, hint_log_probs: Tensor, *scalars: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
-    losses, hint_log_probs = _new_losses(hidden, hints)
     if fused := head.fused(*scalars[:2]):
         inverse = torch.empty_like(losses)
-        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse)
+        fused.losses(head.hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, inverse)
         return losses, hint_log_probs, inverse
     lse = torch.empty_like(losses)
-    for rows in head.chunks(config_of(hidden).chunk):
+    for rows in head.chunks(config_of(head.hidden).chunk):
         logits, _ = head.logits(rows)
         out = (losses[rows], lse[rows], hint_log_probs[rows])
         launch_forward(logits, targets[rows], _part(hints, rows), scalars, *out)
     return head.unsorted(losses), head.unsorted(hint_log_probs), lse
 
 
+@_prepared
 def _keep(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    doc_ids: Tensor | None,
-    hints: Tensor | None,
-    *scalars: Any,
+    head: Head, targets: Tensor, hints: Tensor | None, losses: Tensor, hint_log_probs: Tensor, *scalars: Any
 ) -> tuple[Tensor, ...]:
-    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
-    losses, hint_log_probs = _new_losses(hidden, hints)
+    hidden, weight = head.hidden, head.weight
     scale = torch.ones_like(losses)
     if fused := head.fused(*scalars[:2]):
         powers = hidden.new_empty(len(hidden), len(weight))
-        fused.losses(hidden, head.weight, targets, hints, *scalars, losses, hint_log_probs, scale, powers)
+        fused.losses(hidden, weight, targets, hints, *scalars, losses, hint_log_probs, scale, powers)
         return losses, hint_log_probs, powers, scale, hidden.new_empty(0), hidden.new_empty(0)
     lse = torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).kept_chunk))
@@ -174,23 +182,20 @@ def _keep(
     return head.unsorted(losses), head.unsorted(hint_log_probs), dlogits, scale, inner_rows, low
 
 
+@_prepared
 def _learn(
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    doc_ids: Tensor | None,
     hints: Tensor | None,
+    losses: Tensor,
+    hint_log_probs: Tensor,
     needs: list[bool],
     reduction: str,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
     """The losses' sum or mean, log p(hint), the weight of a loss therein, and the gradients of the sum, of which
     dhidden[i] is to be multiplied by the fourth result [N]."""
-    head = Head(hidden, weight, lora_a, lora_b, doc_ids)
-    sorted_targets, hints = head.sorted(targets), None if hints is None else head.sorted(hints)
-    losses, hint_log_probs = _new_losses(hidden, hints)
+    hidden, weight = head.hidden, head.weight
     scale, lse = torch.ones_like(losses), torch.empty_like(losses)
     chunks = list(head.chunks(config_of(hidden).chunk))
     grads = Gradients(head, needs, None)
@@ -198,7 +203,7 @@ def _learn(
     buffer = hidden.new_empty(chunks[0].stop, len(weight))
     room = torch.empty_like(hidden[chunks[0]]) if fused else hidden
     # With many small chunks the launching thread is what may fall behind: slices are made at once.
-    parts = zip(*(t.split(len(buffer)) for t in (head.hidden, sorted_targets, losses, lse, scale)), strict=True)
+    parts = zip(*(t.split(len(buffer)) for t in (hidden, targets, losses, lse, scale)), strict=True)
     pairs: Any = [(None, hint_log_probs)] * len(chunks)
     if hints is not None:
         pairs = zip(hints.split(len(buffer)), hint_log_probs.split(len(buffer)), strict=True)
@@ -209,7 +214,7 @@ def _learn(
         if fused:
             scaled = room if full else room[: len(x)]
             results = (loss, hint_log_prob, own_scale, logits, scaled)
-            fused.losses(x, head.weight, target, hint, *scalars, *results)
+            fused.losses(x, weight, target, hint, *scalars, *results)
             grads.add(logits, None, rows, [], scaled)
         else:
             _, kept = head.logits(rows, logits)
@@ -217,7 +222,7 @@ def _learn(
             grads.add(logits, None, rows, kept)
     # Where logits are made, `scale` was the upstream gradient of their pass: 1 in any order.
     if reduction == "mean":
-        total, share = launch_mean(losses, sorted_targets, scalars[2])
+        total, share = launch_mean(losses, targets, scalars[2])
     else:
         total, share = losses.sum(), losses.new_ones(())
     del buffer, logits
