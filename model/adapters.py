@@ -85,32 +85,56 @@ class Adapters:
     def pair(self, kind: str, slot: int) -> tuple[Tensor, Tensor]:
         return self.a[kind][slot], self.b[kind][slot]
 
-    def qkv(self, slot: int, x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """The three projections of x, each with its adapter where there is one."""
-        present = [kind for kind in ("q", "k", "v") if kind in self.a]
-        pairs = [self.pair(kind, slot) if kind in present else (None, None) for kind in ("q", "k", "v")]
+    def attention(
+        self,
+        slot: int,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        residual: Tensor | None,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(q, k, v, total): the three projections of x, each with its adapter where there is one, and `residual` plus
+        `scale` [out] times the share that "o" has of x; total is `residual` itself without that adapter.
+
+        total may come with x's leading dimensions as one.
+        """
+        places = dict(zip("qkv", weights, strict=True)) | ({"o": None} if "o" in self.a else {})
+        pairs = [self.pair(kind, slot) if kind in self.a else (None, None) for kind in places]
         flat = self._flatten(x)
+        added = {} if residual is None else {"o": residual.reshape(*flat.shape[:-1], -1)}
+        factors = {"o": scale}
         outputs = batched_lora_multi(
             flat,
-            list(weights),
+            list(places.values()),
             [a for a, _ in pairs],
-            [b for _, b in pairs],
+            [None if b is None else _scaled(b, factors.get(kind)) for kind, (_, b) in zip(places, pairs, strict=True)],
+            residuals=[added.get(kind) for kind in places],
             cu_seqlens=self.cu_seqlens,
             adapter_index=self.index,
         )
-        return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
+        q, k, v, *total = (y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
+        return q, k, v, total[0] if total else residual
 
-    def add(self, kind: str, slot: int, x: Tensor, output: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`output` plus `scale` [out] times the adapter's share of x, or `output` itself without such an adapter."""
-        if kind not in self.a:
-            return output
+    def mlp(self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(total, x): `residual` plus `scale` [out] times the share that "mlp" has of x, or `residual` itself without
+        that adapter; and x for the branch. Both may come with x's leading dimensions as one."""
+        if "mlp" not in self.a:
+            return residual, x
+        return self._add("mlp", slot, x, residual, scale), x
+
+    def logits(self, x: Tensor, raw: Tensor) -> Tensor:
+        """`raw`, the logits of x, plus their adapter's share where there is one."""
+        return self._add("lm_head", 0, x, raw) if "lm_head" in self.a else raw
+
+    def _add(self, kind: str, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor | None = None) -> Tensor:
         a, b = self.pair(kind, slot)
-        if scale is not None:
-            b = b * scale.to(b.dtype).unsqueeze(-1)
         flat = self._flatten(x)
-        residual = output.reshape(*flat.shape[:-1], output.size(-1))
-        y = batched_lora(flat, None, a, b, residual=residual, cu_seqlens=self.cu_seqlens, adapter_index=self.index)
-        return y.view_as(output)
+        if residual is not None:
+            residual = residual.reshape(*flat.shape[:-1], residual.size(-1))
+        y = batched_lora(
+            flat, None, a, _scaled(b, scale), residual=residual, cu_seqlens=self.cu_seqlens, adapter_index=self.index
+        )
+        return y.view(*x.shape[:-1], y.size(-1))
 
     def head(self) -> tuple[Tensor | None, Tensor | None]:
         """(A [B, r, D], B [B, V, r]) of the logits' adapter, or (None, None)."""
@@ -135,3 +159,8 @@ class Adapters:
         if self.cu_seqlens is not None:
             return x.reshape(-1, x.size(-1))
         return x.reshape(1, -1, x.size(-1)) if self._shared else x
+
+
+def _scaled(b: Tensor, scale: Tensor | None) -> Tensor:
+    """B with a factor for each output."""
+    return b if scale is None else b * scale.to(b.dtype).unsqueeze(-1)

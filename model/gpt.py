@@ -276,9 +276,9 @@ class GPT(nn.Module):
         """softcap * tanh(x E^T / softcap) / temperature, fp32 (fp64 for an fp64 model), [..., V]."""
         x = self.hidden(input_ids, adapters=adapters, **inputs)
         raw = nn.functional.linear(x, self.tok_emb.to(x.dtype))
-        if adapters is not None and "lm_head" in adapters.a:
-            flat = raw.view(1, -1, raw.size(-1)) if raw.dim() == 2 else raw
-            raw = adapters.add("lm_head", 0, x.view(*flat.shape[:-1], x.size(-1)), flat).view_as(raw)
+        if adapters is not None:
+            rows = (1, -1) if x.dim() == 2 else x.shape[:-1]
+            raw = adapters.logits(x.view(*rows, x.size(-1)), raw.view(*rows, raw.size(-1))).view_as(raw)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
 
@@ -392,10 +392,13 @@ class GPT(nn.Module):
         epsilon = norm_epsilon(normed.dtype)
         rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         group = config.num_heads // config.num_kv_heads
+        total = residual
         if state.adapters is None:
             q, ks, vs = qkv_rope(normed, *projections, key_readers=group, value_readers=group + 1, **rope)
         else:
-            q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in state.adapters.qkv(slot, normed, projections))
+            # The adapter of "o" reads what q, k and v do: its share joins the residual before the projection's.
+            *raw, total = state.adapters.attention(slot, normed, projections, residual, self.attn_scale[layer])
+            q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in raw)
             q, k = qk_rope(q, k, **rope)
             ks, vs = (k,) * group, (v,) * (group + 1)
         if config.value_residual:
@@ -415,24 +418,24 @@ class GPT(nn.Module):
         y = y.reshape(rows, length, dim)
         if state.collect is not None:
             state.collect((f"blocks.{layer}.attn.o",), y)
-        output = nn.functional.linear(y, weights.o) if residual is None else add_linear_(residual, y, weights.o)
-        if state.adapters is None:
-            return output
-        return state.adapters.add("o", slot, normed, output, self.attn_scale[layer])
+        if total is None:
+            return nn.functional.linear(y, weights.o)
+        output = add_linear_(total, y, weights.o)
+        return output if state.adapters is None else output.view(normed.shape)
 
     def _mlp(self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None) -> Tensor:
         """mlp_scale * MLP(normed), plus `residual`."""
         config, weights = self.config, state.weights[layer]
         gain = self.hidden_gain[layer] if config.hidden_gain else None
-        options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": residual}
+        total, shape, in_place = residual, normed.shape, residual is not None and state.adapters is None
+        if state.adapters is not None:
+            total, normed = state.adapters.mlp(slot, normed, residual, self.mlp_scale[layer])
+            in_place = total is not residual  # the sum with the adapter's share is nobody else's
+        options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": total}
         if state.collect is None:
-            # Adapters give views of their results, and autograd copies gradients around what is written on views.
-            in_place = residual is not None and state.adapters is None
             output: Any = fused_mlp(normed, weights.up, weights.down, in_place=in_place, **options)
-        else:
-            output, hidden = fused_mlp(normed, weights.up, weights.down, return_hidden=True, **options)
-            state.collect((f"blocks.{layer}.mlp.up",), normed)
-            state.collect((f"blocks.{layer}.mlp.down",), hidden)
-        if state.adapters is None:
-            return output
-        return state.adapters.add("mlp", slot, normed, output, self.mlp_scale[layer])
+            return output if state.adapters is None else output.view(shape)
+        output, hidden = fused_mlp(normed, weights.up, weights.down, return_hidden=True, **options)
+        state.collect((f"blocks.{layer}.mlp.up",), normed)
+        state.collect((f"blocks.{layer}.mlp.down",), hidden)
+        return output

@@ -523,6 +523,11 @@ def _outer(
     )  # fmt: skip
 
 
+def _whole(y: Tensor) -> Tensor:
+    """A result without its padding. Autograd lets nobody write on a view that was made out of its sight."""
+    return y if y.stride(0) == y.shape[1] else y.clone(memory_format=torch.contiguous_format)
+
+
 def _with_strides(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.stride() == like.stride():
         return tensor
@@ -543,22 +548,23 @@ def products(
     ]
     _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
     whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
-    present, column = [weight for weight in whole if weight is not None], 0
-    if tiles.packed and len(own) == len(present) == 3 and all(residual is None for residual in residuals):
-        _project_three(x, present, s, own, ys, tiles)
-    else:
-        for y, weight, b, residual in zip(ys, whole, own, residuals, strict=True):
-            shared = [] if weight is None else [(x, weight)]
-            _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
-            column += b.shape[2]
-    return [y.contiguous() for y in ys], s
+    three = [w for w, residual in zip(whole[:3], residuals, strict=False) if w is not None and residual is None]
+    first = 3 if tiles.packed and len(three) == 3 else 0
+    if first:
+        _project_three(x, three, s, own[:3], ys[:3], tiles)
+    column = sum(b.shape[2] for b in own[:first])
+    for y, weight, b, residual in list(zip(ys, whole, own, residuals, strict=True))[first:]:
+        shared = [] if weight is None else [(x, weight)]
+        _project(shared, s, column, b.shape[2], b, y, tiles, residual=residual)
+        column += b.shape[2]
+    return [_whole(y) for y in ys], s
 
 
 def data_gradients(
     grads: list[Tensor], x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], tiles: _Tiles,
-    scale: float, wants_x: bool,
+    scale: float, wants_x: bool, later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(e = scale * g B of all projections side by side, dx or an empty tensor)."""
+    """(e = scale * g B of all projections side by side, dx plus `later` or an empty tensor)."""
     rows, depth = x.shape
     e = x.new_empty((rows, stacked.shape[1]))
     parts = list(e.split([b.shape[2] for b in own], dim=1))
@@ -568,7 +574,8 @@ def data_gradients(
         return e, x.new_empty(0)
     shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
     d_x = new_described(x, rows, depth)
-    _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, transposed=True)
+    later = None if later is None else _with_strides(later, d_x)
+    _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, residual=later, transposed=True)
     for grad, weight in shared[MAX_SHARED:]:
         d_x += (grad @ weight)[:, :depth]
     return e, d_x.contiguous()
@@ -611,13 +618,14 @@ def backward(
 
 def backward_step(
     grads: list[Tensor], x: Tensor, weights: list[Tensor | None], lora_as: list[Moments], lora_bs: list[Moments],
-    stacked: Tensor, own: list[Tensor], s: Tensor, out_scales: list[Tensor | None], tiles: _Tiles, wants_x: bool,
-    step: AdamStep,
+    stacked: Tensor, own: list[Tensor], s: Tensor, out_scales: list[Tensor | None], later: Tensor | None, tiles: _Tiles,
+    wants_x: bool, step: AdamStep,
 ) -> Tensor:  # fmt: skip
-    """dx or an empty tensor; then a step of the adapters, of which dx has read the values before it."""
+    """dx plus `later`, what x's next reader sends back, or an empty tensor; then a step of the adapters, of which dx
+    has read the values before it."""
     with torch.cuda.device_of(x):
         grads = [described(grad) for grad in grads]
-        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x)
+        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x, later)
         x, column = described(x), 0
         for grad, a, b, low_b, out_scale in zip(grads, lora_as, lora_bs, own, out_scales, strict=True):
             _outer(e, x, grad, s, column, a, b, tiles, (step, stacked, low_b, out_scale))

@@ -34,8 +34,9 @@ def described(tensor: Tensor) -> Tensor:
 
 def new_described(like: Tensor, rows: int, columns: int) -> Tensor:
     """An empty [rows, columns] whose rows the copy engine can write; past the columns lies padding."""
-    step = 16 // like.element_size()
-    return like.new_empty((rows, columns + -columns % step))[:, :columns]
+    missing = -columns % (16 // like.element_size())
+    whole = like.new_empty((rows, columns + missing))
+    return whole[:, :columns] if missing else whole
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])

@@ -76,7 +76,9 @@ def _times(x: Tensor, matrices: Tensor, layout: Layout, addend: Tensor | None = 
         picked = matrices if layout.index is None else matrices[layout.index]
         wide = layout.planes(x, len(matrices))
         if addend is None:
-            return torch.bmm(wide, picked).flatten(0, 1)
+            out = x.new_empty((x.shape[0], matrices.shape[2]))  # not a view, on which autograd would let nobody write
+            torch.bmm(wide, picked, out=layout.planes(out, len(matrices)))
+            return out
         layout.planes(addend, len(matrices)).baddbmm_(wide, picked)
         return addend
     out = x.new_zeros((x.shape[0], matrices.shape[2])) if addend is None else addend

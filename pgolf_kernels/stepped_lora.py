@@ -226,27 +226,34 @@ class _Stepped(torch.autograd.Function):
             *ys, shrunk, _ = _forward(x, present, *call.values(), added, parts, call.through.cu_seqlens, None, 0, 1.0)
         ctx.call, ctx.has_residual = call, [t is not None for t in residuals]
         ctx.save_for_backward(x, shrunk)
-        return tuple(ys)
+        ctx.set_materialize_grads(False)
+        return *ys, x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         call, (x, shrunk), wants_x = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2]
-        grads = tuple(grad.contiguous() for grad in grads)
+        *found, later = upstream
+        if all(grad is None for grad in found):  # the loss has come past the adapters, not through them
+            return None, None, later, *found
+        grads = [
+            x.new_zeros((x.shape[0], b.value.shape[1])) if grad is None else grad.contiguous()
+            for grad, b in zip(found, call.adapters.b, strict=True)
+        ]
         step = call.through.step
         low = call.low(x)
         if low is not None:
             a, b = call.adapters.a, call.adapters.b
             d_x = kernels("batched_lora").backward_step(
-                list(grads), x, call.weights, a, b, *low, shrunk, call.out_scales, call.through.tiles(x), wants_x, step
+                grads, x, call.weights, a, b, *low, shrunk, call.out_scales, later, call.through.tiles(x), wants_x, step
             )
         else:
-            d_x = _backward_step(list(grads), x, shrunk, call, wants_x, step)
+            d_x = _backward_step(grads, x, shrunk, call, later, wants_x, step)
         d_residuals = [grad if has else None for grad, has in zip(grads, ctx.has_residual, strict=True)]
         return None, None, d_x if wants_x else None, *d_residuals
 
 
 def _backward_step(
-    grads: list[Tensor], x: Tensor, shrunk: Tensor, call: _Call, wants_x: bool, step: AdamStep
+    grads: list[Tensor], x: Tensor, shrunk: Tensor, call: _Call, later: Tensor | None, wants_x: bool, step: AdamStep
 ) -> Tensor:
     """The same in PyTorch: gradients first, then one step with all of them."""
     present, (lora_as, lora_bs), count = [t for t in call.weights if t is not None], call.values(), len(grads)
@@ -272,7 +279,7 @@ def _backward_step(
         eps=step.eps,
         weight_decay=step.weight_decay,
     )
-    return d_x
+    return d_x.add_(later) if wants_x and later is not None else d_x
 
 
 # ---- public function -------------------------------------------------------------------------------------------------
@@ -286,12 +293,14 @@ def stepped_lora(
     *,
     residuals: Sequence[Tensor | None] | None = None,
     out_scales: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:
-    """x W_p^T + c_p * (x A_p^T) B_p^T (+ residual_p) of each projection p; :meth:`LoraPass.backward` steps A and B.
+) -> tuple[list[Tensor], Tensor]:
+    """(ys, x): y_p = x W_p^T + c_p * (x A_p^T) B_p^T (+ residual_p) of each projection p, and x again for whoever reads
+    it next: that gradient is then added within this function's dx. :meth:`LoraPass.backward` steps A and B.
 
     x [N, in]; weights [out, in] or None, frozen; `adapters` one slot of a SteppedLora; residuals [N, out]; out_scales
-    [out], frozen, which must stay as they are from a document's handing over to its end. Returns [N, out] each, in x's
-    dtype. Between a call and its pass's backward nobody else may change A and B: autograd does not watch them.
+    [out], frozen, which must stay as they are from a document's handing over to its end. The ys are [N, out], in x's
+    dtype and in memory of their own: they may be written on. Between a call and its pass's backward nobody else may
+    change A and B: autograd does not watch them.
 
     Raises ValueError for shapes, lengths and tensors that are not frozen, TypeError for dtypes, RuntimeError where a
     pass that steps uses the same adapters again.
@@ -322,4 +331,6 @@ def stepped_lora(
     through.enter(adapters, x)
     rows_of_b = [None if scale is None else scale.contiguous() for scale in out_scales]
     call = _Call(list(weights), adapters, rows_of_b, through)
-    return list(_Stepped.apply(through.anchor, call, x.contiguous(), *residuals))
+    *ys, again = _Stepped.apply(through.anchor, call, x.contiguous(), *residuals)
+    # Every result of a function that depends on the anchor requires a gradient, also what needs none.
+    return ys, again if x.requires_grad else x

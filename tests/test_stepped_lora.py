@@ -19,7 +19,8 @@ class Case:
     outs: tuple[int, ...] = (40,)
     ranks: tuple[int, ...] = (8,)
     beta1: float = 0.0
-    adds: bool = False  # the adapters alone, with a factor for each output, added to a residual
+    adds: tuple[int, ...] = ()  # projections of the adapter alone, with a factor for each output, added to a residual
+    reads_again: bool = False  # x is read again behind the call, through what the call returns
 
     @property
     def rows(self) -> int:
@@ -29,8 +30,10 @@ class Case:
 CASES = [
     Case((70, 0, 9), (3, 1, 1)),
     Case((30, 150, 64), (1, 0, 7), 33, (40, 19, 70), (5, 16, 3), beta1=0.8),
-    Case((30, 129, 64), (1, 2, 0), 40, (130,), (20,), adds=True),
-    Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=True),
+    Case((30, 129, 64), (1, 2, 0), 40, (130,), (20,), adds=(0,), reads_again=True),
+    Case((30, 0, 131, 0), (1, 2, 0, 1), 33, (40, 19, 70, 33), (5, 16, 3, 20), adds=(3,), reads_again=True),
+    Case((30, 0, 131), (1, 2, 0), 40, (40, 24), (8, 16), reads_again=True),
+    Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=(0, 1)),
 ]
 ADAM = {"lr": 1e-2, "beta2": 0.99, "eps": 1.0, "weight_decay": 0.1}  # a small eps would make signs of gradients
 BOUNDS = torch.tensor([0, 70, 70, 79]).int()
@@ -60,25 +63,29 @@ class _Problem:
         self.bounds = torch.tensor([0, *case.lengths], device=device).cumsum(0).int()
         self.steps = [torch.tensor(case.steps, device=device) + i * (torch.tensor(case.steps, device=device) > 0)
                       for i in range(2)]  # fmt: skip
-        weights = [None if case.adds else draw(features**-0.5, out, features).to(dtype) for out in case.outs]
+        weights = [
+            None if i in case.adds else draw(features**-0.5, out, features).to(dtype) for i, out in enumerate(case.outs)
+        ]
         self.inputs = [
             (
                 draw(1.0, case.rows, features).to(dtype),
                 weights,
-                [draw(1.0, case.rows, out).to(dtype) if case.adds else None for out in case.outs],
-                [draw(1.0, out) if case.adds else None for out in case.outs],
+                [draw(1.0, case.rows, out).to(dtype) if i in case.adds else None for i, out in enumerate(case.outs)],
+                [draw(1.0, out) if i in case.adds else None for i, out in enumerate(case.outs)],
                 [draw(1.0, case.rows, out).to(dtype) for out in case.outs],
+                draw(1.0, case.rows, features).to(dtype) if case.reads_again else None,
             )
         ] * 2
 
     def ours(self):
         results = []
-        for (x, weights, residuals, scales, grads), steps in zip(self.inputs, self.steps, strict=True):
-            leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_() for t in residuals if t is not None)]
+        for (x, weights, residuals, scales, grads, later), steps in zip(self.inputs, self.steps, strict=True):
+            x, *residuals = (None if t is None else t.clone().requires_grad_() for t in (x, *residuals))
+            leaves = [x, *(t for t in residuals if t is not None)]
             through = LoraPass(self.bounds, AdamStep(steps, beta1=self.case.beta1, **ADAM))
-            ys = stepped_lora(leaves[0], weights, self.stepped[0], through, residuals=leaves[1:] or None,
-                              out_scales=scales)  # fmt: skip
+            ys, again = stepped_lora(x, weights, self.stepped[0], through, residuals=residuals, out_scales=scales)
             loss = sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True))
+            loss = loss if later is None else loss + (again * later).sum()
             results += [*ys, *through.backward(loss, leaves)]
         return [t.detach() for t in (*results, *self.a, *self.b)]
 
@@ -89,7 +96,7 @@ class _Problem:
         means = [torch.zeros_like(t[:1]) for t in (*a, *b)] if self.case.beta1 > 0 else None
         results = []
         for inputs, steps in zip(self.inputs, self.steps, strict=True):
-            x, weights, residuals, scales, grads = _on_the_cpu(inputs)
+            x, weights, residuals, scales, grads, later = _on_the_cpu(inputs)
             x, *residuals = (None if t is None else t.double().requires_grad_() for t in (x, *residuals))
             leaves = [t.detach()[0].requires_grad_() for t in (*a, *b)]
             ys = []
@@ -99,6 +106,7 @@ class _Problem:
                 ys.append(batched_lora(x, None if weight is None else weight.double(), leaves[i], own_b,
                                        residual=residuals[i], cu_seqlens=self.bounds.cpu()))  # fmt: skip
             loss = sum((y * grad.double()).sum() for y, grad in zip(ys, grads, strict=True))
+            loss = loss if later is None else loss + (x * later.double()).sum()
             inputs = [x, *(t for t in residuals if t is not None)]
             found = torch.autograd.grad(loss, [*inputs, *leaves])
             results += [*ys, *found[: len(inputs)]]
@@ -162,7 +170,7 @@ def test_a_pass_without_a_step_leaves_everything():
     x, weights, *_ = problem.inputs[0]
     through = LoraPass(problem.bounds)
     for _ in range(2):
-        (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+        (y,), _ = stepped_lora(x, weights, problem.stepped[0], through)
     assert not y.requires_grad and not problem.b[0].any()
 
 
@@ -170,9 +178,41 @@ def test_input_without_gradient_still_steps():
     problem = _Problem(CASES[0], torch.float32)
     x, weights, *_ = problem.inputs[0]
     through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
-    (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+    (y,), _ = stepped_lora(x, weights, problem.stepped[0], through)
     assert through.backward(y.sum()) == ()
     assert problem.b[0].any()
+
+
+def test_a_loss_that_comes_past_the_adapters_takes_no_step():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    x, a = x.clone().requires_grad_(), problem.a[0].clone()
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
+    _, again = stepped_lora(x, weights, problem.stepped[0], through)
+    (gradient,) = through.backward((3 * again).sum(), [x])
+    assert torch.equal(gradient, torch.full_like(x, 3)) and torch.equal(problem.a[0], a)
+
+
+def test_a_projection_that_nobody_reads_has_gradient_zero():
+    used, unused = (_Problem(CASES[1], torch.float32) for _ in range(2))
+    for problem, count in ((used, 3), (unused, 2)):
+        x, weights, *_ = problem.inputs[0]
+        through = LoraPass(problem.bounds, AdamStep(problem.steps[0], beta1=0.8, **ADAM))
+        ys, _ = stepped_lora(x, weights, problem.stepped[0], through)
+        through.backward(sum(y.sum() for y in ys[:count]) + 0 * ys[0].sum())
+    for mine, theirs in zip((*used.a[:2], *used.b[:2]), (*unused.a[:2], *unused.b[:2]), strict=True):
+        assert torch.equal(mine, theirs)
+    assert used.b[2].any() and not unused.b[2].any()
+
+
+def test_results_can_be_written_on_and_x_without_gradient_comes_back_as_it_is():
+    problem = _Problem(CASES[0], torch.float32)
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
+    (y,), again = stepped_lora(x, weights, problem.stepped[0], through)
+    y.add_(1)
+    through.backward(y.sum())
+    assert again is x and problem.b[0].any()
 
 
 def test_what_a_loss_does_not_reach_has_no_gradient():
@@ -180,7 +220,7 @@ def test_what_a_loss_does_not_reach_has_no_gradient():
     x, weights, *_ = problem.inputs[0]
     unused = torch.ones(3, requires_grad=True)
     through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **ADAM))
-    (y,) = stepped_lora(x, weights, problem.stepped[0], through)
+    (y,), _ = stepped_lora(x, weights, problem.stepped[0], through)
     (gradient,) = through.backward(y.sum(), [unused])
     assert torch.equal(gradient, torch.zeros(3))
     with pytest.raises(RuntimeError, match="got a pass without step"):
@@ -241,7 +281,10 @@ def test_triton_kernels_through_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256), (96, 96, 96))])
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256, 512), (96,) * 4, adds=(3,), reads_again=True)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(case, dtype):
     _assert_equals_the_parts(case, dtype, "cuda")

@@ -62,11 +62,12 @@ def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tup
 
 
 def stepped_lora(module: ModuleType, length: int, outs: tuple[int, ...], adds: bool, mean: bool) -> None:
-    """q, k, v or an adapter that joins a branch's output, packed, with a step in the backward."""
+    """q, k, v and o, or an adapter that joins a branch's output, packed, with a step in the backward."""
     documents = 64
     x = empty(documents * length, WIDTH)
     grads = [empty(len(x), out) for out in outs]
-    weights = [None if adds else empty(out, WIDTH) for out in outs]
+    joins = [adds or i == 3 for i in range(len(outs))]
+    weights = [None if join else empty(out, WIDTH) for join, out in zip(joins, outs, strict=True)]
     a, b = (
         [Moments(t, t, t if mean else None) for t in (empty(documents, *shape, dtype=FP32) for shape in shapes)]
         for shapes in ([(96, WIDTH)] * len(outs), [(out, 96) for out in outs])
@@ -78,9 +79,13 @@ def stepped_lora(module: ModuleType, length: int, outs: tuple[int, ...], adds: b
         beta2=0.999, eps=1e-10, weight_decay=0.5,
     )  # fmt: skip
     tiles = module.tiles_of(x, Layout(0, empty(documents + 1, dtype=torch.int32), None))
-    residuals, scales = ([t if adds else None] * len(outs) for t in (grads[0], empty(outs[0], dtype=FP32)))
+    residuals, scales = (
+        [t if join else None for t, join in zip(ts, joins, strict=True)]
+        for ts in (grads, [empty(out, dtype=FP32) for out in outs])
+    )
     _, s = module.products(x, weights, *low, residuals, tiles, 1.0)
-    module.backward_step(grads, x, weights, a, b, *low, s, scales, tiles, True, step)
+    for later in (None, x):
+        module.backward_step(grads, x, weights, a, b, *low, s, scales, later, tiles, True, step)
 
 
 def adapter_adamw(module: ModuleType, moment: bool) -> None:
@@ -139,7 +144,7 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (False, FP16, (512, 256, 256))),
         (batched_lora, (True, FP16, (512, 256, 256))),
         (batched_lora, (True, BF16, (VOCAB,))),
-        (stepped_lora, (2048, (512, 256, 256), False, False)),
+        (stepped_lora, (2048, (512, 256, 256, 512), False, False)),
         (stepped_lora, (96, (512,), True, False)),
         (stepped_lora, (2048, (512,), True, True)),
     ],

@@ -32,7 +32,7 @@ InitialA = Callable[[str, np.ndarray], Tensor]  # (kind, documents [n]) -> A [sl
 _STEP = -7046029254386353131
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
 _DOCUMENTS_AT_ONCE = 8
-_GROUPS = (("q", "k", "v"), ("o",), ("mlp",))  # adapters of one input and one place in the graph
+_GROUPS = (("q", "k", "v", "o"), ("mlp",))  # adapters of one input
 
 
 def adapter_kinds(config: EvalConfig) -> tuple[str, ...]:
@@ -75,25 +75,41 @@ class SteppingAdapters(Adapters):
         super().__init__(a, b, cu_seqlens=through.cu_seqlens)
         self._groups, self._through = groups, through
 
-    def qkv(self, slot: int, x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def attention(
+        self,
+        slot: int,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        residual: Tensor | None,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         kinds = next((kinds for kinds in self._groups if "q" in kinds), None)
         if kinds is None:
-            return super().qkv(slot, x, weights)
+            return super().attention(slot, x, weights, residual, scale)
         flat = x.reshape(-1, x.size(-1))
-        by_kind = dict(zip("qkv", weights, strict=True))
-        adapted = stepped_lora(flat, [by_kind[kind] for kind in kinds], self._groups[kinds][slot], self._through)
+        by_kind: dict[str, Tensor] = dict(zip("qkv", weights, strict=True))
+        added = None if residual is None else residual.reshape(-1, residual.size(-1))
+        adapted, _ = stepped_lora(
+            flat,
+            [by_kind.get(kind) for kind in kinds],
+            self._groups[kinds][slot],
+            self._through,
+            residuals=[added if kind == "o" else None for kind in kinds],
+            out_scales=[scale if kind == "o" else None for kind in kinds],
+        )
         outputs = {kind: F.linear(flat, by_kind[kind]) for kind in by_kind if kind not in kinds}
         outputs.update(zip(kinds, adapted, strict=True))
-        return tuple(outputs[kind].view(*x.shape[:-1], -1) for kind in by_kind)
+        q, k, v = (outputs[kind].view(*x.shape[:-1], -1) for kind in by_kind)
+        return q, k, v, outputs.get("o", residual)
 
-    def add(self, kind: str, slot: int, x: Tensor, output: Tensor, scale: Tensor | None = None) -> Tensor:
-        group = self._groups.get((kind,))
+    def mlp(self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor | None, Tensor]:
+        group = self._groups.get(("mlp",))
         if group is None:
-            return super().add(kind, slot, x, output, scale)
-        residual = output.reshape(-1, output.size(-1))
+            return super().mlp(slot, x, residual, scale)
+        added = None if residual is None else residual.reshape(-1, residual.size(-1))
         flat = x.reshape(-1, x.size(-1))
-        (y,) = stepped_lora(flat, [None], group[slot], self._through, residuals=[residual], out_scales=[scale])
-        return y.view_as(output)
+        (y,), again = stepped_lora(flat, [None], group[slot], self._through, residuals=[added], out_scales=[scale])
+        return y, again
 
 
 class AdapterBank:
