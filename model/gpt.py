@@ -42,7 +42,7 @@ from pgolf_kernels import (
     fused_mlp,
     linear_softcap_cross_entropy,
     norm_residual,
-    qk_rope,
+    qk_rope_readers,
     qkv_rope,
     varlen_attention,
     xsa,
@@ -390,17 +390,16 @@ class GPT(nn.Module):
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
         projections = (weights.q, weights.k, weights.v)
         epsilon = norm_epsilon(normed.dtype)
-        rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         group = config.num_heads // config.num_kv_heads
+        rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
+        rope |= {"key_readers": group, "value_readers": group + 1}
         total = residual
         if state.adapters is None:
-            q, ks, vs = qkv_rope(normed, *projections, key_readers=group, value_readers=group + 1, **rope)
+            q, ks, vs = qkv_rope(normed, *projections, **rope)
         else:
             # The adapter of "o" reads what q, k and v do: its share joins the residual before the projection's.
             *raw, total = state.adapters.attention(slot, normed, projections, residual, self.attn_scale[layer])
-            q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in raw)
-            q, k = qk_rope(q, k, **rope)
-            ks, vs = (k,) * group, (v,) * (group + 1)
+            q, ks, vs = qk_rope_readers(*(y.unflatten(-1, (-1, config.head_dim)) for y in raw), **rope)
         if config.value_residual:
             if layer == 0:
                 state.first_value = vs[0]

@@ -9,7 +9,7 @@ from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels.ngram import ngram_hints
 from pgolf_kernels.packing import byte_shuffle, byte_unshuffle, decode_codes, encode_codes
-from pgolf_kernels.qk_rope import qk_rope, qkv_rope
+from pgolf_kernels.qk_rope import qk_rope, qk_rope_readers, qkv_rope
 from pgolf_kernels.residual import combine, combine_norm, norm_residual
 from pgolf_kernels.softcap_ce import softcap_cross_entropy, softcap_cross_entropy_with_grad
 from pgolf_kernels.stepped_lora import AdamStep, LoraPass, SteppedLora, stepped_lora
@@ -38,6 +38,7 @@ __all__ = [
     "ngram_hints",
     "norm_residual",
     "qk_rope",
+    "qk_rope_readers",
     "qkv_rope",
     "score_tokens",
     "set_attention_backend",

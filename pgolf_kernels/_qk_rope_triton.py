@@ -118,10 +118,10 @@ def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin
 
 @triton.jit
 def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, gain, cos, sin, d_q, d_k, d_v, partial,
-                     tokens, q_stride, k_stride, d_q_stride, d_k_stride, length, eps, KEYS: tl.constexpr,
-                     VALUES: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr,
-                     HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
-                     TOKENS: tl.constexpr):  # fmt: skip
+                     tokens, q_stride, k_stride, d_q_stride, d_k_stride, d_v_stride, length, eps,
+                     KEYS: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr,
+                     HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+                     PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added."""
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
@@ -131,7 +131,7 @@ def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, ga
         unused = _turn_back(grad_k, grad_k2, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length,
                             eps, KEYS > 1, False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         if VALUES > 0:
-            _gather(grad_v, grad_v2, grad_v3, d_v, tile, tokens, d_q_stride, VALUES, HKV * DIM,
+            _gather(grad_v, grad_v2, grad_v3, d_v, tile, tokens, d_v_stride, VALUES, HKV * DIM,
                     HKV_PADDED * DIM_PADDED, TOKENS)  # fmt: skip
     row = tl.arange(0, TOKENS * H_PADDED)
     tl.store(partial + tl.program_id(0) * (TOKENS * H_PADDED) + row, d_gain)
@@ -179,7 +179,7 @@ def backward_into(
     grad_q: Tensor, grad_ks: list[Tensor], grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor,
     sin: Tensor, eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v (d_q's strides); returns gain's."""
+    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v; returns gain's."""
     q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
     grad_q, gain, cos, sin = (t.contiguous() for t in (grad_q, gain, cos, sin))
     grad_ks, grad_vs = _at_most(grad_ks, 2), _at_most(grad_vs, 3)
@@ -187,11 +187,11 @@ def backward_into(
     tokens = q.shape[0]
     programs = min(triton.cdiv(tokens, TOKENS), PROGRAMS * _triton_op.grid_size(q))
     partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
-    unused = grad_ks[0]
+    unused, written_v = grad_ks[0], d_k if d_v is None else d_v
     with torch.cuda.device_of(q):
         _backward_kernel[(programs,)](
             grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin, d_q, d_k,
-            d_k if d_v is None else d_v, partial, tokens, q.stride(0), k.stride(0), d_q.stride(0), d_k.stride(0),
+            written_v, partial, tokens, q.stride(0), k.stride(0), *(t.stride(0) for t in (d_q, d_k, written_v)),
             cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), **shape, num_warps=WARPS,
         )  # fmt: skip
     return sum_rows(partial.flatten(0, 1))[: gain.numel()].to(gain.dtype)

@@ -10,9 +10,10 @@ one table. With g = dq', t = gain * R^T g (R^T turns back) and s = 1 / sqrt(mean
     dq = s (t - n mean_d(n t)),     dgain[h] = sum_i g . r(q)
 
 All inside in fp32 (fp64 for fp64), one rounding at the end: the public systems round to bf16 after each of the three
-steps. `qkv_rope` starts from the block's input instead: q, k and v are one matrix product on a GPU, v stays where the
-product has written it, and the backward writes the three gradients side by side, so that dx and dW are one product
-each. Source: pull requests 1413, 1514, 1530, 1727.
+steps. `qk_rope_readers` returns keys and values once for each reader and adds the readers' gradients in the same pass.
+`qkv_rope` does so from the block's input on: q, k and v are one matrix product on a GPU, v stays where the product has
+written it, and the backward writes the three gradients side by side, so that dx and dW are one product each.
+Source: pull requests 1413, 1514, 1530, 1727.
 """
 
 from __future__ import annotations
@@ -93,6 +94,30 @@ def _backward_kernel(
     return d_q.to(q.dtype), through_norm(back_k, n_k, inverse_k).to(k.dtype), d_gain.to(gain.dtype)
 
 
+def _backward_into(
+    grad_q: torch.Tensor,
+    grad_ks: list[torch.Tensor],
+    grad_vs: list[torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+) -> torch.Tensor:
+    """Writes the gradients of q, of k and of v from those of all their readers; returns gain's."""
+    if runs_triton(q) and q.numel() and k.numel():
+        return kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, d_q, d_k, d_v)
+    grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
+    *found, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
+    for target, value in zip((d_q, d_k, d_v), (*found, grad_v), strict=True):
+        target.copy_(value)
+    return d_gain
+
+
 _backward_op = register_op(
     "qk_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor gain, Tensor cos, Tensor sin, float eps)"
     " -> (Tensor, Tensor, Tensor)",
@@ -120,6 +145,82 @@ _forward_op = register_op(
     backward=_backward,
     setup_context=_setup_context,
 )
+
+
+# ---- for several readers ---------------------------------------------------------------------------------------------
+
+
+def _readers_backward_kernel(
+    grad_q: torch.Tensor,
+    grad_ks: list[torch.Tensor],
+    grad_vs: list[torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, k))
+    return d_q, d_k, d_v, _backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, d_q, d_k, d_v)
+
+
+_readers_backward_op = register_op(
+    "qk_rope_readers_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor q, Tensor k, Tensor gain,"
+    " Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _readers_backward_kernel,
+    fake=lambda grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps: tuple(
+        t.new_empty(t.shape) for t in (q, k, k, gain)
+    ),
+    not_differentiable="double backward is not supported",
+)
+
+
+def _aliases(k: torch.Tensor, v: torch.Tensor, key_readers: int, value_readers: int) -> list[torch.Tensor]:
+    """Keys as often as they are read, then values."""
+    return [t.view_as(t) for t, readers in ((k, key_readers), (v, value_readers)) for _ in range(readers)]
+
+
+def _of_readers(
+    grads: tuple[torch.Tensor | None, ...], key_readers: int, like: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], ...]:
+    """Gradients of (q, keys, values) from those of all aliases; zeros like q, k and v where no reader sends any."""
+    parts = grads[:1], grads[1 : 1 + key_readers], grads[1 + key_readers :]
+    return tuple(
+        [grad for grad in part if grad is not None] or [torch.zeros_like(t, memory_format=torch.contiguous_format)]
+        for part, t in zip(parts, like, strict=True)
+    )
+
+
+class _RopeReaders(torch.autograd.Function):
+    """The op with keys and values for several readers, which an op's schema cannot say."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gain: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+        key_readers: int,
+        value_readers: int,
+    ) -> tuple[torch.Tensor, ...]:
+        out_q, out_k = _forward_op(q, k, gain, cos, sin, eps)
+        ctx.save_for_backward(q, k, gain, cos, sin)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.key_readers = eps, key_readers
+        return out_q, *_aliases(out_k, v, key_readers, value_readers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            raise RuntimeError("pgolf::qk_rope: cos and sin are not differentiable")
+        q, k, *_ = ctx.saved_tensors
+        (grad_q,), grad_ks, grad_vs = _of_readers(grads, ctx.key_readers, [q, k, k])
+        return *_readers_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps), *(None,) * 5
 
 
 # ---- with the projections --------------------------------------------------------------------------------------------
@@ -178,14 +279,9 @@ def _project_backward_kernel(
     """(dx, the weights' gradients one below the other, dgain); what is not wanted is empty."""
     heads, kv_heads = grad_q.shape[1], grad_ks[0].shape[1]
     q, k, _ = split_heads(raw, heads, kv_heads)
-    if runs_triton(x) and x.numel():
-        d_raw = torch.empty_like(raw)
-        d_heads = split_heads(d_raw, heads, kv_heads)
-        d_gain = kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
-    else:
-        grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
-        d_q, d_k, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
-        d_raw = torch.cat([d.flatten(1) for d in (d_q, d_k, grad_v)], 1)
+    d_raw = torch.empty_like(raw)
+    d_heads = split_heads(d_raw, heads, kv_heads)
+    d_gain = _backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
     weights = torch.cat([w_q, w_k, w_v])
     d_x = d_raw @ weights if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain
@@ -234,21 +330,15 @@ class _QkvRope(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.key_readers = eps, key_readers
         v = split_heads(raw, q.shape[1], k.shape[1])[2]
-        aliases = [t.view_as(t) for t, readers in ((k, key_readers), (v, value_readers)) for _ in range(readers)]
-        return q, *aliases
+        return q, *_aliases(k, v, key_readers, value_readers)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
             raise RuntimeError("pgolf::qkv_rope: cos and sin are not differentiable")
-        x, w_q, w_k, w_v, *_ = ctx.saved_tensors
-        head_dim = w_q.shape[0] // ctx.saved_tensors[5].numel()
-        shapes = [(x.shape[0], weight.shape[0] // head_dim, head_dim) for weight in (w_q, w_k, w_v)]
-        keys = 1 + ctx.key_readers
-        (grad_q,), grad_ks, grad_vs = (
-            [grad for grad in part if grad is not None] or [x.new_zeros(shape)]
-            for part, shape in zip((grads[:1], grads[1:keys], grads[keys:]), shapes, strict=True)
-        )
+        _, w_q, w_k, w_v, raw, gain, *_ = ctx.saved_tensors
+        heads = split_heads(raw, gain.numel(), w_k.shape[0] * gain.numel() // w_q.shape[0])
+        (grad_q,), grad_ks, grad_vs = _of_readers(grads, ctx.key_readers, list(heads))
         wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])]
         results = _project_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps, wanted)
         d_x, d_weights, d_gain = results
@@ -279,8 +369,7 @@ def qkv_rope(
     are added within this function's backward kernel. v is a strided view of all three projections. Raises ValueError
     for shapes, TypeError for dtypes.
     """
-    if min(key_readers, value_readers) < 1:
-        raise ValueError(f"key_readers, value_readers: got {key_readers} and {value_readers}, wanted at least 1")
+    _check_readers(key_readers, value_readers)
     if gain.dim() != 1 or w_q.dim() != 2 or gain.numel() == 0 or w_q.shape[0] % gain.numel():
         raise ValueError(f"w_q: got shape {tuple(w_q.shape)}, wanted [H d, D] for H = {gain.numel()} gains")
     head_dim = w_q.shape[0] // gain.numel()
@@ -319,6 +408,40 @@ def qk_rope(
     flat_q, flat_k = q.flatten(0, -3), k.flatten(0, -3)
     out_q, out_k = _forward_op(flat_q, flat_k, gain, cos, sin, float(eps))
     return out_q.view(q.shape), out_k.view(k.shape)
+
+
+def qk_rope_readers(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    key_readers: int = 1,
+    value_readers: int = 1,
+    eps: float = EPS,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """(q', ks, vs): :func:`qk_rope` with k' and v as often as they will be read, as :func:`qkv_rope` returns them.
+
+    v has k's shape, dtype and device. The gradients of all readers are added within this function's backward kernel.
+    Raises ValueError for shapes and devices, TypeError for dtypes.
+    """
+    _check_readers(key_readers, value_readers)
+    _check(q, k, gain, cos, sin)
+    if v.shape != k.shape or v.device != k.device:
+        raise ValueError(f"v: got shape {tuple(v.shape)} on {v.device}, wanted k's {tuple(k.shape)} on {k.device}")
+    if v.dtype != k.dtype:
+        raise TypeError(f"v: got {v.dtype}, wanted k's {k.dtype}")
+    flat = (t.flatten(0, -3) for t in (q, k, v))
+    out_q, *aliases = _RopeReaders.apply(*flat, gain, cos, sin, float(eps), key_readers, value_readers)
+    aliases = [t.view(k.shape) for t in aliases]
+    return out_q.view(q.shape), tuple(aliases[:key_readers]), tuple(aliases[key_readers:])
+
+
+def _check_readers(key_readers: int, value_readers: int) -> None:
+    if min(key_readers, value_readers) < 1:
+        raise ValueError(f"key_readers, value_readers: got {key_readers} and {value_readers}, wanted at least 1")
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

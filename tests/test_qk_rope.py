@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pgolf_kernels import qk_rope, qkv_rope
+from pgolf_kernels import qk_rope, qk_rope_readers, qkv_rope
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.qk_rope import EPS, _forward_op, _project_op, reference
+from pgolf_kernels.qk_rope import EPS, _forward_op, _project_op, _readers_backward_op, reference
 from tests import triton_aot
 
 SHAPES = [((5,), 4, 2, 16, 4), ((2, 37), 6, 3, 24, 5), ((70,), 8, 4, 64, 8), ((3,), 2, 2, 8, 0), ((4,), 2, 1, 8, 4)]
@@ -41,8 +41,9 @@ def _assert_no_worse_than_pytorch(shape, dtype, device="cpu"):
         assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", readers=1):
-    """`qkv_rope` with so many readers of the keys and one more of the values, beside three linears and the formula."""
+def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", readers=1, apart=False):
+    """`qkv_rope`, or three linears and `qk_rope_readers`, with so many readers of the keys and one more of the values,
+    beside three linears and the formula."""
     lead, heads, kv_heads, dim, _ = shape
     (_, _, gain, cos, sin), (grad_q, grad_k) = _case(shape, dtype, device)
     generator = torch.Generator().manual_seed(1)
@@ -62,8 +63,13 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", reader
         q, k = reference(q, k, gain, cos, sin)
         return q, *[k] * len(grad_ks), *[v] * len(grad_vs)
 
-    def ours(*args):
-        q, ks, vs = qkv_rope(*args, key_readers=len(grad_ks), value_readers=len(grad_vs))
+    def ours(x, *args):
+        counts = {"key_readers": len(grad_ks), "value_readers": len(grad_vs)}
+        if apart:
+            raw = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, dim)) for w in args[:3])
+            q, ks, vs = qk_rope_readers(*raw, *args[3:], **counts)
+        else:
+            q, ks, vs = qkv_rope(x, *args, **counts)
         return q, *ks, *vs
 
     def run(function, convert):
@@ -85,8 +91,22 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", reader
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("readers", [1, 2, 4])
-def test_projections_are_no_worse_than_pytorch(shape, dtype, readers):
-    _assert_projections_no_worse_than_pytorch(shape, dtype, readers=readers)
+@pytest.mark.parametrize("apart", [False, True])
+def test_projections_are_no_worse_than_pytorch(shape, dtype, readers, apart):
+    _assert_projections_no_worse_than_pytorch(shape, dtype, readers=readers, apart=apart)
+
+
+def test_gradients_of_readers_are_added():
+    (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float64)
+    gain, cos, sin = (t.double() for t in (gain, cos, sin))
+    leaves = [t.double().requires_grad_() for t in (q, k, k.flip(0), gain)]
+
+    def call(picked, *args):
+        q, ks, vs = qk_rope_readers(*args, cos, sin, key_readers=2, value_readers=3)
+        return [(q, *ks, *vs)[i] for i in picked]
+
+    for picked in ((0, 3), (1, 5), (1, 2, 3, 4, 5), (2,), (0,)):
+        assert torch.autograd.gradcheck(lambda *a, picked=picked: call(picked, *a), leaves)
 
 
 def test_one_reader_of_the_values_is_enough():
@@ -137,6 +157,8 @@ def test_op_contract():
     (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
     torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in (q, k, gain)), cos, sin, EPS))
     torch.library.opcheck(_project_op, (*(torch.randn(n, 8) for n in (5, 64, 32, 32)), gain.detach(), cos, sin, EPS))
+    q, k, gain = (t.detach() for t in (q, k, gain))
+    torch.library.opcheck(_readers_backward_op, (q, [k, k], [k, k, k], q, k, gain, cos, sin, EPS))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -199,6 +221,23 @@ def test_wrong_arguments_are_named(change, error, message):
         qk_rope(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"v": torch.randn(3, 4, 8)}, ValueError, r"v: got shape \(3, 4, 8\) on cpu, wanted k's \(3, 2, 8\)"),
+        ({"v": torch.randn(3, 2, 8).half()}, TypeError, "v: got torch.float16, wanted k's torch.float32"),
+        ({"value_readers": 0}, ValueError, "got 1 and 0, wanted at least 1"),
+    ],
+)
+def test_wrong_readers_are_named(change, error, message):
+    arguments = {
+        "q": torch.randn(3, 4, 8), "k": torch.randn(3, 2, 8), "v": torch.randn(3, 2, 8), "gain": torch.ones(4),
+        "cos": torch.randn(3, 2), "sin": torch.randn(3, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        qk_rope_readers(**(arguments | change))
+
+
 @triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
     triton_aot.run_interpreted("tests.test_qk_rope")
@@ -210,7 +249,8 @@ def test_triton_kernels_through_the_interpreter():
 def test_triton_kernels_on_a_gpu(shape, dtype):
     _assert_no_worse_than_pytorch(shape, dtype, "cuda")
     for readers in (1, 2, 4):
-        _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda", readers)
+        for apart in (False, True):
+            _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda", readers, apart)
 
 
 if __name__ == "__main__":
@@ -219,4 +259,5 @@ if __name__ == "__main__":
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)
                 for count in (1, 2, 4):
-                    _assert_projections_no_worse_than_pytorch(case, precision, readers=count)
+                    for separate in (False, True):
+                        _assert_projections_no_worse_than_pytorch(case, precision, readers=count, apart=separate)
