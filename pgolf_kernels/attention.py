@@ -230,9 +230,11 @@ def _fa3_forward(
 
 def _fa3_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    """dq, where it is given, is written to in place: any strides but the last."""
+    dq = q.new_empty(q.shape) if dq is None else dq
+    dk, dv = (t.new_empty(t.shape) for t in (k, v))
     _flash_attention_3()._flash_attn_backward(
         grad, q, k, v, out, lse, cu_q, cu_k, None, None, max_q, max_k, dq, dk, dv, scale, causal
     )
@@ -342,12 +344,16 @@ def _by_member(
     group = q.shape[1] // k.shape[1]
     lse_of = lse.unflatten(0, (-1, group)).transpose(0, 1).contiguous()
     backward = _backward_cuda if q.is_cuda else _backward_cpu
-    rest = (cu_q, cu_k, max_q, max_k, causal, scale)
+    strided = q.is_cuda and q.numel() and k.numel() and attention_backend(q.device) == "fa3"
     dq, found = q.new_empty(q.shape), []
     for member in range(group):
         heads = (slice(None), slice(member, None, group))
-        dq[heads], *own = backward(grad[heads], q[heads], k, v, out[heads], lse_of[member], *rest)
-        found += own
+        own = (grad[heads], q[heads], k, v, out[heads], lse_of[member], cu_q, cu_k, max_q, max_k, causal, scale)
+        if strided:
+            _, *rest = _fa3_backward(*own, dq=dq[heads])
+        else:
+            dq[heads], *rest = backward(*own)
+        found += rest
     return [dq, *found]
 
 

@@ -203,6 +203,9 @@ def test_flash_attention_3_gets_its_arguments_by_position(monkeypatch, names):
     assert seen["dout"] is grad and seen["out"] is out and seen["softmax_lse"] is lse
     for i, (gradient, leaf) in enumerate(zip(gradients, (q, k, v), strict=True)):
         assert gradient.shape == leaf.shape and bool((gradient == i).all())
+    every_other = torch.ones_like(q)[:, ::2]
+    dq, *_ = _fa3_backward(grad, q, k, v, out, lse, cu_q, cu_k, 12, 13, True, 0.5, dq=every_other)
+    assert seen["dq"] is dq is every_other and not every_other.any()
 
 
 def test_an_unknown_forced_backend_is_named(monkeypatch):
