@@ -39,6 +39,7 @@ LIBRARIES = ("torch", "numpy", "sentencepiece", "brotli", "zstandard", "safetens
 _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
 _NATIVE = "pgolf_kernels._native"
+_DEVICE = ("_triton_tile", "_triton_lora")  # modules of device code that modules of Triton kernels import
 _KERNELS = "_triton"  # ending of the modules of Triton kernels, which are imported by name where they run
 
 _STUB = b'''# coding: latin-1
@@ -141,7 +142,7 @@ def packed_files(*, ngram: bool) -> dict[str, str]:
     files = {}
     for name, source in prune(sources, ("model.packed_entry", _NATIVE), false=missing, by_name=_KERNELS).items():
         suffix = "/__init__.py" if paths[name].name == "__init__.py" else ".py"
-        files[name.replace(".", "/") + suffix] = minified(source, kernels=name.endswith((_KERNELS, "_triton_tile")))
+        files[name.replace(".", "/") + suffix] = minified(source, kernels=name.endswith((_KERNELS, *_DEVICE)))
     if ngram:
         files |= {path.relative_to(_SOURCE).as_posix(): without_comments(path) for path in _ngram_sources()}
     return files

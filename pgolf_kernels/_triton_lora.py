@@ -1,0 +1,333 @@
+"""Device code of batched_lora.py's and stepped_lora.py's Triton kernels; `_batched_lora_triton.py` launches them.
+
+`project_kernel` is one persistent matrix product whose depth runs through several pairs of operands: up to three
+shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
+Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
+between them. With no shared pair it is the product that shrinks x to the ranks. `outer_kernel` sums u^T v over each
+adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
+"""
+
+# Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
+# ruff: noqa: SIM102, SIM108
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pgolf_kernels._adapter_adamw_triton import adamw
+from pgolf_kernels._triton_tile import strip
+
+
+@triton.jit(do_not_specialize=["rows", "documents"])
+def map_kernel(cu_ptr, index_ptr, map_ptr, count_ptr, rows, documents,
+                INDEX: tl.constexpr, DOCUMENTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """For each tile of BM rows that no document shares: (first row, end of its document, adapter).
+
+    Rows past the last bound are one more document, with adapter -1.
+    """
+    document = tl.arange(0, DOCUMENTS)
+    start = tl.load(cu_ptr + document, mask=document <= documents, other=0)
+    end = tl.load(cu_ptr + document + 1, mask=document < documents, other=0)
+    end = tl.where(document == documents, rows, end)
+    tiles = tl.where(document <= documents, (end - start + BM - 1) // BM, 0)
+    upto = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = (upto[None, :] > tile[:, None]) & (upto[None, :] - tiles[None, :] <= tile[:, None])
+    first = tl.sum(tl.where(mine, start[None, :] + (tile[:, None] - upto[None, :] + tiles[None, :]) * BM, 0), axis=1)
+    last = tl.sum(tl.where(mine, end[None, :], 0), axis=1)
+    owner = tl.sum(tl.where(mine, document[None, :], 0), axis=1)
+    adapter = owner
+    if INDEX:
+        adapter = tl.load(index_ptr + owner, mask=owner < documents, other=0).to(tl.int32)
+    adapter = tl.where(owner == documents, -1, adapter)
+    total = tl.sum(tiles)
+    tl.store(map_ptr + tile * 3, first, mask=tile < total)
+    tl.store(map_ptr + tile * 3 + 1, last, mask=tile < total)
+    tl.store(map_ptr + tile * 3 + 2, adapter, mask=tile < total)
+    tl.store(count_ptr, total)
+
+
+@triton.jit(do_not_specialize=["length", "documents"])
+def project_kernel(
+    a0_desc, w0_desc, a1_desc, w1_desc, a2_desc, w2_desc, s_desc, l_desc, y_desc, residual_desc,
+    y_ptr, residual_ptr, map_ptr, count_ptr, index_ptr, length, documents, columns, y_stride, s_column, scale,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr, STRIPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y = sum_i a_i w_i^T + s l_b^T (+ residual); TRANSPOSED: w_i and l_b instead of their transposes."""
+    S0: tl.constexpr = (D0 + BK - 1) // BK
+    S1: tl.constexpr = S0 + (D1 + BK - 1) // BK
+    S2: tl.constexpr = S1 + (D2 + BK - 1) // BK
+    tiles_n = tl.cdiv(columns, BN)
+    per_document = tl.cdiv(length, BM)
+    if PACKED:
+        tiles = tl.load(count_ptr) * tiles_n
+    else:
+        tiles = documents * per_document * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        n = (tile % tiles_n) * BN
+        block = tile // tiles_n
+        if PACKED:
+            document = 0
+            m = tl.load(map_ptr + block * 3)
+            end = tl.load(map_ptr + block * 3 + 1)
+            adapter = tl.load(map_ptr + block * 3 + 2)
+        else:
+            document = block // per_document
+            m = (block % per_document) * BM
+            end = length
+            adapter = document
+            if INDEX:
+                adapter = tl.load(index_ptr + document).to(tl.int32)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, S2 + (RANK + BK - 1) // BK):
+            a_desc, w_desc, k, column, plane = s_desc, l_desc, (step - S2) * BK, s_column, tl.maximum(adapter, 0)
+            if D2 > 0:
+                if step < S2:
+                    a_desc, w_desc, k, column, plane = a2_desc, w2_desc, (step - S1) * BK, 0, 0
+            if D1 > 0:
+                if step < S1:
+                    a_desc, w_desc, k, column, plane = a1_desc, w1_desc, (step - S0) * BK, 0, 0
+            if D0 > 0:
+                if step < S0:
+                    a_desc, w_desc, k, column, plane = a0_desc, w0_desc, step * BK, 0, 0
+            a = tl.reshape(a_desc.load([document, m, column + k]), (BM, BK))
+            if TRANSPOSED:
+                acc = tl.dot(a, tl.reshape(w_desc.load([plane, k, n]), (BK, BN)), acc)
+            else:
+                acc = tl.dot(a, tl.reshape(w_desc.load([plane, n, k]), (BN, BK)).T, acc)
+        if D0 == 0:  # the factor belongs to a product by document alone; rows of no document get 0
+            acc *= tl.where(adapter < 0, 0.0, scale)
+        if PACKED:
+            row = m + tl.arange(0, BM)
+            column_n = n + tl.arange(0, BN)
+            offsets = row.to(tl.int64)[:, None] * y_stride + column_n[None, :]
+            mask = (row < end)[:, None] & (column_n < columns)[None, :]
+            if RESIDUAL:
+                acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        else:
+            for i in tl.static_range(STRIPS):
+                part = strip(acc, i, STRIPS, BM, BN)
+                place = [document, m, n + i * (BN // STRIPS)]
+                if RESIDUAL:
+                    part += tl.reshape(residual_desc.load(place), (BM, BN // STRIPS)).to(tl.float32)
+                y_desc.store(place, tl.reshape(part.to(y_desc.dtype), (1, BM, BN // STRIPS)))
+
+
+@triton.jit(do_not_specialize=["columns0", "columns1", "columns2", "stride0", "stride1", "stride2",
+                               "s_column1", "s_column2"])  # fmt: skip
+def project_three_kernel(
+    a_desc, w0_desc, w1_desc, w2_desc, s_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr, map_ptr, count_ptr,
+    columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2,
+    D: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side.
+
+    RANK is the largest: past a narrower l_p's end its descriptor reads zeros.
+    """
+    first1 = tl.cdiv(columns0, BN)
+    first2 = first1 + tl.cdiv(columns1, BN)
+    tiles_n = first2 + tl.cdiv(columns2, BN)
+    S: tl.constexpr = (D + BK - 1) // BK
+    tiles = tl.load(count_ptr) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        block, number = tile // tiles_n, tile % tiles_n
+        second, third = number >= first1, number >= first2
+        n = (number - tl.where(third, first2, tl.where(second, first1, 0))) * BN
+        m = tl.load(map_ptr + block * 3)
+        end = tl.load(map_ptr + block * 3 + 1)
+        own = tl.maximum(tl.load(map_ptr + block * 3 + 2), 0)
+        s_column = tl.where(third, s_column2, tl.where(second, s_column1, 0))
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, S + (RANK + BK - 1) // BK):
+            left_desc, right_desc, k, column, plane = s_desc, l0_desc, (step - S) * BK, s_column, own
+            if third:
+                right_desc = l2_desc
+            elif second:
+                right_desc = l1_desc
+            if step < S:
+                left_desc, right_desc, k, column, plane = a_desc, w0_desc, step * BK, 0, 0
+                if third:
+                    right_desc = w2_desc
+                elif second:
+                    right_desc = w1_desc
+            left = tl.reshape(left_desc.load([0, m, column + k]), (BM, BK))
+            acc = tl.dot(left, tl.reshape(right_desc.load([plane, n, k]), (BN, BK)).T, acc)
+        y_ptr, columns, stride = y0_ptr, columns0, stride0
+        if third:
+            y_ptr, columns, stride = y2_ptr, columns2, stride2
+        elif second:
+            y_ptr, columns, stride = y1_ptr, columns1, stride1
+        row, column_n = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
+        mask = (row < end)[:, None] & (column_n < columns)[None, :]
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, MASKED: tl.constexpr, BK: tl.constexpr,
+                BI: tl.constexpr, BJ: tl.constexpr):  # fmt: skip
+    """acc + u^T v over rows [start, end); rows past the end are zero in a dense batch, masked in a packed one."""
+    full = end
+    if MASKED:
+        full = start + (end - start) // BK * BK
+    for row in range(start, full, BK):
+        u = tl.reshape(u_desc.load([document, row, u_column]), (BK, BI))
+        v = tl.reshape(v_desc.load([document, row, v_column]), (BK, BJ))
+        acc = tl.dot(u.T, v, acc)
+    if MASKED:
+        if full < end:
+            inside = (full + tl.arange(0, BK) < end)[:, None]
+            u = tl.reshape(u_desc.load([document, full, u_column]), (BK, BI))
+            v = tl.reshape(v_desc.load([document, full, v_column]), (BK, BJ))
+            zero_u, zero_v = tl.zeros((BK, BI), u.dtype), tl.zeros((BK, BJ), v.dtype)
+            acc = tl.dot(tl.where(inside, u, zero_u).T, tl.where(inside, v, zero_v), acc)
+    return acc
+
+
+@triton.jit
+def _adamw_tile(
+    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, is_b, inverse1, inverse2,
+    lr, beta1, beta2, eps, keep,
+    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """One AdamW step of a tile of A or B [rows, columns] with the gradient acc, strip by strip of its columns.
+
+    `low` gets the new values in the activations' dtype. B's rows have a factor there, and so has B's gradient.
+    """
+    row = i + tl.arange(0, BI)
+    if SCALED:
+        factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
+    for part in tl.static_range(STRIPS):
+        gradient = strip(acc, part, STRIPS, BI, BJ)
+        if SCALED:
+            gradient *= factor
+        column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
+        offsets = row[:, None] * columns + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+        square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+        mean = gradient
+        if MOMENT:
+            mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+        p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+        if MOMENT:
+            tl.store(mean_ptr + offsets, mean, mask=mask)
+        tl.store(square_ptr + offsets, square, mask=mask)
+        tl.store(p_ptr + offsets, p, mask=mask)
+        if SCALED:
+            p *= factor
+        tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
+def outer_kernel(
+    u0_desc, v0_desc, out0_ptr, square0_ptr, mean0_ptr, low0_ptr, plane0, stride0, rows0, columns0, u_column0,
+    u1_desc, v1_desc, out1_ptr, square1_ptr, mean1_ptr, low1_ptr, plane1, stride1, rows1, columns1, v_column1,
+    tiles0, cu_ptr, index_ptr, length, documents, scale_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, STEP: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr,
+    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
+
+    The first reads u from a column on, the second v: e and s hold the ranks of several projections. STEP: the sum is
+    the gradient of a step of `out`, which an adapter whose count is 0 does not take; packed and without an index.
+    """
+    tile, adapter = tl.program_id(0), tl.program_id(1)
+    works = True
+    if STEP:
+        works = tl.load(step_ptr + adapter) > 0
+    if works:
+        is_b = tile >= tiles0
+        if is_b:
+            u_desc, v_desc, out_ptr, rows, columns = u1_desc, v1_desc, out1_ptr, rows1, columns1
+            u_column, v_column = 0, v_column1
+            tile -= tiles0
+        else:
+            u_desc, v_desc, out_ptr, rows, columns = u0_desc, v0_desc, out0_ptr, rows0, columns0
+            u_column, v_column = u_column0, 0
+        tiles_j = tl.cdiv(columns, BJ)
+        i = tile // tiles_j * BI
+        j = tile % tiles_j * BJ
+        first, last = adapter, tl.minimum(adapter + 1, documents)
+        if INDEX:
+            first, last = 0, documents
+        acc = tl.zeros((BI, BJ), tl.float32)
+        for d in range(first, last):
+            document, start, end = d, 0, length
+            if PACKED:
+                document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
+            if INDEX:
+                if tl.load(index_ptr + d) != adapter:
+                    end = start
+            acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
+        out_ptr += adapter.to(tl.int64) * rows * columns
+        if STEP:
+            if is_b:
+                square_ptr, low_ptr, plane, stride = square1_ptr, low1_ptr, plane1, stride1
+            else:
+                square_ptr, low_ptr, plane, stride = square0_ptr, low0_ptr, plane0, stride0
+            square_ptr += adapter.to(tl.int64) * rows * columns
+            mean_ptr = square_ptr
+            if MOMENT:
+                if is_b:
+                    mean_ptr = mean1_ptr + adapter.to(tl.int64) * rows * columns
+                else:
+                    mean_ptr = mean0_ptr + adapter.to(tl.int64) * rows * columns
+            inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
+            _adamw_tile(
+                acc, i, j, out_ptr, square_ptr, mean_ptr, low_ptr + adapter.to(tl.int64) * plane, rows, columns, stride,
+                scale_ptr, is_b, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT, SCALED, STRIPS, BI, BJ,
+            )  # fmt: skip
+        else:
+            row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
+            offsets = row[:, None] * columns + column[None, :]
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cast_rows(
+    source, target, tile, planes, rows, columns, padded_rows, padded_columns, plane_stride,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Some rows of [planes, rows, columns] into planes of padded rows, zeros in the padding."""
+    line = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
+    plane, row = (line // padded_rows).to(tl.int64), line % padded_rows
+    for first in range(0, padded_columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        exists = (line < planes * padded_rows)[:, None] & (column < padded_columns)[None, :]
+        inside = exists & (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(source + ((plane * rows + row) * columns)[:, None] + column[None, :], mask=inside, other=0.0)
+        offsets = (plane * plane_stride + row * padded_columns)[:, None] + column[None, :]
+        tl.store(target + offsets, value.to(target.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def cast_kernel(
+    a_ptr, b_ptr, low_a_ptr, low_b_ptr, tiles_a, adapters, rank, depth, padded_rank, padded_depth, plane_stride,
+    out, rank_b, padded_rank_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One projection's A and B in the activations' dtype."""
+    tile = tl.program_id(0)
+    if tile < tiles_a:
+        _cast_rows(
+            a_ptr, low_a_ptr, tile, adapters, rank, depth, padded_rank, padded_depth, plane_stride, BLOCK_A, TILE
+        )
+    else:
+        _cast_rows(
+            b_ptr,
+            low_b_ptr,
+            tile - tiles_a,
+            adapters,
+            out,
+            rank_b,
+            out,
+            padded_rank_b,
+            out * padded_rank_b,
+            BLOCK_B,
+            TILE,
+        )
