@@ -15,7 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from pgolf_kernels._triton_lora import cast_kernel, map_kernel, outer_kernel, project_kernel, project_three_kernel
+from pgolf_kernels._triton_lora import (
+    cast_kernel,
+    map_kernel,
+    outer_kernel,
+    project_kernel,
+    project_three_kernel,
+    shrink_kernel,
+)
 from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
 from pgolf_kernels._triton_tile import described, new_described
 from pgolf_kernels.batched_lora import Layout, low_size, padded
@@ -167,6 +174,20 @@ def _project_three(
     )  # fmt: skip
 
 
+def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, scale: float) -> None:
+    """e_p = scale * g_p own_p,b of three or four projections of a packed batch, which lie side by side in e."""
+    bm, bn, bk = SHRINK.rows, SHRINK.columns, SHRINK.depth
+    missing = 4 - len(own)
+    depths, ranks = [b.shape[1] for b in own], [b.shape[2] for b in own]
+    grid = min(grid_size(e), tiles.blocks(bm) * len(own))
+    shrink_kernel[(grid,)](
+        *(descriptor(tiles.planes(g), (1, bm, bk)) for g in grads), *[None] * missing,
+        *(descriptor(b, (1, bk, bn)) for b in own), *[None] * missing, e, tiles.map, tiles.count,
+        *depths, *[0] * missing, *ranks, *[0] * missing, e.stride(0), scale,
+        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages,
+    )  # fmt: skip
+
+
 _Target = tuple[Tensor, Tensor | None, Tensor | None]  # the sum, or Moments to step with it
 
 
@@ -246,9 +267,11 @@ def data_gradients(
     """(e = scale * g B of all projections side by side, dx plus `later` or an empty tensor)."""
     rows, depth = x.shape
     e = x.new_empty((rows, stacked.shape[1]))
-    parts = list(e.split([b.shape[2] for b in own], dim=1))
-    for grad, b, part in zip(grads, own, parts, strict=True):
-        _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
+    if tiles.packed and 3 <= len(own) <= 4:
+        _shrink(grads, own, e, tiles, scale)
+    else:
+        for grad, b, part in zip(grads, own, e.split([b.shape[2] for b in own], dim=1), strict=True):
+            _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
     if not wants_x:
         return e, x.new_empty(0)
     shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]

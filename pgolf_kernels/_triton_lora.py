@@ -3,8 +3,9 @@
 `project_kernel` is one persistent matrix product whose depth runs through several pairs of operands: up to three
 shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair by document, [s][B_b]^T or [e][A_b].
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
-between them. With no shared pair it is the product that shrinks x to the ranks. `outer_kernel` sums u^T v over each
-adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
+between them. With no shared pair it is the product that shrinks x to the ranks. `project_three_kernel` and
+`shrink_kernel` do what it does for several projections of a packed batch in one launch. `outer_kernel` sums u^T v over
+each adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
 """
 
 # Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
@@ -165,6 +166,41 @@ def project_three_kernel(
         offsets = row.to(tl.int64)[:, None] * stride + column_n[None, :]
         mask = (row < end)[:, None] & (column_n < columns)[None, :]
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["depth0", "depth1", "depth2", "depth3", "rank0", "rank1", "rank2", "rank3"])
+def shrink_kernel(
+    g0_desc, g1_desc, g2_desc, g3_desc, b0_desc, b1_desc, b2_desc, b3_desc, e_ptr, map_ptr, count_ptr,
+    depth0, depth1, depth2, depth3, rank0, rank1, rank2, rank3, e_stride, scale,
+    COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """e_p = scale * g_p b_p,b of three or four projections of a packed batch, side by side in e.
+
+    Rows of no document get 0. Each tile has the depth of its own projection, and holds all its ranks.
+    """
+    tiles = tl.load(count_ptr) * COUNT
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        block, number = tile // COUNT, tile % COUNT
+        g_desc, b_desc, depth, rank, first = g0_desc, b0_desc, depth0, rank0, 0
+        if number == 1:
+            g_desc, b_desc, depth, rank, first = g1_desc, b1_desc, depth1, rank1, rank0
+        elif number == 2:
+            g_desc, b_desc, depth, rank, first = g2_desc, b2_desc, depth2, rank2, rank0 + rank1
+        if COUNT > 3:
+            if number == 3:
+                g_desc, b_desc, depth, rank, first = g3_desc, b3_desc, depth3, rank3, rank0 + rank1 + rank2
+        m = tl.load(map_ptr + block * 3)
+        end = tl.load(map_ptr + block * 3 + 1)
+        adapter = tl.load(map_ptr + block * 3 + 2)
+        own = tl.maximum(adapter, 0)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, depth, BK):
+            g = tl.reshape(g_desc.load([0, m, k]), (BM, BK))
+            acc = tl.dot(g, tl.reshape(b_desc.load([own, k, 0]), (BK, BN)), acc)
+        acc *= tl.where(adapter < 0, 0.0, scale)
+        row, column = m + tl.arange(0, BM), tl.arange(0, BN)
+        offsets = row.to(tl.int64)[:, None] * e_stride + (first + column)[None, :]
+        tl.store(e_ptr + offsets, acc.to(e_ptr.dtype.element_ty), mask=(row < end)[:, None] & (column < rank)[None, :])
 
 
 @triton.jit
