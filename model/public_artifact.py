@@ -250,7 +250,7 @@ def read_torch_file(data: bytes) -> Any:
                 return archive.read(name)
 
             return PickleMachine(archive.read(names[0]), storage).run()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError) as error:
         raise ArtifactError(f"torch file: damaged ({error})") from error
 
 

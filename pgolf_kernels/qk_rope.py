@@ -95,6 +95,7 @@ def _backward_kernel(
 
 
 def _backward_into(
+    targets: tuple[torch.Tensor, ...],
     grad_q: torch.Tensor,
     grad_ks: list[torch.Tensor],
     grad_vs: list[torch.Tensor],
@@ -104,16 +105,13 @@ def _backward_into(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-    d_q: torch.Tensor,
-    d_k: torch.Tensor,
-    d_v: torch.Tensor,
 ) -> torch.Tensor:
-    """Writes the gradients of q, of k and of v from those of all their readers; returns gain's."""
+    """Writes the gradients of q, of k and of v, the `targets`, from those of all their readers; returns gain's."""
     if runs_triton(q) and q.numel() and k.numel():
-        return kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, d_q, d_k, d_v)
+        return kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *targets)
     grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
     *found, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
-    for target, value in zip((d_q, d_k, d_v), (*found, grad_v), strict=True):
+    for target, value in zip(targets, (*found, grad_v), strict=True):
         target.copy_(value)
     return d_gain
 
@@ -151,18 +149,11 @@ _forward_op = register_op(
 
 
 def _readers_backward_kernel(
-    grad_q: torch.Tensor,
-    grad_ks: list[torch.Tensor],
-    grad_vs: list[torch.Tensor],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    gain: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_q: torch.Tensor, grad_ks: list[torch.Tensor], grad_vs: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, k))
-    return d_q, d_k, d_v, _backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, d_q, d_k, d_v)
+    return d_q, d_k, d_v, _backward_into((d_q, d_k, d_v), grad_q, grad_ks, grad_vs, q, k, *rest)
 
 
 _readers_backward_op = register_op(
@@ -281,7 +272,7 @@ def _project_backward_kernel(
     q, k, _ = split_heads(raw, heads, kv_heads)
     d_raw = torch.empty_like(raw)
     d_heads = split_heads(d_raw, heads, kv_heads)
-    d_gain = _backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *d_heads)
+    d_gain = _backward_into(d_heads, grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps)
     weights = torch.cat([w_q, w_k, w_v])
     d_x = d_raw @ weights if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain

@@ -1,12 +1,13 @@
 """What the tests of linear_softcap_ce share: inputs of the head, drawn, and its results in plain PyTorch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pgolf_kernels.linear_softcap_ce import linear_softcap_ce_reference
+from pgolf_kernels.linear_softcap_ce import linear_softcap_ce_reference, linear_softcap_cross_entropy
 
 CPU = torch.device("cpu")
 DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
@@ -29,6 +30,11 @@ class Problem:
 
     def adapters(self) -> dict[str, Tensor | None]:
         return {"lora_a": self.lora_a, "lora_b": self.lora_b, "doc_ids": self.doc_ids}
+
+    def each(self, softcap: float | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Losses and hint log-probabilities by the call under test."""
+        call = (self.hidden, self.weight, self.targets, softcap)
+        return linear_softcap_cross_entropy(*call, **self.adapters(), hints=self.hints, reduction="none", **options)
 
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.hidden, self.weight, self.lora_a, self.lora_b) if t is not None]

@@ -20,17 +20,7 @@ def test_against_float64(dtype: torch.dtype, lora: bool, recompute: bool, device
     for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
         wide, wide_hints, gradients = reference(problem.converted(torch.float64), softcap, temperature)
         plain, _, plain_gradients = reference(problem, softcap, temperature)
-        losses, hinted = linear_softcap_cross_entropy(
-            problem.hidden,
-            problem.weight,
-            problem.targets,
-            softcap,
-            **problem.adapters(),
-            temperature=temperature,
-            hints=problem.hints,
-            reduction="none",
-            recompute=recompute,
-        )
+        losses, hinted = problem.each(softcap, temperature=temperature, recompute=recompute)
         assert losses.dtype == torch.float32 and not hinted.requires_grad
         scale = max(1e-6, float((plain.double() - wide).abs().max()))
         assert (losses.double() - wide).abs().max() <= 2 * scale + 1e-5

@@ -27,16 +27,7 @@ def interpreted() -> None:
         expected, expected_hints, gradients = reference(problem, softcap, temperature)
         for recompute in (False, True):
             with interpreting():
-                losses, hinted = linear_softcap_cross_entropy(
-                    problem.hidden,
-                    problem.weight,
-                    problem.targets,
-                    softcap,
-                    temperature=temperature,
-                    hints=problem.hints,
-                    reduction="none",
-                    recompute=recompute,
-                )
+                losses, hinted = problem.each(softcap, temperature=temperature, recompute=recompute)
                 own = torch.autograd.grad(losses, problem.leaves(), problem.upstream)
             torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=2e-5)
             torch.testing.assert_close(hinted, expected_hints, rtol=0, atol=2e-5)

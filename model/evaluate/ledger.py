@@ -48,7 +48,6 @@ _DAMAGE = (
     KeyError,
     TypeError,
     ValueError,
-    NotImplementedError,
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
