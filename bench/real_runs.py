@@ -100,11 +100,18 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
         ("artifact", lambda r: f"{r['artifact']['bytes']:,} bytes" if r.get("artifact") else None),
         *titled("seconds, ", under("seconds", lambda value: f"{value:,.1f}")),
         *under("breakdown", lambda value: f"{1000 * value:.2f} ms"),
+        *under("ablation", ablated),
     ]
 
 
 def _gain(gain: dict[str, Any]) -> str:
     return f"{gain['bpb']:.4f} ± {gain['standard_error']:.4f} bits per byte"
+
+
+def ablated(row: dict[str, Any]) -> str:
+    """A row of ablation.py: its time, against all kernels, and what there is to say."""
+    times = f"{1000 * row['seconds']:.2f} ms, {row['ratio']:.3f} times"
+    return f"{times} ({row['remark']})" if row["remark"] else times
 
 
 def table(names: Sequence[str], records: Sequence[Record]) -> list[str]:
