@@ -176,7 +176,7 @@ def built(provider: str) -> Ours | Peer1727:
     return PROVIDERS[provider](config, network(config), stream(config.model.vocab_size))
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_whole_set(recording: Any, provider: str) -> None:
     tokens = len(stream(configuration().model.vocab_size)) - 1
@@ -196,7 +196,7 @@ def test_whole_set(recording: Any, provider: str) -> None:
         recorder.row.how = f"{tokens / seconds:.0f} tokens/s, {nats[0]:.5f} nats, ready in {ready:.1f} s"
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("context", CONTEXTS if GPU else CONTEXTS[:1])
 def test_chunk_step(recording: Any, context: int, provider: str) -> None:

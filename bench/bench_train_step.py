@@ -182,14 +182,14 @@ MICRO_STEPS = {"pgolf": our_micro_step, "pull request 1530": peer_micro_step}
 STEPS = {"pgolf": our_step, "pull request 1530": peer_step}
 
 
-@pytest.mark.timeout(240)  # the public script compiles for minutes
+@pytest.mark.timeout(600)  # the public script compiles for minutes
 @pytest.mark.parametrize("provider", MICRO_STEPS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_micro_step(bench, case, provider):
     bench(case, provider, MICRO_STEPS, setup, work)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("provider", STEPS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_step(bench, case, provider):

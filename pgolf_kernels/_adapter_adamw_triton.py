@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgolf_kernels._triton_op import pdl
+from pgolf_kernels._triton_tile import wait_for_previous
+
 BLOCK, WARPS = 1024, 4  # H200, 534.8 M parameters: 2.70 ms; 2 warps 3.20, 512 by 1 warp 3.19, 2048 by 4 warps 3.28
 
 
@@ -23,8 +26,10 @@ def adamw(p, g, v, m, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT: t
 def _step_kernel(
     p_ptr, g_ptr, v_ptr, m_ptr, factor_ptr, reset_ptr, total, inner, documents, lr, beta1, beta2, eps, keep,
     MOMENT: tl.constexpr, RESET: tl.constexpr, ZERO: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """UNIFORM: a block never spans two documents, so that idle documents cost nothing."""
+    wait_for_previous(PDL)
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = base + tl.arange(0, BLOCK)
     mask = i < total
@@ -67,5 +72,5 @@ def step(
             p, g, v, m, factors, flags, p.numel(), inner, p.shape[1],
             lr, beta1, beta2, eps, 1.0 - lr * weight_decay,
             MOMENT=m is not None, RESET=reset is not None, ZERO=zero, UNIFORM=inner % BLOCK == 0, BLOCK=BLOCK,
-            num_warps=WARPS,
+            num_warps=WARPS, **pdl(p),
         )  # fmt: skip

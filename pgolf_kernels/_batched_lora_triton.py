@@ -23,7 +23,7 @@ from pgolf_kernels._triton_lora import (
     project_three_kernel,
     shrink_kernel,
 )
-from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size
+from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size, pdl
 from pgolf_kernels._triton_tile import described, new_described
 from pgolf_kernels.batched_lora import Layout, low_size, padded
 from pgolf_kernels.stepped_lora import AdamStep, Moments
@@ -91,7 +91,7 @@ def tiles_of(x: Tensor, layout: Layout) -> _Tiles:
     block = 32
     map_kernel[(triton.cdiv(most, block),)](
         layout.cu_seqlens, layout.index, table, count, rows, documents, INDEX=layout.index is not None,
-        DOCUMENTS=block_at_least(documents + 1, 128, 1 << 20), BM=PROJECT.rows, BLOCK=block,
+        DOCUMENTS=block_at_least(documents + 1, 128, 1 << 20), BM=PROJECT.rows, BLOCK=block, **pdl(x),
     )  # fmt: skip
     return _Tiles(rows, documents, layout.cu_seqlens, layout.index, table, count)
 
@@ -126,7 +126,7 @@ def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Te
         cast_kernel[(sum(tiles),)](
             a.contiguous(), b.contiguous(), stacked[:, row:], target, tiles[0], adapters,
             a.shape[1], a.shape[2], rank, depth, stacked.stride(0), out, width, padded_width,
-            BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8,
+            BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8, **pdl(a),
         )  # fmt: skip
         row += rank
     return stacked, own
@@ -156,7 +156,7 @@ def _project(
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
         INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=strips,
         BM=bm, BN=bn, BK=bk,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **pdl(s),
     )  # fmt: skip
 
 
@@ -171,7 +171,8 @@ def _project_three(
         descriptor(tiles.planes(a), (1, bm, bk)), *(descriptor(w.unsqueeze(0), (1, bn, bk)) for w in weights),
         descriptor(tiles.planes(s), (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
         tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), ranks[0], ranks[0] + ranks[1],
-        D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk, num_warps=PROJECT.warps, num_stages=PROJECT.stages,
+        D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk,
+        num_warps=PROJECT.warps, num_stages=PROJECT.stages, **pdl(a),
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
         *(descriptor(tiles.planes(g), (1, bm, bk)) for g in grads), *[None] * missing,
         *(descriptor(b, (1, bk, bn)) for b in own), *[None] * missing, e, tiles.map, tiles.count,
         *depths, *[0] * missing, *ranks, *[0] * missing, e.stride(0), scale,
-        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages,
+        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages, **pdl(e),
     )  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def _outer(
         count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, *rest,
         PACKED=tiles.packed, INDEX=tiles.index is not None, STEP=stepped is not None, MOMENT=a[2] is not None,
         SCALED=out_scale is not None, STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **pdl(e),
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels import _triton_op
-from pgolf_kernels._triton_tile import sum_rows
+from pgolf_kernels._triton_op import pdl
+from pgolf_kernels._triton_tile import sum_rows, wait_for_previous
 
 TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
@@ -80,7 +81,8 @@ def _gather(x_ptr, y_ptr, z_ptr, out_ptr, tile, tokens, out_stride, COUNT: tl.co
 def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stride, length, eps,
                     H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
                     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
-                    TOKENS: tl.constexpr):  # fmt: skip
+                    TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
     tile = tl.program_id(0)
     _turn(q, out_q, gain, cos, sin, tile, tokens, q_stride, length, eps, True, H, H_PADDED, DIM, DIM_PADDED, PAIRS,
           TOKENS)  # fmt: skip
@@ -121,8 +123,9 @@ def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, ga
                      tokens, q_stride, k_stride, d_q_stride, d_k_stride, d_v_stride, length, eps,
                      KEYS: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr,
                      HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-                     PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                     PAIRS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added."""
+    wait_for_previous(PDL)
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
@@ -161,7 +164,7 @@ def forward(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: f
     with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
             q, k, gain, cos, sin, out_q, out_k, tokens, q.stride(0), k.stride(0), cos.shape[0], eps,
-            **_shape(q, k, cos), num_warps=WARPS,
+            **_shape(q, k, cos), num_warps=WARPS, **pdl(q),
         )  # fmt: skip
     return out_q, out_k
 
@@ -192,7 +195,7 @@ def backward_into(
         _backward_kernel[(programs,)](
             grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin, d_q, d_k,
             written_v, partial, tokens, q.stride(0), k.stride(0), *(t.stride(0) for t in (d_q, d_k, written_v)),
-            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), **shape, num_warps=WARPS,
+            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), **shape, num_warps=WARPS, **pdl(q),
         )  # fmt: skip
     return sum_rows(partial.flatten(0, 1))[: gain.numel()].to(gain.dtype)
 

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels import _triton_op
-from pgolf_kernels._triton_tile import sum_rows
+from pgolf_kernels._triton_op import pdl
+from pgolf_kernels._triton_tile import sum_rows, wait_for_previous
 
 if TYPE_CHECKING:
     from pgolf_kernels.residual import Launch
@@ -48,8 +49,9 @@ def _weight(coefficients, k: tl.constexpr, columns, inside, DIM: tl.constexpr):
 def _forward_kernel(
     s0, s1, s2, s3, s4, s5, s6, s7, coefficients, total_ptr, normed_ptr, rows, eps, scale,
     STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    TOTAL: tl.constexpr, NORM: tl.constexpr,
+    TOTAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -74,9 +76,11 @@ def _backward_kernel(
     coefficients, d_total_ptr, d_normed_ptr, partial_ptr, rows, eps, scale,
     STREAMS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TOTAL: tl.constexpr, NORM: tl.constexpr, THROUGH: tl.constexpr, WANTED: tl.constexpr, SUMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """THROUGH and WANTED have a bit for each stream: whether it has a gradient from later uses, and whether its own is
     asked for. SUMS: the coefficients' are."""
+    wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     # One accumulator a coefficient row; unused ones are dropped by the compiler.
@@ -141,7 +145,8 @@ def _backward_kernel(
 
 @triton.jit
 def _norm_kernel(x_ptr, normed_ptr, inverse_ptr, rows, eps, scale,
-                 DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                 DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -156,7 +161,8 @@ def _norm_kernel(x_ptr, normed_ptr, inverse_ptr, rows, eps, scale,
 @triton.jit
 def _norm_backward_kernel(d_normed_ptr, normed_ptr, inverse_ptr, through_ptr, d_ptr, rows, scale, unscale,
                           THROUGH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-                          ROWS: tl.constexpr):  # fmt: skip
+                          ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -199,7 +205,7 @@ def forward(
         _forward_kernel[grid](
             *_pad(streams), coefficients, total, normed, rows, eps, scale,
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
-            TOTAL=with_total, NORM=with_norm, num_warps=launch.warps,
+            TOTAL=with_total, NORM=with_norm, num_warps=launch.warps, **pdl(first),
         )  # fmt: skip
     return total, normed
 
@@ -232,7 +238,7 @@ def backward(
             STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
             TOTAL=d_total is not None, NORM=d_normed is not None,
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
-            num_warps=launch.warps,
+            num_warps=launch.warps, **pdl(first),
         )  # fmt: skip
     return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else coefficients.new_empty(0)
 
@@ -250,7 +256,7 @@ def norm(x: Tensor, scale: float, eps: float, launch: Launch) -> tuple[Tensor, T
         with torch.cuda.device_of(x):
             _norm_kernel[(_programs(rows, launch.rows, x, launch.programs),)](
                 x, normed, inverse, rows, eps, scale, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-                ROWS=launch.rows, num_warps=launch.warps,
+                ROWS=launch.rows, num_warps=launch.warps, **pdl(x),
             )  # fmt: skip
     return normed, inverse
 
@@ -266,6 +272,6 @@ def norm_backward(
             _norm_backward_kernel[(_programs(rows, launch.rows, normed, launch.programs),)](
                 d_normed, normed, inverse, normed if through is None else through, d_x, rows, scale, 1.0 / scale,
                 THROUGH=through is not None, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
-                num_warps=launch.warps,
+                num_warps=launch.warps, **pdl(normed),
             )  # fmt: skip
     return d_x

@@ -17,16 +17,18 @@ import triton
 import triton.language as tl
 
 from pgolf_kernels._adapter_adamw_triton import adamw
-from pgolf_kernels._triton_tile import strip
+from pgolf_kernels._triton_tile import strip, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["rows", "documents"])
 def map_kernel(cu_ptr, index_ptr, map_ptr, count_ptr, rows, documents,
-                INDEX: tl.constexpr, DOCUMENTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                INDEX: tl.constexpr, DOCUMENTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """For each tile of BM rows that no document shares: (first row, end of its document, adapter).
 
     Rows past the last bound are one more document, with adapter -1.
     """
+    wait_for_previous(PDL)
     document = tl.arange(0, DOCUMENTS)
     start = tl.load(cu_ptr + document, mask=document <= documents, other=0)
     end = tl.load(cu_ptr + document + 1, mask=document < documents, other=0)
@@ -55,9 +57,10 @@ def project_kernel(
     y_ptr, residual_ptr, map_ptr, count_ptr, index_ptr, length, documents, columns, y_stride, s_column, scale,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     PACKED: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr, STRIPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = sum_i a_i w_i^T + s l_b^T (+ residual); TRANSPOSED: w_i and l_b instead of their transposes."""
+    wait_for_previous(PDL)
     S0: tl.constexpr = (D0 + BK - 1) // BK
     S1: tl.constexpr = S0 + (D1 + BK - 1) // BK
     S2: tl.constexpr = S1 + (D2 + BK - 1) // BK
@@ -123,12 +126,13 @@ def project_kernel(
 def project_three_kernel(
     a_desc, w0_desc, w1_desc, w2_desc, s_desc, l0_desc, l1_desc, l2_desc, y0_ptr, y1_ptr, y2_ptr, map_ptr, count_ptr,
     columns0, columns1, columns2, stride0, stride1, stride2, s_column1, s_column2,
-    D: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y_p = a w_p^T + s_p l_p,b^T of three projections of a packed batch, whose tiles lie side by side.
 
     RANK is the largest: past a narrower l_p's end its descriptor reads zeros.
     """
+    wait_for_previous(PDL)
     first1 = tl.cdiv(columns0, BN)
     first2 = first1 + tl.cdiv(columns1, BN)
     tiles_n = first2 + tl.cdiv(columns2, BN)
@@ -172,12 +176,13 @@ def project_three_kernel(
 def shrink_kernel(
     g0_desc, g1_desc, g2_desc, g3_desc, b0_desc, b1_desc, b2_desc, b3_desc, e_ptr, map_ptr, count_ptr,
     depth0, depth1, depth2, depth3, rank0, rank1, rank2, rank3, e_stride, scale,
-    COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """e_p = scale * g_p b_p,b of three or four projections of a packed batch, side by side in e.
 
     Rows of no document get 0. Each tile has the depth of its own projection, and holds all its ranks.
     """
+    wait_for_previous(PDL)
     tiles = tl.load(count_ptr) * COUNT
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         block, number = tile // COUNT, tile % COUNT
@@ -265,13 +270,14 @@ def outer_kernel(
     u1_desc, v1_desc, out1_ptr, square1_ptr, mean1_ptr, low1_ptr, plane1, stride1, rows1, columns1, v_column1,
     tiles0, cu_ptr, index_ptr, length, documents, scale_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
     PACKED: tl.constexpr, INDEX: tl.constexpr, STEP: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr,
-    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
 
     The first reads u from a column on, the second v: e and s hold the ranks of several projections. STEP: the sum is
     the gradient of a step of `out`, which an adapter whose count is 0 does not take; packed and without an index.
     """
+    wait_for_previous(PDL)
     tile, adapter = tl.program_id(0), tl.program_id(1)
     works = True
     if STEP:
@@ -345,9 +351,10 @@ def _cast_rows(
 @triton.jit
 def cast_kernel(
     a_ptr, b_ptr, low_a_ptr, low_b_ptr, tiles_a, adapters, rank, depth, padded_rank, padded_depth, plane_stride,
-    out, rank_b, padded_rank_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
+    out, rank_b, padded_rank_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One projection's A and B in the activations' dtype."""
+    wait_for_previous(PDL)
     tile = tl.program_id(0)
     if tile < tiles_a:
         _cast_rows(

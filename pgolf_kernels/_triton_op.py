@@ -46,6 +46,16 @@ def grid_size(tensor: torch.Tensor) -> int:
     return multiprocessors(tensor.device.index) if tensor.is_cuda else 3
 
 
+def pdl(tensor: torch.Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `_triton_tile.wait_for_previous`: programmatic dependent launch.
+
+    On Hopper and later its blocks are then placed, and its descriptors fetched, while the kernel before still runs.
+    """
+    if _interpreting or (tensor.is_cuda and compute_capability(tensor.device.index) < 90):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether this tensor's op runs its Triton kernel: on a CUDA device with Triton, or under :func:`interpreting`."""
     return (tensor.is_cuda and has_triton()) or _interpreting

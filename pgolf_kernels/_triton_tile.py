@@ -7,8 +7,20 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pgolf_kernels._triton_op import can_describe
+from pgolf_kernels._triton_op import can_describe, pdl
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """The first statement of a kernel launched with `pdl`: nothing before it may touch memory.
+
+    The kernel after may come on now, up to its own call of this; all that the kernels before wrote is seen after it.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -40,7 +52,8 @@ def new_described(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def _sum_rows_kernel(x_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_rows_kernel(x_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, rows, ROWS):
@@ -58,5 +71,5 @@ def sum_rows(x: Tensor) -> Tensor:
     rows, columns = x.shape
     out = x.new_empty(columns)
     with torch.cuda.device_of(x):
-        _sum_rows_kernel[(triton.cdiv(columns, 8),)](x, out, rows, columns, ROWS=256, COLUMNS=8, num_warps=4)
+        _sum_rows_kernel[(triton.cdiv(columns, 8),)](x, out, rows, columns, ROWS=256, COLUMNS=8, num_warps=4, **pdl(x))
     return out

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels import _triton_op
+from pgolf_kernels._triton_op import pdl
+from pgolf_kernels._triton_tile import wait_for_previous
 
 TOKENS = 4
 WARPS = 4
@@ -32,7 +34,8 @@ def _values(v_ptr, tile, tokens, stride, HKV: tl.constexpr, HKV_PADDED: tl.const
 @triton.jit
 def _forward_kernel(y_ptr, v_ptr, out_ptr, tokens, stride, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
                     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-                    MIN_NORM: tl.constexpr):  # fmt: skip
+                    MIN_NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
     token, head, column, mask, unit, _, _ = _values(
         v_ptr, tl.program_id(0), tokens, stride, HKV, HKV_PADDED, DIM, DIM_PADDED, TOKENS, MIN_NORM
     )
@@ -46,7 +49,8 @@ def _forward_kernel(y_ptr, v_ptr, out_ptr, tokens, stride, HKV: tl.constexpr, HK
 @triton.jit
 def _backward_kernel(grad_ptr, y_ptr, v_ptr, d_y_ptr, d_v_ptr, tokens, stride, HKV: tl.constexpr,
                      HKV_PADDED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-                     TOKENS: tl.constexpr, MIN_NORM: tl.constexpr):  # fmt: skip
+                     TOKENS: tl.constexpr, MIN_NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait_for_previous(PDL)
     token, head, column, mask, unit, inverse, above = _values(
         v_ptr, tl.program_id(0), tokens, stride, HKV, HKV_PADDED, DIM, DIM_PADDED, TOKENS, MIN_NORM
     )
@@ -82,7 +86,7 @@ def forward(y: Tensor, v: Tensor, min_norm: float) -> Tensor:
     out = torch.empty_like(y)
     grid = (triton.cdiv(y.shape[0], TOKENS),)
     with torch.cuda.device_of(y):
-        _forward_kernel[grid](y, v, out, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS)
+        _forward_kernel[grid](y, v, out, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS, **pdl(y))
     return out
 
 
@@ -92,6 +96,6 @@ def backward(grad: Tensor, y: Tensor, v: Tensor, min_norm: float) -> tuple[Tenso
     grid = (triton.cdiv(y.shape[0], TOKENS),)
     with torch.cuda.device_of(y):
         _backward_kernel[grid](
-            grad, y, v, d_y, d_v, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS
+            grad, y, v, d_y, d_v, y.shape[0], v.stride(0), **_shape(y, v, min_norm), num_warps=WARPS, **pdl(y)
         )  # fmt: skip
     return d_y, d_v

@@ -47,7 +47,7 @@ class _Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile
 
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
         parameters = inspect.signature(self._kernel.fn).parameters
         bound = inspect.signature(self._kernel.fn).bind(*args, **named)
         bound.apply_defaults()
