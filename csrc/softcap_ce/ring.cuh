@@ -249,7 +249,9 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, 1)
 
   Walk<S> walk = walk_of<S>(ce, gradient, lse, claimed, shared, tickets);
   uint64_t* slot_read = read[walk.group];
-  if (walk.thread < S::kStages) init_barrier(&slot_read[walk.thread], S::kWarps);
+  if (walk.thread == 0) {
+    for (int i = 0; i < S::kStages; ++i) init_barrier(&slot_read[i], S::kThreads);
+  }
   walk.template start<kAhead>();
   table::fill<true>(caps, layout, shared);
   __syncthreads();
@@ -279,8 +281,7 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, 1)
       __stcs(reinterpret_cast<uint4*>(out) + v * S::kThreads + walk.thread, table::scaled(power, upstream, inverse));
     }
     if (owner) out[target] = table::target_derivative(cap(caps, target_logit), upstream, row_lse);
-    __syncwarp();
-    if (walk.thread % 32 == 0) arrive(&slot_read[walk.stage]);
+    arrive(&slot_read[walk.stage]);
   }
 #endif
 }
