@@ -83,10 +83,7 @@ class Head:
             raise IndexError(
                 f"doc_ids: got {extremes.min.item()} to {extremes.max.item()}, wanted indices in [0, {documents})"
             )
-        known = doc_ids.where((doc_ids >= 0) & (doc_ids < documents), documents)  # rows of no document go last
-        ids, self.order = known.sort(stable=True)
-        bounds = torch.arange(documents + 1, device=ids.device)
-        self.bounds = torch.searchsorted(ids, bounds, out_int32=True)
+        self.order, self.bounds = by_document(doc_ids, documents)
         self.hidden = hidden[self.order]
 
     def fused(self, softcap: float, temperature: float) -> Any:
@@ -114,6 +111,8 @@ class Head:
 
     def bounds_in(self, rows: slice) -> Tensor:
         """Where each document begins and the last one ends among these rows, int32 [B + 1]."""
+        if rows == slice(0, len(self.hidden)):
+            return self.bounds
         return (self.bounds - rows.start).clamp(0, rows.stop - rows.start)
 
     def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -125,6 +124,18 @@ class Head:
         a, b = self.adapters
         logits, *kept = lora_forward(hidden, [], a, b, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
         return logits if out is None else out.copy_(logits), kept
+
+
+def by_document(doc_ids: Tensor, documents: int) -> tuple[Tensor, Tensor]:
+    """(rows in the order of their documents, int64 [N]; bounds of the documents therein, int32 [B + 1]).
+
+    Rows of a document keep their order; those of none in [0, documents) go last.
+    """
+    if runs_triton(doc_ids) and len(doc_ids) <= (module := kernels("linear_softcap_ce")).MOST_COMPARED:
+        return module.by_document(doc_ids, documents)
+    ids, order = doc_ids.where((doc_ids >= 0) & (doc_ids < documents), documents).sort(stable=True)
+    bounds = torch.arange(documents + 1, device=ids.device)
+    return order, torch.searchsorted(ids, bounds, out_int32=True)
 
 
 class Gradients:

@@ -9,7 +9,7 @@ softcap / temperature <= 40 bounds exp(z), so that no maximum is needed and the 
 the float32 accumulators and the sums of exp(z) over each tile's columns. Training on Hopper has the same in CUDA where
 its shapes allow it (csrc/linear_softcap_ce). `_finish_kernel` adds the sums up, computes the logits of targets (and
 hints) as dot products of their own, writes losses and 1 / S, and mends G at each row's target. The logits are never
-stored, nor rounded.
+stored, nor rounded. `_order_kernel` sorts rows by document, for a head with adapters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pgolf_kernels import _native
 from pgolf_kernels._native_op import stream_of
-from pgolf_kernels._triton_op import block_at_least, can_describe, compute_capability, descriptor, grid_size
-from pgolf_kernels._triton_tile import strip
+from pgolf_kernels._triton_op import block_at_least, can_describe, compute_capability, descriptor, grid_size, pdl
+from pgolf_kernels._triton_tile import strip, wait_for_previous
 
 LOG2E = 1.4426950408889634
 PLAIN, APPROXIMATE, EXACT = 0, 1, 2  # forms of the hyperbolic tangent; PLAIN is EXACT without instructions of the GPU
@@ -49,6 +49,8 @@ SCORE = PowersConfig()
 # With the gradient, a tangent that is 5e-4 off: the loss moves by 1.5e-4 a token at most, G's rounding hides the rest.
 TRAIN = PowersConfig(form=APPROXIMATE)
 FINISH_ROWS = 4
+MOST_COMPARED = 8192  # rows of `by_document`, which compares each with all
+ORDER_ROWS, ORDER_OTHERS = 16, 256  # rows a program, and others it compares them with at a time
 
 
 @triton.jit
@@ -184,6 +186,32 @@ def _scale_rows_kernel(x_ptr, scale_ptr, out_ptr, rows, x_stride, out_stride,
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _keys(ids_ptr, item, rows, documents):
+    """int32: a row's document, or `documents` for one that has none."""
+    key = tl.load(ids_ptr + item, mask=item < rows, other=-1)
+    return tl.where((key >= 0) & (key < documents), key, documents).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "documents"])
+def _order_kernel(ids_ptr, order_ptr, bounds_ptr, rows, documents, ROWS: tl.constexpr, OTHERS: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """A row's place is the number of rows before it. Items behind the rows are bounds: b counts the rows below b."""
+    wait_for_previous(PDL)
+    item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = item < rows
+    key = tl.where(is_row, _keys(ids_ptr, item, rows, documents), item - rows)
+    place = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, rows, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        others = _keys(ids_ptr, other, rows, documents)
+        equal = (others[None, :] == key[:, None]) & (other[None, :] < item[:, None]) & is_row[:, None]
+        before = ((others[None, :] < key[:, None]) | equal) & (other < rows)[None, :]
+        place += tl.sum(before.to(tl.int32), axis=1)
+    tl.store(order_ptr + place, item.to(tl.int64), mask=is_row)
+    tl.store(bounds_ptr + item - rows, place, mask=(item >= rows) & (item <= rows + documents))
+
+
 def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)  # triton.cdiv takes microseconds, which small chunks of rows would feel
 
@@ -264,6 +292,18 @@ def gradient(
     temperature."""
     with torch.cuda.device_of(hidden):
         _launch_powers(hidden, weight, out, None, targets, factor, at_target, softcap, temperature)
+
+
+def by_document(doc_ids: Tensor, documents: int) -> tuple[Tensor, Tensor]:
+    """As `by_document` of the head's module, for up to MOST_COMPARED rows, in one launch."""
+    order = torch.empty_like(doc_ids)
+    bounds = torch.empty(documents + 1, dtype=torch.int32, device=doc_ids.device)
+    rows = len(doc_ids)
+    with torch.cuda.device_of(doc_ids):
+        _order_kernel[(_tiles(rows + documents + 1, ORDER_ROWS),)](
+            doc_ids, order, bounds, rows, documents, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4, **pdl(doc_ids)
+        )
+    return order, bounds
 
 
 def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:

@@ -72,9 +72,32 @@ def interpreted() -> None:
     assert not module.takes(problem.hidden, problem.weight, 41.0, 1.0)
     assert not module.takes(problem.hidden, problem.weight, 0.0, 1.0)
     assert module.takes(problem.hidden, problem.weight, 80.0, 2.0)
+    for rows, documents in ORDERS:
+        with interpreting():
+            check_order(rows, documents)
 
 
 # GPU only -------------------------------------------------------------------------------------------------------------
+
+
+def check_order(rows: int, documents: int, device: str = "cpu") -> None:
+    """`by_document` of the kernels equals a stable sort, with rows of no document last."""
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(-2, documents + 2, (rows,), generator=generator)
+    known = ids.where((ids >= 0) & (ids < documents), documents)
+    order, bounds = kernels("linear_softcap_ce").by_document(ids.to(device), documents)
+    torch.testing.assert_close(order.cpu(), known.sort(stable=True).indices)
+    expected = [int((known < document).sum()) for document in range(documents + 1)]
+    assert bounds.tolist() == expected and bounds.dtype == torch.int32
+
+
+ORDERS = [(0, 3), (1, 1), (300, 7), (31, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "documents"), [*ORDERS, (2048, 64), (8192, 100)])
+def test_order_by_document(rows: int, documents: int) -> None:
+    check_order(rows, documents, "cuda")
 
 
 @pytest.mark.gpu

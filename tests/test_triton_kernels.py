@@ -44,6 +44,7 @@ def linear_softcap_ce(module: ModuleType, vocab: int) -> None:
     module.gradient(hidden, weight, index, 30.0, 1.0, value, value, powers)
     for rows in (hidden, empty(ROWS, WIDTH, dtype=FP32), empty(ROWS, 96)):
         module.scale_rows(rows, value, rows)
+    module.by_document(index[:3072], 64)
 
 
 def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tuple[int, ...]) -> None:
