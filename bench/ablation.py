@@ -35,6 +35,7 @@ from model.gpt import GPT
 from model.micro_step import MicroStep
 from model.run import commit
 from pgolf_kernels import attention_backend_info, set_attention_backend
+from pgolf_kernels.xsa import reference as xsa_reference
 
 CALLS, ROUNDS = (5, 5) if GPU else (1, 3)  # calls back to back; the median of so many rounds
 CASE = CASES[-1]
@@ -52,7 +53,7 @@ REPLACEMENTS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "mlp": {"model.gpt.fused_mlp": expressions.mlp},
     "qkv-rope": {"model.gpt.qkv_rope": expressions.qkv_rope},
-    "xsa": {"model.gpt.xsa": expressions.xsa},
+    "xsa": {"model.gpt.xsa": xsa_reference},
     "attention": {"model.gpt.varlen_attention": expressions.attention},
     "embedding": {"model.gpt.embedding": expressions.embedding},
     "head": {"model.gpt.linear_softcap_cross_entropy": expressions.head},
@@ -156,6 +157,8 @@ def keep(rows: dict[str, dict[str, Any]]) -> None:
         "note": f"{CASE}; attention: {attention_backend_info()['backend']}; `python -m bench.ablation --record`",
     }
     before = json.loads(file.read_text()) if file.exists() else {}
+    if before.get("machine", record["machine"]) != record["machine"]:
+        raise SystemExit(f"ablation: {file} is of {before['machine']}, wanted {record['machine']}: move it away first")
     same = record["commit"] is not None and all(before.get(name) == value for name, value in record.items())
     merged = (before["ablation"] if same else {}) | rows
     order = [variant.title for variant in VARIANTS.values()]

@@ -18,9 +18,6 @@ from model.layers import rms_norm
 from model.stream import Stream
 from pgolf_kernels import fused_mlp, varlen_attention
 from pgolf_kernels.qk_rope import reference as qk_rope
-from pgolf_kernels.xsa import reference as xsa
-
-__all__ = ["xsa"]
 
 # ---- MLP -------------------------------------------------------------------------------------------------------------
 

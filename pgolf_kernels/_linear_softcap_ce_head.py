@@ -204,7 +204,7 @@ def times(rows: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tens
     if scale is None:
         return rows
     out = torch.empty_like(rows) if out is None else out
-    if runs_triton(rows) and rows.dtype != torch.float64:
+    if runs_triton(rows):
         # The kernel reads one number after the other; an upstream gradient expanded from a scalar has stride 0.
         return kernels("linear_softcap_ce").scale_rows(rows, scale.contiguous(), out)
     return torch.mul(rows, scale[:, None], out=out)

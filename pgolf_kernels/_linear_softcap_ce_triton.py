@@ -49,7 +49,7 @@ SCORE = PowersConfig()
 # With the gradient, a tangent that is 5e-4 off: the loss moves by 1.5e-4 a token at most, G's rounding hides the rest.
 TRAIN = PowersConfig(form=APPROXIMATE)
 FINISH_ROWS = 4
-MOST_COMPARED = 8192  # rows of `by_document`, which compares each with all
+MOST_COMPARED = 8192  # rows of `by_document`, which compares each with all: beyond, a radix sort has less to do
 ORDER_ROWS, ORDER_OTHERS = 16, 256  # rows a program, and others it compares them with at a time
 
 
@@ -183,9 +183,6 @@ def _scale_rows_kernel(x_ptr, scale_ptr, out_ptr, rows, x_stride, out_stride,
     tl.store(out_ptr + wide * out_stride + k[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- launches --------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _keys(ids_ptr, item, rows, documents):
     """int32: a row's document, or `documents` for one that has none."""
@@ -210,6 +207,9 @@ def _order_kernel(ids_ptr, order_ptr, bounds_ptr, rows, documents, ROWS: tl.cons
         place += tl.sum(before.to(tl.int32), axis=1)
     tl.store(order_ptr + place, item.to(tl.int64), mask=is_row)
     tl.store(bounds_ptr + item - rows, place, mask=(item >= rows) & (item <= rows + documents))
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
 
 
 def _tiles(size: int, tile: int) -> int:

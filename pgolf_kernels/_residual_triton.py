@@ -240,7 +240,9 @@ def backward(
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
             num_warps=launch.warps, **pdl(first),
         )  # fmt: skip
-    return d_streams, sum_rows(partial.flatten(1)).view(partial.shape[1:]) if sums else coefficients.new_empty(0)
+    if not sums:
+        return d_streams, coefficients.new_empty(0)
+    return d_streams, sum_rows(partial.flatten(1)).view_as(coefficients).to(coefficients.dtype)
 
 
 def _bits(flags: Iterable[bool]) -> int:

@@ -49,7 +49,8 @@ def grid_size(tensor: torch.Tensor) -> int:
 def pdl(tensor: torch.Tensor) -> dict[str, bool]:
     """Launch options of a kernel that begins with `_triton_tile.wait_for_previous`: programmatic dependent launch.
 
-    On Hopper and later its blocks are then placed, and its descriptors fetched, while the kernel before still runs.
+    On Hopper and later its blocks are then placed while the kernel before still runs. Meta tensors, with which kernels
+    are compiled ahead of time, stand for those GPUs.
     """
     if _interpreting or (tensor.is_cuda and compute_capability(tensor.device.index) < 90):
         return {"PDL": False}
@@ -57,8 +58,11 @@ def pdl(tensor: torch.Tensor) -> dict[str, bool]:
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether this tensor's op runs its Triton kernel: on a CUDA device with Triton, or under :func:`interpreting`."""
-    return (tensor.is_cuda and has_triton()) or _interpreting
+    """Whether this tensor's op runs its Triton kernel: on a CUDA device with Triton, or under :func:`interpreting`.
+
+    The kernels accumulate in fp32: float64 is left to PyTorch.
+    """
+    return tensor.dtype != torch.float64 and ((tensor.is_cuda and has_triton()) or _interpreting)
 
 
 def runs_narrow_triton(tensor: torch.Tensor) -> bool:

@@ -61,7 +61,7 @@ def _step(
         if p.numel() == 0:
             continue
         arguments = (p, g, v, m, factors, reset, zero, lr, beta1, beta2, eps, weight_decay)
-        if runs_triton(p) and p.dtype == torch.float32:
+        if runs_triton(p):
             kernels("adapter_adamw").step(*arguments)
         elif not p.is_cuda and p.dtype == torch.float32 and runs_native(p):
             _step_native(*arguments)
@@ -176,6 +176,15 @@ def adapter_adamw(
     )  # fmt: skip
 
 
+def check_step(steps: torch.Tensor, beta1: float, beta2: float) -> None:
+    """Raises ValueError for numbers that are no step's."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: got {beta}, wanted a number in [0, 1)")
+    if steps.dim() != 1 or steps.dtype.is_floating_point or steps.dtype == torch.bool:
+        raise ValueError(f"steps: got shape {tuple(steps.shape)} of {steps.dtype}, wanted integers [documents]")
+
+
 def _check(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
@@ -187,9 +196,7 @@ def _check(
     beta1: float,
     beta2: float,
 ) -> None:
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name}: got {beta}, wanted a number in [0, 1)")
+    check_step(steps, beta1, beta2)
     if (exp_avgs is not None) != (beta1 > 0):
         raise ValueError(
             f"exp_avgs: got {'none' if exp_avgs is None else 'some'} with beta1={beta1}, wanted them where beta1 > 0"
@@ -200,9 +207,7 @@ def _check(
     for name, count in (("zeroed", len(zeroed)), *((name, len(entries)) for name, entries in lists.items())):
         if count != len(params):
             raise ValueError(f"{name}: got {count} entries, wanted {len(params)}, one a parameter")
-    documents = steps.shape[0] if steps.dim() == 1 else -1
-    if documents < 0 or steps.dtype.is_floating_point:
-        raise ValueError(f"steps: got shape {tuple(steps.shape)} of {steps.dtype}, wanted integers [documents]")
+    documents = len(steps)
     if reset is not None and (reset.shape != steps.shape or reset.dtype != torch.bool):
         raise ValueError(f"reset: got shape {tuple(reset.shape)} of {reset.dtype}, wanted bool {tuple(steps.shape)}")
     for i, p in enumerate(params):

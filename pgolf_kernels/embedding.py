@@ -36,7 +36,7 @@ def _forward(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _backward_kernel(grad: Tensor, ids: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    if runs_triton(grad) and grad.numel() and grad.dtype != torch.float64:
+    if runs_triton(grad) and grad.numel():
         return kernels("embedding").backward(grad, ids, rows).to(dtype)
     wide = torch.promote_types(grad.dtype, torch.float32)
     return grad.new_zeros((rows, grad.shape[1]), dtype=wide).index_add_(0, ids, grad.to(wide)).to(dtype)

@@ -311,8 +311,8 @@ def combine_norm(
 
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
     in later uses: their gradients are then added within this function's backward kernel. Without `with_total` u is
-    empty, which saves a pass. Raises ValueError for a wrong number or shape and TypeError for mixed dtypes. See the
-    module's docstring for the formula.
+    empty, which saves a pass. Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for
+    integers. See the module's docstring for the formula.
     """
     _check(streams, coefficients)
     total, normed, *again = _through(streams, coefficients, scale, with_total, True)
@@ -331,8 +331,9 @@ def norm_residual(x: Tensor, *, scale: float = 1.0, overwritten: bool = False) -
 
     The gradient that comes back through the returned x is added within the norm's backward kernel. With `overwritten`
     the returned x may be written to: nobody but the caller may need x as it was, and it may not be a leaf that requires
-    a gradient. Raises ValueError for a scale of zero.
+    a gradient. Raises ValueError for a scale of zero and TypeError for integers.
     """
+    _check_float("x", x)
     if scale == 0:
         raise ValueError("scale: got 0, wanted another number")
     return _NormThrough.apply(x.contiguous(), float(scale), _eps(x), overwritten)
@@ -350,9 +351,16 @@ def _eps(x: Tensor) -> float:
     return torch.finfo(torch.float64).eps if x.dtype == torch.float64 else EPS
 
 
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {tensor.dtype}, wanted a floating-point dtype")
+
+
 def _check(streams: Sequence[Tensor], coefficients: Tensor) -> None:
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"streams: got {len(streams)}, wanted 1 to {MAX_STREAMS}")
+    _check_float("streams[0]", streams[0])
+    _check_float("coefficients", coefficients)
     shape, dtype, device = streams[0].shape, streams[0].dtype, streams[0].device
     for position, stream in enumerate(streams):
         if stream.shape != shape:

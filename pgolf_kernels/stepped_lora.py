@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from pgolf_kernels._triton_op import kernels, runs_narrow_triton
-from pgolf_kernels.adapter_adamw import adapter_adamw, step_factors
+from pgolf_kernels.adapter_adamw import adapter_adamw, check_step, step_factors
 from pgolf_kernels.batched_lora import _RESIDUAL, _WEIGHT, MAX_RANK, Layout, _backward_kernel, _forward, padded
 
 
 @dataclass(frozen=True)
 class AdamStep:
-    """One AdamW step; `steps` and the numbers are those of :func:`adapter_adamw`."""
+    """One AdamW step; `steps` and the numbers are those of :func:`adapter_adamw`. Raises ValueError as it does."""
 
     steps: Tensor  # integers [documents], from 1; 0: the document takes no step
     lr: float
@@ -42,6 +42,7 @@ class AdamStep:
     factors: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        check_step(self.steps, self.beta1, self.beta2)
         object.__setattr__(self, "steps", self.steps.contiguous())
         object.__setattr__(self, "factors", step_factors(self.steps, self.beta1, self.beta2, torch.float32))
 
@@ -161,8 +162,11 @@ class LoraPass:
         self._rows = x.shape[0]
         if self.step is None:
             return
-        if self.step.steps.shape != (documents,):
-            raise ValueError(f"steps: got shape {tuple(self.step.steps.shape)}, wanted ({documents},)")
+        steps = self.step.steps
+        if steps.shape != (documents,) or steps.device != x.device:
+            raise ValueError(
+                f"steps: got shape {tuple(steps.shape)} on {steps.device}, wanted ({documents},) on x's {x.device}"
+            )
         if (self.step.beta1 > 0) != (adapters.a[0].mean is not None):
             raise ValueError(
                 f"beta1: got {self.step.beta1}, wanted it to fit the adapters' mean={self.step.beta1 <= 0}"

@@ -216,6 +216,19 @@ def test_triton_kernels_on_a_gpu(streams, shape, dtype):
     _assert_norm_no_worse_than_pytorch(shape, dtype, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("x", lambda: norm_residual(torch.ones(2, 4, dtype=torch.int32))),
+        (r"streams\[0\]", lambda: combine([torch.ones(2, 4, dtype=torch.int64)], torch.ones(1, 4))),
+        ("coefficients", lambda: combine_norm([torch.ones(2, 4)], torch.ones(1, 4, dtype=torch.int32))),
+    ],
+)
+def test_integers_are_refused(name, call):
+    with pytest.raises(TypeError, match=f"{name}: got torch.int"):
+        call()
+
+
 if __name__ == "__main__":
     with interpreting():
         for case in SHAPES:

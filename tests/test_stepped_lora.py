@@ -257,7 +257,7 @@ def test_the_same_adapters_twice_in_a_pass_raise():
         ({"out_scales": [torch.randn(39)]}, ValueError, r"out_scales\[0\]: got shape \(39,\), wanted \(40,\)"),
         ({"through": LoraPass(torch.zeros(3).int())}, ValueError, r"cu_seqlens: got torch.int32 of shape \(3,\)"),
         ({"through": LoraPass(torch.zeros(4))}, ValueError, "cu_seqlens: got torch.float32"),
-        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(2), **ADAM))}, ValueError, r"steps: got shape \(2,\)"),
+        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(2, dtype=torch.int64), **ADAM))}, ValueError, r"steps: got shape \(2,\)"),
         ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(3), beta1=0.9, **ADAM))}, ValueError, "beta1: got 0.9"),
     ],
 )
@@ -288,6 +288,19 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(case, dtype):
     _assert_equals_the_parts(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "message"),
+    [
+        ([1, 2], {"beta2": 2.0}, "beta2: got 2.0"),
+        ([1.0, 2.0], {}, "steps: got shape .* of torch.float32"),
+        ([[1, 2]], {}, "steps: got shape"),
+    ],
+)
+def test_numbers_that_are_no_steps(steps, options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamStep(torch.tensor(steps), 1e-3, **options)
 
 
 if __name__ == "__main__":

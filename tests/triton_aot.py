@@ -20,6 +20,7 @@ from pgolf_kernels._triton_op import has_triton
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 
+_ACCESS = re.compile(r"\b(?:ld|st|red|atom|cp\.async\S*)\.global|cp\.async\.bulk")
 SHARED_LIMIT = 232448  # bytes of shared memory a block may have on sm_90
 _POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -34,6 +35,7 @@ class Compiled:
     stack: int
     local: int
     shared: int
+    races: bool  # launched as a programmatic dependent, and touches memory before it waits for the kernel before
 
 
 class _Recorder:
@@ -64,7 +66,9 @@ class _Recorder:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self._kernel, signature=signature, constexprs=constants, attrs=attributes)
         result = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        self._seen.append(_usage(self._kernel.fn.__name__, result))
+        early = _ACCESS.search(result.asm["ptx"].partition("griddepcontrol.wait")[0])
+        races = bool(options.get("launch_pdl") and early)
+        self._seen.append(_usage(self._kernel.fn.__name__, result, races))
 
 
 def _kind(value: Any) -> tuple[str | None, bool]:
@@ -82,7 +86,7 @@ def _kind(value: Any) -> tuple[str | None, bool]:
     return None, False
 
 
-def _usage(name: str, compiled: Any) -> Compiled:
+def _usage(name: str, compiled: Any, races: bool) -> Compiled:
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -91,7 +95,7 @@ def _usage(name: str, compiled: Any) -> Compiled:
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(name, registers, stack, local, compiled.metadata.shared)
+    return Compiled(name, registers, stack, local, compiled.metadata.shared, races)
 
 
 def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Compiled]:
@@ -107,11 +111,12 @@ def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Compiled
     return seen
 
 
-def assert_no_spills(seen: list[Compiled]) -> None:
+def assert_sound(seen: list[Compiled]) -> None:
     assert seen, "no launch was recorded"
     for kernel in seen:
         assert kernel.stack == 0 and kernel.local == 0, f"{kernel}: spills"
         assert kernel.shared <= SHARED_LIMIT, f"{kernel}: more shared memory than sm_90 has"
+        assert not kernel.races, f"{kernel}: memory before wait_for_previous"
 
 
 def run_interpreted(module: str) -> None:

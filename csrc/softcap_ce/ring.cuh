@@ -236,7 +236,9 @@ __global__ void __launch_bounds__(S::kThreads* S::kGroups, 1)
 #endif
 }
 
-// The backward pass. A row's slot is free when all warps of its group have read it, which the row after finds out.
+// The backward pass. A row's slot is free when all threads of its group have read it, which the row after finds out.
+// One arrival a warp would do, behind __syncwarp, and take as long; but racecheck does not follow the other lanes'
+// reads.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads* S::kGroups, 1)
     gradient_kernel(const SoftcapCE ce, const Caps caps, const Layout layout, const SoftcapCEGradient gradient,
