@@ -5,7 +5,8 @@ shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
 between them. With no shared pair it is the product that shrinks x to the ranks. `project_three_kernel` and
 `shrink_kernel` do what it does for several projections of a packed batch in one launch. `outer_kernel` sums u^T v over
-each adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py).
+each adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py); `step_kernel`
+takes these steps for several projections of a packed batch in one launch.
 """
 
 # Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
@@ -231,17 +232,17 @@ def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, M
 
 @triton.jit
 def _adamw_tile(
-    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, is_b, inverse1, inverse2,
+    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, has_factor, inverse1, inverse2,
     lr, beta1, beta2, eps, keep,
     MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """One AdamW step of a tile of A or B [rows, columns] with the gradient acc, strip by strip of its columns.
 
-    `low` gets the new values in the activations' dtype. B's rows have a factor there, and so has B's gradient.
+    `low` gets the new values in the activations' dtype. B's rows may have a factor there, and then so has B's gradient.
     """
     row = i + tl.arange(0, BI)
     if SCALED:
-        factor = tl.load(scale_ptr + row, mask=(row < rows) & is_b, other=1.0)[:, None]
+        factor = tl.load(scale_ptr + row, mask=(row < rows) & has_factor, other=1.0)[:, None]
     for part in tl.static_range(STRIPS):
         gradient = strip(acc, part, STRIPS, BI, BJ)
         if SCALED:
@@ -329,6 +330,88 @@ def outer_kernel(
             offsets = row[:, None] * columns + column[None, :]
             mask = (row < rows)[:, None] & (column < columns)[None, :]
             tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pick(number, first, second, third, fourth, COUNT: tl.constexpr):
+    """What belongs to one of three or four projections: a tensor-map descriptor, a pointer or a number."""
+    found = first
+    if number == 1:
+        found = second
+    elif number == 2:
+        found = third
+    if COUNT > 3:
+        if number == 3:
+            found = fourth
+    return found
+
+
+@triton.jit(do_not_specialize=["out0", "out1", "out2", "out3", "first1", "first2", "first3", "scaled"])
+def step_kernel(
+    e_desc, x_desc, s_desc, g0_desc, g1_desc, g2_desc, g3_desc,
+    a0_ptr, a1_ptr, a2_ptr, a3_ptr, a_square0_ptr, a_square1_ptr, a_square2_ptr, a_square3_ptr,
+    a_mean0_ptr, a_mean1_ptr, a_mean2_ptr, a_mean3_ptr, low_a_ptr, low_a_plane, low_a_stride,
+    b0_ptr, b1_ptr, b2_ptr, b3_ptr, b_square0_ptr, b_square1_ptr, b_square2_ptr, b_square3_ptr,
+    b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, low_b0_ptr, low_b1_ptr, low_b2_ptr, low_b3_ptr,
+    scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, scaled, rank0, rank1, rank2, rank3, width0, width1, width2, width3,
+    out0, out1, out2, out3, depth, first1, first2, first3, cu_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    COUNT: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """outer_kernel's step of three or four projections of a packed batch without an index.
+
+    The tiles lie projection by projection, those of A before those of B; the second's begin at first1. The widths are
+    the ranks with their padding, as they lie side by side in e and s. B of projection p has a factor where bit p of
+    `scaled` is set.
+    """
+    wait_for_previous(PDL)
+    tile, adapter = tl.program_id(0), tl.program_id(1)
+    if tl.load(step_ptr + adapter) > 0:
+        number = (tile >= first1).to(tl.int32) + (tile >= first2).to(tl.int32) + (tile >= first3).to(tl.int32)
+        tile -= _pick(number, 0, first1, first2, first3, COUNT)
+        column = _pick(number, 0, width0, width0 + width1, width0 + width1 + width2, COUNT)
+        rank = _pick(number, rank0, rank1, rank2, rank3, COUNT)
+        tiles_a = tl.cdiv(rank, BI) * tl.cdiv(depth, BJ)
+        is_b = tile >= tiles_a
+        if is_b:
+            tile -= tiles_a
+            u_desc, v_desc = _pick(number, g0_desc, g1_desc, g2_desc, g3_desc, COUNT), s_desc
+            rows, columns, u_column, v_column = _pick(number, out0, out1, out2, out3, COUNT), rank, 0, column
+        else:
+            u_desc, v_desc, rows, columns, u_column, v_column = e_desc, x_desc, rank, depth, column, 0
+        tiles_j = tl.cdiv(columns, BJ)
+        i = tile // tiles_j * BI
+        j = tile % tiles_j * BJ
+        acc = tl.zeros((BI, BJ), tl.float32)
+        start, end = tl.load(cu_ptr + adapter), tl.load(cu_ptr + adapter + 1)
+        acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
+        if is_b:
+            p_ptr = _pick(number, b0_ptr, b1_ptr, b2_ptr, b3_ptr, COUNT)
+            square_ptr = _pick(number, b_square0_ptr, b_square1_ptr, b_square2_ptr, b_square3_ptr, COUNT)
+            low_ptr = _pick(number, low_b0_ptr, low_b1_ptr, low_b2_ptr, low_b3_ptr, COUNT)
+            stride = _pick(number, width0, width1, width2, width3, COUNT)
+            plane = rows * stride
+        else:
+            p_ptr = _pick(number, a0_ptr, a1_ptr, a2_ptr, a3_ptr, COUNT)
+            square_ptr = _pick(number, a_square0_ptr, a_square1_ptr, a_square2_ptr, a_square3_ptr, COUNT)
+            low_ptr, stride, plane = low_a_ptr + column * low_a_stride, low_a_stride, low_a_plane
+        before = adapter.to(tl.int64) * rows * columns
+        mean_ptr = square_ptr
+        if MOMENT:
+            if is_b:
+                mean_ptr = _pick(number, b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, COUNT)
+            else:
+                mean_ptr = _pick(number, a_mean0_ptr, a_mean1_ptr, a_mean2_ptr, a_mean3_ptr, COUNT)
+        scale_ptr, has_factor = scale0_ptr, is_b
+        if SCALED:
+            scale_ptr = _pick(number, scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, COUNT)
+            has_factor = is_b & ((scaled >> number) % 2 == 1)
+        inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
+        _adamw_tile(
+            acc, i, j, p_ptr + before, square_ptr + before, mean_ptr + before, low_ptr + adapter.to(tl.int64) * plane,
+            rows, columns, stride, scale_ptr, has_factor, inverse1, inverse2, lr, beta1, beta2, eps, keep,
+            MOMENT, SCALED, STRIPS, BI, BJ,
+        )  # fmt: skip
 
 
 @triton.jit

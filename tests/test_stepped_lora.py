@@ -34,6 +34,11 @@ CASES = [
     Case((30, 0, 131, 0), (1, 2, 0, 1), 33, (40, 19, 70, 33), (5, 16, 3, 20), adds=(3,), reads_again=True),
     Case((30, 0, 131), (1, 2, 0), 40, (40, 24), (8, 16), reads_again=True),
     Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=(0, 1)),
+    # Three and four steps in one launch: none, some and all of them with a factor, with several tiles each way.
+    Case((65, 0, 20, 3), (2, 1, 0, 1), 140, (70, 33, 129, 8), (70, 16, 121, 5), beta1=0.6, adds=(0, 2)),
+    Case((20, 0, 66), (0, 1, 3), 40, (24, 1, 16), (1, 16, 8), adds=(1,)),
+    Case((3, 64), (1, 2), 16, (8, 72, 65), (3, 2, 16), beta1=0.7, adds=(0, 1, 2), reads_again=True),
+    Case((64, 1), (1, 1), 16, (16, 8, 70, 8), (16, 8, 8, 16)),
 ]
 ADAM = {"lr": 1e-2, "beta2": 0.99, "eps": 1.0, "weight_decay": 0.1}  # a small eps would make signs of gradients
 BOUNDS = torch.tensor([0, 70, 70, 79]).int()
@@ -56,8 +61,8 @@ class _Problem:
         self.a = [torch.zeros(2, documents, rank, features, dtype=own, device=device) for _, rank in shapes]
         self.b = [torch.zeros(2, documents, out, rank, dtype=own, device=device) for out, rank in shapes]
         self.stepped = SteppedLora(self.a, self.b, dtype=dtype, mean=case.beta1 > 0)
-        first = [draw(features**-0.5, *a.shape).to(own) for a in self.a]
-        for a, values in zip(self.a, first, strict=True):
+        self.first = [draw(features**-0.5, *a.shape).to(own) for a in self.a]
+        for a, values in zip(self.a, self.first, strict=True):
             a.copy_(values)
         self.stepped.hand_over(torch.arange(documents, device=device))
         self.bounds = torch.tensor([0, *case.lengths], device=device).cumsum(0).int()
@@ -87,7 +92,9 @@ class _Problem:
             loss = sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True))
             loss = loss if later is None else loss + (again * later).sum()
             results += [*ys, *through.backward(loss, leaves)]
-        return [t.detach() for t in (*results, *self.a, *self.b)]
+        moments = [*self.stepped[0].a, *self.stepped[0].b]
+        means = [moment.mean for moment in moments if moment.mean is not None]
+        return [t.detach() for t in (*results, *self.a, *self.b, *(moment.square for moment in moments), *means)]
 
     def in_parts(self):
         """Gradients by batched_lora, then adapter_adamw, all in fp64, which a GPU's optimiser does not take."""
@@ -114,7 +121,7 @@ class _Problem:
                 [t[:1] for t in (*a, *b)], [t.unsqueeze(0) for t in found[len(inputs) :]], squares, steps.cpu(),
                 exp_avgs=means, beta1=self.case.beta1, **ADAM,
             )  # fmt: skip
-        return [t.detach() for t in (*results, *a, *b)]
+        return [t.detach() for t in (*results, *a, *b, *(t[0] for t in (*squares, *(means or []))))]
 
 
 def _on_the_cpu(tensors):
@@ -133,8 +140,11 @@ def _assert_equals_the_parts(case, dtype, device="cpu", surroundings=contextlib.
     for number, (mine, truth) in enumerate(zip(found, wanted, strict=True)):
         error, size = (mine.double().cpu() - truth).norm(), truth.norm()
         assert error <= LOOSE[dtype] * size, f"result {number} of {case}: {error:.2e} of {size:.2e}"
-    for values, length, count in zip(problem.b[0][0], case.lengths, case.steps, strict=True):
-        assert values.any() == (length > 0 and count > 0)  # a document that takes no step keeps its zero
+    for first, a, b in zip(problem.first, problem.a, problem.b, strict=True):
+        for i, (length, count) in enumerate(zip(case.lengths, case.steps, strict=True)):
+            assert b[0, i].any() == (length > 0 and count > 0)  # a document that takes no step keeps its zero
+            assert torch.equal(a[0, i], first[0, i]) == (count == 0)
+        assert torch.equal(a[1], first[1]) and not b[1].any()
     if problem.stepped[0].low is not None:
         _assert_copies_are_current(problem)
 
@@ -283,7 +293,12 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",
-    [*CASES, Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256, 512), (96,) * 4, adds=(3,), reads_again=True)],
+    [
+        *CASES,
+        Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256, 512), (96,) * 4, adds=(3,), reads_again=True),
+        Case((96, 0, 2048, 300), (1, 1, 2, 0), 512, (512, 256, 256), (96, 64, 32), beta1=0.9, adds=(1,)),
+        Case((96,) * 64, (1,) * 63 + (0,), 512, (512, 256, 256, 512), (96,) * 4, beta1=0.9, adds=(3,)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(case, dtype):
