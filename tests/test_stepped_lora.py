@@ -267,8 +267,16 @@ def test_the_same_adapters_twice_in_a_pass_raise():
         ({"out_scales": [torch.randn(39)]}, ValueError, r"out_scales\[0\]: got shape \(39,\), wanted \(40,\)"),
         ({"through": LoraPass(torch.zeros(3).int())}, ValueError, r"cu_seqlens: got torch.int32 of shape \(3,\)"),
         ({"through": LoraPass(torch.zeros(4))}, ValueError, "cu_seqlens: got torch.float32"),
-        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(2, dtype=torch.int64), **ADAM))}, ValueError, r"steps: got shape \(2,\)"),
-        ({"through": LoraPass(BOUNDS, AdamStep(torch.ones(3), beta1=0.9, **ADAM))}, ValueError, "beta1: got 0.9"),
+        (
+            {"through": LoraPass(BOUNDS, AdamStep(torch.ones(2, dtype=torch.int64), **ADAM))},
+            ValueError,
+            r"steps: got shape \(2,\)",
+        ),
+        (
+            {"through": LoraPass(BOUNDS, AdamStep(torch.ones(3, dtype=torch.int64), beta1=0.9, **ADAM))},
+            ValueError,
+            "beta1: got 0.9",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):
