@@ -49,9 +49,13 @@ PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 # H200, forward and backward of 64 documents of 256 rows, 512 -> 8192: 743 us; 8 warps 790.
 OUTER = LoraConfig(columns=128, stages=3, warps=4)
-# H200, a layer's adapters of 64 documents of 96 rows: 227 us; 128 rows and 8 warps 276, 16 columns a strip 299.
-STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
+# H200, q, k, v and o of 64 documents of 96 and of 480 rows in one launch: 176 and 213 us; 4 warps 181 and 219; a launch
+# each, of 4 warps, 171 and 235.
+STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=8)
 CAST_TILE = 8192  # elements a program casts
+# Elements of the widest output from which on launches are no programmatic dependents. H200, forward and backward of 64
+# documents of 256 rows: they gain 1.5 % with 512 columns and lose 3 % with 8192.
+LAST_DEPENDENT = 1 << 27
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -67,6 +71,7 @@ class _Tiles:
     index: Tensor | None
     map: Tensor | None
     count: Tensor | None
+    options: dict[str, bool]  # of launches
 
     @property
     def packed(self) -> bool:
@@ -83,9 +88,11 @@ class _Tiles:
         return self.documents * triton.cdiv(self.length, rows)
 
 
-def tiles_of(x: Tensor, layout: Layout) -> _Tiles:
+def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
+    """`widest`: columns of the widest output, where that is known."""
+    options = pdl(x) if x.shape[0] * widest < LAST_DEPENDENT else {"PDL": False}
     if layout.cu_seqlens is None:
-        return _Tiles(layout.rows, x.shape[0] // layout.rows, None, layout.index, None, None)
+        return _Tiles(layout.rows, x.shape[0] // layout.rows, None, layout.index, None, None, options)
     rows, documents = x.shape[0], layout.cu_seqlens.shape[0] - 1
     most = triton.cdiv(rows, PROJECT.rows) + documents + 1
     table = torch.empty((most, 3), dtype=torch.int32, device=x.device)
@@ -95,7 +102,7 @@ def tiles_of(x: Tensor, layout: Layout) -> _Tiles:
         layout.cu_seqlens, layout.index, table, count, rows, documents, INDEX=layout.index is not None,
         DOCUMENTS=block_at_least(documents + 1, 128, 1 << 20), BM=PROJECT.rows, BLOCK=block, **pdl(x),
     )  # fmt: skip
-    return _Tiles(rows, documents, layout.cu_seqlens, layout.index, table, count)
+    return _Tiles(rows, documents, layout.cu_seqlens, layout.index, table, count, options)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def _project(
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
         INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=strips,
         BM=bm, BN=bn, BK=bk,
-        num_warps=config.warps, num_stages=config.stages, **pdl(s),
+        num_warps=config.warps, num_stages=config.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -174,7 +181,7 @@ def _project_three(
         descriptor(tiles.planes(s), (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
         tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), ranks[0], ranks[0] + ranks[1],
         D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk,
-        num_warps=PROJECT.warps, num_stages=PROJECT.stages, **pdl(a),
+        num_warps=PROJECT.warps, num_stages=PROJECT.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -188,7 +195,7 @@ def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
         *(descriptor(tiles.planes(g), (1, bm, bk)) for g in grads), *[None] * missing,
         *(descriptor(b, (1, bk, bn)) for b in own), *[None] * missing, e, tiles.map, tiles.count,
         *depths, *[0] * missing, *ranks, *[0] * missing, e.stride(0), scale,
-        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages, **pdl(e),
+        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -223,7 +230,7 @@ def _outer(
         count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, *rest,
         PACKED=tiles.packed, INDEX=tiles.index is not None, STEP=stepped is not None, MOMENT=a[2] is not None,
         SCALED=out_scale is not None, STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
-        num_warps=config.warps, num_stages=config.stages, **pdl(e),
+        num_warps=config.warps, num_stages=config.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -255,7 +262,7 @@ def _step(
         *four(ranks), *four([b.shape[2] for b in own]), *four(outs), depth, *first, tiles.cu_seqlens,
         step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, 1.0 - step.lr * step.weight_decay,
         COUNT=len(own), MOMENT=lora_as[0].mean is not None, SCALED=some is not None, STRIPS=STEP.strips,
-        BI=bi, BJ=bj, BK=bk, num_warps=STEP.warps, num_stages=STEP.stages, **pdl(e),
+        BI=bi, BJ=bj, BK=bk, num_warps=STEP.warps, num_stages=STEP.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -326,7 +333,8 @@ def forward(
     """[y of each projection..., s, the adapters in x's dtype]; s holds scale * x A^T, each rank padded to 16 bytes."""
     with torch.cuda.device_of(x):
         low = x.new_empty(low_size(lora_as, lora_bs, x.dtype))
-        ys, s = products(x, weights, *_cast(lora_as, lora_bs, low), residuals, tiles_of(x, layout), scale)
+        tiles = tiles_of(x, layout, max(b.shape[1] for b in lora_bs))
+        ys, s = products(x, weights, *_cast(lora_as, lora_bs, low), residuals, tiles, scale)
     return [*ys, s, low]
 
 
@@ -336,7 +344,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """(dx or an empty tensor, dA of each projection, dB of each). An empty `low` is computed again."""
     with torch.cuda.device_of(x):
-        tiles = tiles_of(x, layout)
+        tiles = tiles_of(x, layout, max(b.shape[1] for b in lora_bs))
         if low.numel():
             stacked, own = _views(lora_as, lora_bs, low)
         else:
