@@ -9,6 +9,7 @@ class Headline(NamedTuple):
     part: str  # "FILE/PART", as Row.suite
     label: str
     peer: str | None = None  # which peer stands beside it; None: the fastest
+    case: str | None = None  # None: the first on record
 
 
 HEADLINE = (
@@ -18,7 +19,11 @@ HEADLINE = (
     Headline("softcap_ce/head", "head and loss, forward and backward"),
     Headline("softcap_ce/adapters", "head and loss with an adapter a document"),
     Headline("fused_mlp/forward_backward", "fused MLP, forward and backward"),
-    Headline("batched_lora/forward_backward", "linear with an adapter a document, forward and backward"),
+    Headline(
+        "batched_lora/forward_backward",
+        "linear with an adapter a document, forward and backward",
+        case="B64 T2048 512->512 r96",
+    ),
     Headline("attention/forward_backward", "attention over packed documents, forward and backward"),
     Headline("train_step/step", "training step"),
     Headline("gptq/model", "GPTQ of a whole model"),

@@ -126,13 +126,13 @@ def render_suite(results: Results, suite: str) -> list[str]:
 
 
 def render_headline(results: Results) -> list[str]:
-    """For each entry and machine: the first case, our time, the peer's of that run; then what has no record."""
+    """For each entry and machine: its case or the first, our time, the peer's of that run; then what has no record."""
     cells, missing = [], []
-    for part, label, wanted in HEADLINE:
+    for part, label, wanted, wanted_case in HEADLINE:
         firsts: dict[str, tuple[str, list[Row]]] = {}
         for record in results.get(part.split("/")[0], []):
             for (suite, case), rows in groups_of(record.rows).items():
-                if suite == part and rows[0].seconds is not None:
+                if suite == part and wanted_case in (None, case) and rows[0].seconds is not None:
                     firsts.setdefault(record.environment["device"], (case, rows))
         if not firsts:
             missing.append(label)
