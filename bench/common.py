@@ -19,6 +19,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,6 +171,26 @@ def random_numbers_work() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def launch_seconds(call: Call) -> float | None:
+    """What a call costs the host while it hands work to the GPU; None on a CPU. The call has run before."""
+    if DEVICE.type == "cpu":
+        return None
+    return host_seconds(call)
+
+
+def host_seconds(call: Call, calls: int = 5, rounds: int = 5) -> float:
+    """Median of rounds of a few calls each: so few that none waits for room in the device's queue."""
+    found = []
+    for _ in range(rounds):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append((time.perf_counter() - start) / calls)
+    synchronize()
+    return statistics.median(found)
 
 
 def peak_bytes(call: Call) -> int | None:

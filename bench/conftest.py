@@ -184,6 +184,8 @@ def bench(request: pytest.FixtureRequest, recording: Any) -> Iterator[Callable[.
             recorder.row.peak_bytes = common.peak_bytes(calls[0])
             timed = common.timed(calls, once * len(calls))
             recorder.row.how = timed.how
+            if timed.how == "graph":
+                recorder.row.launch = common.launch_seconds(calls[0])
             recorder.measure(timed.target, calls=timed.calls, rounds=timed.rounds)
             recorder.against(amount)
 

@@ -97,7 +97,7 @@ def record_lines(record: Record) -> list[str]:
         cells = []
         for row in rows:
             if row.seconds is None:
-                cells.append([row.provider, f"absent: {row.absent}", "", "", "", "", ""])
+                cells.append([row.provider, f"absent: {row.absent}", "", "", "", "", "", ""])
                 continue
             cells.append(
                 [
@@ -107,10 +107,11 @@ def record_lines(record: Record) -> list[str]:
                     rate_text(row),
                     f"{row.of_floor:.0%}" if row.of_floor else "",
                     f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
+                    seconds(row.launch) if row.launch else "",
                     result(row),
                 ]
             )
-        header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "result"]
+        header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "host a call", "result"]
         part = suite.partition("/")[2].replace("_", " ")
         lines += ["", ", ".join(filter(None, (part, case))), "", *table(header, cells)]
     return lines

@@ -24,6 +24,7 @@ class Row:
     of_floor: float = 0.0
     absent: str = ""  # why there is no time: "Exception: first line" where the provider failed
     others: float = 0.0  # cores that other processes kept busy meanwhile
+    launch: float | None = None  # seconds a call costs the host, where a graph of calls was timed
 
     @property
     def group(self) -> str:
@@ -94,6 +95,7 @@ class Printer:
             f"{row.of_floor:.0%} of ceiling" if row.of_floor else "",
             f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
             row.how,
+            f"launched in {seconds_text(row.launch).strip()}" if row.launch else "",
             f"disturbed: others took {row.others:.1f} cores" if row.others >= DISTURBED else "",
         ]
         yield f"  {row.provider:<38}{seconds_text(row.seconds)} {ratio:7.2f}x  {', '.join(filter(None, parts))}"

@@ -39,7 +39,7 @@ def a_run(*rows):
 
 
 NGRAM = (
-    Row("ngram/stream", "10 tokens", "pgolf_kernels", 1e-3, bytes_per_s=2e12, of_floor=0.5),
+    Row("ngram/stream", "10 tokens", "pgolf_kernels", 1e-3, bytes_per_s=2e12, of_floor=0.5, launch=8.5e-5),
     Row("ngram/stream", "10 tokens", "peer", 3e-3, how="12 bytes", others=0.4),
     Row("ngram/stream", "10 tokens", "other", absent="ImportError: other is not installed"),
 )
@@ -88,6 +88,7 @@ def test_a_printed_table():
     lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row)]
     assert lines[0] == "ngram/stream  10 tokens"
     assert "1.000 ms" in lines[1] and "1.00x" in lines[1] and "50% of ceiling" in lines[1]
+    assert lines[1].endswith("launched in 85.00 µs") and "launched" not in lines[2]
     assert "3.00x" in lines[2] and "12 bytes" in lines[2] and "disturbed: others took 0.4 cores" in lines[2]
     assert lines[3].endswith("absent: ImportError: other is not installed")
     assert lines[4] == "gptq/model  all"
@@ -108,7 +109,7 @@ def test_a_page_is_filled_and_checked(tmp_path, capsys):
     assert render.main(["--check"], tmp_path, results) == 0
     text = page.read_text()
     assert "old" not in text and text.startswith("# A\n") and text.endswith("end\n") and "\n\nb\n\n" in text
-    assert "| pgolf_kernels | 1.00 ms | 1.00 | 2000 GB/s | 50% |" in text
+    assert "| pgolf_kernels | 1.00 ms | 1.00 | 2000 GB/s | 50% | 85.0 µs |" in text
     assert "| peer | 3.00 ms | 3.00 |" in text and "12 bytes; others took 0.4 cores" in text
     assert "absent: ImportError: other is not installed" in text
     assert "| n-gram hints | 10 tokens; NVIDIA H200 | 1.00 ms | 50% | peer: 3.00 ms" in text

@@ -153,6 +153,27 @@ def test_a_call_that_waits_leaves_random_numbers_working():
     torch.cuda.synchronize()
 
 
+def test_what_a_call_costs_the_host(monkeypatch):
+    ran = []
+
+    def call() -> None:
+        ran.append(None)
+        time.sleep(0.002)
+
+    assert 0.002 <= common.host_seconds(call, calls=3, rounds=3) < 0.1 and len(ran) == 9
+    monkeypatch.setattr(common, "DEVICE", torch.device("cpu"))
+    assert common.launch_seconds(call) is None and len(ran) == 9
+
+
+@pytest.mark.gpu
+def test_a_launch_does_not_wait_for_the_device():
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    call = lambda: x @ x  # noqa: E731
+    call()
+    launch = common.launch_seconds(call)
+    assert launch is not None and launch < common.elapsed(call) / 2
+
+
 def test_slow_calls_get_fewer_input_sets():
     assert common.rotations(common.Work(bytes=1 << 20), 1e-3) == min(64, common.ROTATED_BYTES >> 20)
     assert common.rotations(common.Work(bytes=1 << 20), 0.3) == 3
