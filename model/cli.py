@@ -179,13 +179,17 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any
 
     Without flags with the run's own settings. Scores the unquantised weights on the way.
     """
+    from model.distributed import distributed
     from model.pipeline import run_pipeline
     from model.run import RunDir
 
-    changes = {**given_flags(flags), "run_dir": str(run.parent), "run_id": run.resolve().name}
+    run = run.resolve()
+    changes = {**given_flags(flags), "run_dir": str(run.parent), "run_id": run.name}
     if data_dir:
         changes["data_dir"] = str(data_dir)
-    run_pipeline(RunDir(run).config().replace(**changes), stages=("quantize",), weights=weights)
+    config = RunDir(run).config().replace(**changes)
+    with distributed(None, config.train.timeout_seconds) as ranks:
+        run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights)
 
 
 @cli.command("eval")

@@ -44,8 +44,8 @@ STAGES = ("train", "quantize", "evaluate")
 class Interrupted(PgolfError):
     """A signal ended training; a checkpoint is on the disk. `number` is the signal's."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by signal {number}; --resume goes on")
+    def __init__(self, number: int, run_id: str) -> None:
+        super().__init__(f"stopped by signal {number}; --run-id {run_id} --resume goes on")
         self.number = number
 
 
@@ -62,8 +62,9 @@ def run_pipeline(
     """Runs `stages` in the folder `run_dir/run_id` and returns the merged result.json.
 
     `weights` takes the place of training: a run's folder or checkpoint, model.safetensors, or a state dict of a public
-    script. With `resume` training goes on from the newest checkpoint of that folder. Without "train" and `weights`,
-    quantising starts from the folder's model.safetensors; without "quantize", evaluating reads its artifact.
+    script. With `resume` training goes on from the newest checkpoint of that folder, and is left out where it is
+    finished. Without "train" and `weights`, quantising starts from the folder's model.safetensors; without "quantize",
+    evaluating reads its artifact.
 
     Raises PgolfError and its kinds, on every rank; Interrupted after a signal.
     """
@@ -84,15 +85,18 @@ def run_pipeline(
         taken = (folder / "model.safetensors").exists() or bool(list_checkpoints(folder / "checkpoints"))
         if taken and not resume:
             raise ConfigError(f"run_id: {folder} holds a trained run already, wanted another run_id or --resume")
+    trained = training and ranks.gather_json(_is_trained(folder, config))[0]
     ranks.barrier()
     run = RunDir(folder, writes=ranks.is_main)
     run.start(config, dataset.fingerprint)
 
     model = None
-    if training:
+    if trained:
+        run.say(f"training is finished: {run.model_path}")
+    elif training:
         result = train(config, dataset, run, ranks, resume=resume, started=started)
         if result.interrupted:
-            raise Interrupted(result.interrupted)
+            raise Interrupted(result.interrupted, config.train.run_id)
         model = result.model
         run.merge_result({"trained_with_loop": result.looped})
         if ranks.device.type == "cuda":
@@ -106,6 +110,13 @@ def run_pipeline(
     if "evaluate" in stages:
         _evaluate(config, dataset, run, ranks)
     return run.result()
+
+
+def _is_trained(folder: Path, config: Config) -> bool:
+    """Whether training is finished there. More time on the clock is a reason to go on."""
+    if not (folder / "model.safetensors").is_file():
+        return False
+    return RunDir(folder, writes=False).config().train.max_wallclock_seconds == config.train.max_wallclock_seconds
 
 
 def agree_run_id(config: Config, ranks: Dist) -> str:
@@ -210,6 +221,7 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
             weights = sum(parameter.numel() for parameter in model.parameters())
             size = header.file_size
             run.merge_result({"artifact": {"bytes": size, "bits_per_weight": 8 * size / weights, "weights": weights}})
+            run.forget_scores()
             run.say(f"artifact: {size:,} bytes, {8 * size / weights:.3f} bits a weight, {run.artifact_path}")
 
 
@@ -277,6 +289,8 @@ def train_command(
     """
     started = time.perf_counter()
     settings = resolve(preset, given_flags(flags), os.environ)
+    if resume and not settings.config.train.run_id:
+        raise ConfigError("resume: got no run_id, wanted --run-id NAME of the run to go on with")
     stages = [stage for stage in STAGES if stage not in skip]
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with distributed(device, settings.config.train.timeout_seconds) as ranks:

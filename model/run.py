@@ -116,6 +116,10 @@ class RunDir:
                     if line.endswith("\n"):  # not a line that an interruption cut off
                         yield json.loads(line)
 
+    def forget_metrics(self) -> None:
+        if self.writes:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+
     def forget_metrics_after(self, step: int) -> None:
         """Drops the lines of steps after `step`: a resumed run writes them again."""
         if self.writes:
@@ -132,6 +136,25 @@ class RunDir:
         if self.writes:
             self._write_json("result.json", merged)
         return merged
+
+    def forget_scores(self) -> None:
+        """Drops what earlier artifacts scored, ledgers and verdicts too; the unquantised weights' scores stay."""
+        if not self.writes:
+            return
+        result = self.result()
+        for section in ("evaluation", "bpb"):
+            result[section] = {name: value for name, value in result.get(section, {}).items() if name == "float"}
+        result["seconds"] = {
+            name: value
+            for name, value in result.get("seconds", {}).items()
+            if name == "evaluate_float" or not name.startswith("evaluate_")
+        }
+        for name in ("val_loss", "val_bpb", "ttt_gain"):
+            result.pop(name, None)
+        self._write_json("result.json", result)
+        for pattern in ("ledger_*.npz", "verify_*.json"):
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     def say(self, text: str) -> None:
         """One line to the log and to standard output."""

@@ -137,6 +137,7 @@ class Trainer:
         with self._out_of_memory():
             self._record()
         if not self._resumed:
+            self.run_dir.forget_metrics()  # of an attempt that left no checkpoint
             self._warm_up()
         self._warm_recordings = self.micro_step.recordings
 

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from model.artifact import load_model, read_header
+from model.cli import cli
 from model.config import Config
 from model.convert import to_reference
 from model.data.dataset import open_dataset
@@ -93,12 +94,64 @@ def test_interrupted_training_ends_the_pipeline(data, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", interrupted_step)
-        with pytest.raises(Interrupted, match="signal 15; --resume goes on") as raised:
+        with pytest.raises(Interrupted, match="signal 15; --run-id tiny --resume goes on") as raised:
             run_pipeline(config)
     assert raised.value.number == 15
     result = run_pipeline(config, resume=True)
     assert result["train"]["steps"] == 6
     assert result["val_bpb"] > 0
+
+
+def test_finished_training_is_not_run_again(data, tmp_path, monkeypatch):
+    config = tiny_config(data, tmp_path)
+    run_pipeline(config, stages=("train",))
+    before = (folder(config) / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", lambda *_: pytest.fail("trained again"))
+        result = run_pipeline(config, resume=True)
+    assert (folder(config) / "model.safetensors").read_bytes() == before
+    assert "training is finished" in (folder(config) / "log.txt").read_text()
+    assert result["val_bpb"] > 0 and result["train"]["steps"] == 6
+    run_pipeline(config.replace(max_wallclock_seconds=99.0), stages=("train",), resume=True)
+    assert (folder(config) / "log.txt").read_text().count("trained 6 steps") == 2
+
+
+def test_a_new_artifact_has_no_scores_of_the_old_one(data, tmp_path):
+    config = tiny_config(data, tmp_path)
+    run_pipeline(config)
+    (folder(config) / "verify_plain.json").write_text("{}")
+    result = run_pipeline(config.replace(matrix_bits=3), stages=("quantize",))
+    assert set(result["bpb"]) == set(result["evaluation"]) == {"float"}
+    assert not {"val_bpb", "val_loss"} & set(result)
+    assert not [name for name in result["seconds"] if name.startswith("evaluate_") and name != "evaluate_float"]
+    assert not [*folder(config).glob("ledger_*.npz"), *folder(config).glob("verify_*.json")]
+
+
+def test_quantising_the_folder_one_is_in(data, tmp_path, monkeypatch):
+    config = tiny_config(data, tmp_path)
+    run_pipeline(config, stages=("train",))
+    monkeypatch.chdir(folder(config))
+    done = CliRunner().invoke(cli, ["quantize", "."])
+    assert done.exit_code == 0, done.output
+    assert (folder(config) / "model.pgolf").is_file()
+    assert not [path.name for path in folder(config).iterdir() if path.is_dir() and path.name != "checkpoints"]
+
+
+def test_an_attempt_without_a_checkpoint_leaves_no_metrics(data, tmp_path):
+    config = tiny_config(data, tmp_path)
+    run_pipeline(config, stages=("train",))
+    (folder(config) / "model.safetensors").unlink()
+    with open(folder(config) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    run_pipeline(config, stages=("train",), resume=True)
+    assert [record["step"] for record in RunDir(folder(config)).metrics() if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_needs_a_name(monkeypatch, capsys, data):
+    monkeypatch.setattr("sys.argv", ["train", "--preset", "demo", "--data-dir", str(data), "--resume"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "resume: got no run_id, wanted --run-id NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["run", "safetensors", "checkpoint", "public", "public-banked"])
