@@ -262,7 +262,7 @@ def size(path: Path, budget: int, no_code: bool) -> None:
 @click.option("--out", type=ANY_PATH, required=True, help="The submission's folder; it appears when it is complete.")
 @click.option("--author", default="", help="For submission.json.")
 @click.option("--budget", type=click.IntRange(1), default=16_000_000, show_default=True, help="Bytes allowed in all.")
-@click.option("--replace", is_flag=True, help="Replace a folder that is already there.")
+@click.option("--replace", is_flag=True, help="Replace a submission that is already there.")
 def pack(run: Path, out: Path, budget: int, **options: Any) -> None:
     """Make a size-limited submission of a run: one script, the artifact, papers.
 

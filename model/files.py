@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -73,13 +73,14 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, replace: bool | str = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends without an error.
 
-    With `replace` a folder that is already there is exchanged for the new one; otherwise only an empty one is. Raises
-    PgolfError when the place cannot be written, is full, or holds something that may not be replaced.
+    An empty folder that is already there is exchanged for the new one. `replace` admits others: those that hold a file
+    of this name, or with True any. Raises PgolfError when the place cannot be written, is full, or holds something that
+    may not be replaced.
     """
-    path = Path(path)
+    path = resolved(path)
     check_replaceable(path, replace=replace)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
@@ -105,11 +106,23 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_replaceable(path: Path, *, replace: bool) -> None:
-    """Raises PgolfError unless `path` is free, an empty folder, or (with `replace`) any folder."""
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The absolute path without "..", links followed."""
+    return Path(os.path.realpath(path))
+
+
+def check_replaceable(path: Path, *, replace: bool | str, inputs: Iterable[Path] = ()) -> None:
+    """Raises PgolfError unless `atomic_folder` may write `path`, a resolved one, and loses none of `inputs` by it."""
     if path.is_dir():
+        if Path.cwd().is_relative_to(path):
+            raise PgolfError(f"{path}: is or holds the current folder, wanted another one")
         if not replace and any(path.iterdir()):
             raise PgolfError(f"{path}: the folder is not empty, wanted a new or an empty one")
+        if isinstance(replace, str) and any(path.iterdir()) and not (path / replace).is_file():
+            raise PgolfError(f"{path}: the folder has no {replace}, wanted one to replace that has, or an empty one")
+        for file in inputs:
+            if resolved(file).is_relative_to(path):
+                raise PgolfError(f"{file}: is in {path}, which is replaced; wanted an input outside of it")
     elif path.exists():
         raise PgolfError(f"{path}: is a file, wanted a folder")
 

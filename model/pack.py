@@ -28,12 +28,12 @@ import python_minifier
 from model.artifact import encode_artifact, read_artifact
 from model.config import Config
 from model.errors import PgolfError
-from model.files import atomic_folder
+from model.files import atomic_folder, check_replaceable, resolved
 from model.prune import prune
 from model.run import RunDir
 from model.size import BUDGET
 
-SCRIPT, ARTIFACT = "train_gpt.py", "model.pgolf"
+SCRIPT, ARTIFACT, FACTS = "train_gpt.py", "model.pgolf", "submission.json"
 ROOT_MODULES = ("model.packed_entry", "model.packed_native")
 LIBRARIES = ("torch", "numpy", "sentencepiece", "brotli", "zstandard", "safetensors", "click", "rich")
 _PACKAGES = ("model", "pgolf_kernels")
@@ -85,10 +85,13 @@ def pack_submission(
 ) -> Submission:
     """Writes the submission of a run to the folder `out`, which appears when it is complete.
 
-    The artifact is coded anew in the static mode. Raises PgolfError when `out` cannot be written or is not empty (and
-    `replace` is False), ArtifactError when the run has no artifact. Whether the submission fits is in the result.
+    The artifact is coded anew in the static mode. `replace` admits a submission that is already there, unless the run
+    lies in its folder. Raises PgolfError when `out` cannot be written or replaced, ArtifactError when the run
+    has no artifact. Whether the submission fits is in the result.
     """
     run = RunDir(run_dir, writes=False)
+    replaceable = replace and FACTS
+    check_replaceable(resolved(out), replace=replaceable, inputs=[run.path])
     artifact = read_artifact(run.artifact_path)
     header = artifact.header
     data, _ = encode_artifact(
@@ -114,8 +117,8 @@ def pack_submission(
         "bytes_model": len(data),
         "bytes_code": len(files[SCRIPT]),
     }
-    files["submission.json"] = _with_total(facts, sum(map(len, files.values())))
-    with atomic_folder(out, replace=replace) as folder:
+    files[FACTS] = _with_total(facts, sum(map(len, files.values())))
+    with atomic_folder(out, replace=replaceable) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return Submission(Path(out), {name: len(content) for name, content in files.items()}, budget)

@@ -162,6 +162,26 @@ def test_documents_in_both_splits(tmp_path):
     assert verify_dataset(tmp_path / "set", quiet=True) == []
 
 
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_documents_in_both_splits_once_normalised(tmp_path, shuffle_seed):
+    train = write_jsonl(tmp_path / "t.jsonl", [*TEXTS[:6], "one  \ufb01sh", "one\nfish ", "two", "\t"])
+    valid = write_jsonl(tmp_path / "v.jsonl", [*TEXTS[7:9], "one fish", " one fish", "two", "\n"])
+    options = {"valid_inputs": [valid], "normalization": "nmt_nfkc", "shuffle_seed": shuffle_seed}
+    with pytest.raises(DataError, match=r"1 documents are in both training and validation, .* \(.*t\.jsonl:9 is one\)"):
+        build(tmp_path / "set", train, **options)
+    manifest = build(tmp_path / "set", train, **options, allow_overlap=True)
+    assert manifest["documents_in_both_splits"] == 3
+    assert list(manifest["splits"]) == ["train", "valid"]
+    assert verify_dataset(tmp_path / "set", quiet=True) == []
+
+    write_jsonl(valid, [*TEXTS[7:9], "one fish"])
+    with pytest.raises(DataError, match=r"1 documents are in both .* once normalised, .* \(.*t\.jsonl:7 is one\)"):
+        build(tmp_path / "other", train, **options)
+    assert sorted(os.listdir(tmp_path)) == ["set", "t.jsonl", "v.jsonl"]
+    options["normalization"] = "identity"
+    assert build(tmp_path / "other", train, **options)["documents_in_both_splits"] == 0
+
+
 def test_empty_documents_are_left_out_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", ["", TEXTS[0], "", *TEXTS[1:5], ""])
     manifest = build(tmp_path / "set", path, valid_docs=1)
@@ -244,6 +264,46 @@ def test_places_that_cannot_be_written(corpus, built, tmp_path):
         build(tmp_path / "set", tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="no text file in this folder"):
         build(tmp_path / "set", tmp_path)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_replace_exchanges_a_data_set_and_nothing_else(built, corpus, tmp_path):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "notes.md").write_text("not a data set")
+    before = contents(tmp_path)
+    with pytest.raises(PgolfError, match=r"set: the folder has no manifest\.json, wanted one to replace"):
+        build(out, corpus, replace=True)
+    assert contents(tmp_path) == before
+    (out / "manifest.json").write_text("{}")
+    build(out, corpus, replace=True, valid_docs=4, shard_tokens=20_000)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(built)) and os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("as_input", ["inputs", "valid_inputs"])
+@pytest.mark.parametrize("name", ["set/deep/t.jsonl", "set", ".", "link"])
+def test_an_input_is_never_replaced(corpus, tmp_path, monkeypatch, name, as_input):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set" / "deep").mkdir(parents=True)
+    (tmp_path / "set" / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to("set")
+    write_jsonl(tmp_path / "set" / "deep" / "t.jsonl", TEXTS[:6])
+    before = contents(tmp_path)
+    inputs = {"inputs": [corpus], "valid_inputs": [corpus]} | {as_input: [name]}
+    for out in ("set", "link"):
+        with pytest.raises(PgolfError, match=r"t\.jsonl: is in .*set, which is replaced; wanted an input outside"):
+            build_dataset(**inputs, out=out, vocab_size=400, replace=True, quiet=True)
+    assert contents(tmp_path) == before
+
+
+def test_the_current_folder_is_not_replaced(built, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PgolfError, match=f"{tmp_path}: is or holds the current folder"):
+        build(".", corpus, replace=True)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch):

@@ -106,6 +106,37 @@ def test_a_folder_is_replaced_only_when_allowed(tmp_path):
         pass
 
 
+def test_a_folder_with_the_named_file_is_replaced_and_no_other(tmp_path):
+    target = tmp_path / "set"
+    target.mkdir()
+    for name in ("first", "second"):  # an empty one, then one with the file
+        with atomic_folder(target, replace="mark") as folder:
+            (folder / "mark").write_text(name)
+        assert (target / "mark").read_text() == name
+    (target / "mark").rename(target / "other")
+    with pytest.raises(PgolfError, match="set: the folder has no mark, wanted"), atomic_folder(target, replace="mark"):
+        pass
+    assert os.listdir(target) == ["other"] and os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../inner"])
+def test_the_current_folder_stays(tmp_path, monkeypatch, name):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    with pytest.raises(PgolfError, match="is or holds the current folder"), atomic_folder(name, replace=True):
+        pass
+    assert os.listdir(tmp_path) == ["inner"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "1"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
 def test_hashes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -184,6 +184,19 @@ def test_pack_submission(run: RunDir, tmp_path: Path) -> None:
     assert not pack_submission(run.path, tmp_path / "small", budget=1000).fits
 
 
+def test_pack_replaces_a_submission_and_nothing_else(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run.path, out / "run")
+    with pytest.raises(PgolfError, match=r"out: the folder has no submission\.json, wanted one to replace"):
+        pack_submission(run.path, out, replace=True)
+    (out / "submission.json").write_text("{}")
+    with pytest.raises(PgolfError, match=r"run: is in .*out, which is replaced"):
+        pack_submission(out / "run", out, replace=True)
+    assert (out / "run" / "model.pgolf").is_file()
+    submission = pack_submission(run.path, out, replace=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(submission.sizes)
+
+
 @pytest.mark.long
 def test_a_submission_with_hints_gives_its_own_modes_bpb(tmp_path: Path) -> None:
     config = tiny_config(

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.data.manifest import FORMAT, FORMAT_VERSION, TOKENIZER, document_digest, write_manifest
+from model.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST, TOKENIZER, document_digest, write_manifest
 from model.data.progress import progress
 from model.data.shards import BOS_ID, write_shard
 from model.data.text import Document, find_inputs, read_documents
 from model.data.tokenizer import ByteTables, Tokenizer, train_tokenizer
 from model.errors import DataError
-from model.files import atomic_folder, atomic_write, check_replaceable, sha256_bytes, sha256_file
+from model.files import atomic_folder, atomic_write, check_replaceable, resolved, sha256_bytes, sha256_file
 
 DEFAULT_SHARD_TOKENS = 100_000_000  # as the public shards
 TOKENIZER_TEXT_BYTES = 25_000_000  # the tokenizer is trained on so much, taken evenly from the training text
@@ -54,7 +54,8 @@ def build_dataset(
     existing SentencePiece model) is needed. Validation is `valid_inputs` if there are any, else the first `valid_docs`
     documents (default: one in twenty, at most 50,000). `shuffle_seed` brings the training documents into a random order
     (the document loader draws none; wanted where the text is sorted by source). `allow_overlap` admits documents that
-    are in both splits, `replace` a folder that is already there. Empty documents are left out and counted.
+    are in both splits (as the tokens hold them: normalised, if the tokenizer does that), `replace` a data set that is
+    already there, unless an input lies in its folder. Empty documents are left out and counted.
 
     Raises DataError for text that cannot be read or kept, an empty split, documents in both splits, a tokenizer that
     does not fit; PgolfError when `out` cannot be written.
@@ -63,13 +64,16 @@ def build_dataset(
         raise DataError("build: wanted either a vocabulary size or an existing tokenizer")
     if shard_tokens < 2:
         raise DataError(f"shard_tokens: got {shard_tokens}, wanted at least 2")
-    out = Path(out)
-    check_replaceable(out, replace=replace)
+    out = resolved(out)
+    replaceable = replace and MANIFEST
+    train_files, valid_files = find_inputs(inputs), find_inputs(valid_inputs) if valid_inputs else []
+    check_replaceable(out, replace=replaceable, inputs=[*train_files, *valid_files])
     threads = threads or os.cpu_count() or 1
-    corpus = _survey(find_inputs(inputs), find_inputs(valid_inputs) if valid_inputs else [], valid_docs, quiet=quiet)
-    overlap = corpus.check_overlap(allow_overlap)
+    corpus = _survey(train_files, valid_files, valid_docs, quiet=quiet)
+    if not allow_overlap:
+        corpus.check_same_text()
 
-    with atomic_folder(out, replace=replace) as folder:
+    with atomic_folder(out, replace=replaceable) as folder:
         if tokenizer is not None:
             used = Tokenizer.load(tokenizer)
             source = f"given: {Path(tokenizer).name}"
@@ -80,12 +84,14 @@ def build_dataset(
         with atomic_write(folder / TOKENIZER) as file:
             file.write(used.model)
         tables = used.byte_tables()
-        splits = {}
-        for split in ("train", "valid"):
+        splits: dict[str, Any] = {"train": {}, "valid": {}}
+        for split in ("valid", "train"):  # in this order `in_both` is found
             documents = _encode(corpus, split, used, tables, threads, quiet=quiet)
             if split == "train" and shuffle_seed is not None:
                 documents = _shuffled(documents, shuffle_seed, folder / "spool.bin")
             splits[split] = _write_split(folder, split, documents, shard_tokens)
+        if corpus.in_both and not allow_overlap:
+            raise _in_both_error(len(corpus.in_both), next(iter(corpus.in_both.values())), " once normalised")
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -101,7 +107,7 @@ def build_dataset(
             "splits": splits,
             "validation": corpus.valid_rule,
             "shuffle_seed": shuffle_seed,
-            "documents_in_both_splits": overlap,
+            "documents_in_both_splits": len(corpus.in_both),
             "empty_documents_left_out": corpus.empty,
             "inputs": corpus.describe_inputs(),
         }
@@ -111,7 +117,7 @@ def build_dataset(
 
 @dataclass
 class _Corpus:
-    """What the first reading found: which documents belong to which split, and how much there is."""
+    """Which documents belong to which split, and how much there is; then, as they are encoded, which are in both."""
 
     train_files: list[Path]
     valid_files: list[Path]
@@ -120,6 +126,8 @@ class _Corpus:
     digests: dict[str, list[bytes]] = field(default_factory=lambda: {"train": [], "valid": []})
     train_bytes: int = 0  # of train_files
     empty: int = 0
+    valid_texts: set[bytes] = field(default_factory=set)  # digests of what validation's tokens decode to
+    in_both: dict[bytes, str] = field(default_factory=dict)  # those of them in training -> where the first one is
 
     @property
     def tokenizer_stride(self) -> int:
@@ -146,16 +154,19 @@ class _Corpus:
                 if number % self.tokenizer_stride == 0:
                     yield document.text
 
-    def check_overlap(self, allowed: bool) -> int:
-        """How many different documents are in both splits. Raises DataError for any, unless allowed."""
-        both = set(self.digests["train"]) & set(self.digests["valid"])
-        if both and not allowed:
+    def check_same_text(self) -> None:
+        """Raises DataError, before anything is encoded, when the very same text is in both splits."""
+        both = set(self.digests["valid"]).intersection(self.digests["train"])
+        if both:
             example = next(d.where for d in self.documents("train") if document_digest(d.text) in both)
-            raise DataError(
-                f"{len(both)} documents are in both training and validation, wanted none ({example} is one); remove "
-                "them or allow the overlap"
-            )
-        return len(both)
+            raise _in_both_error(len(both), example)
+
+    def note_decoded(self, split: str, digest: bytes, where: str) -> None:
+        """Takes the digest of the text that a document's tokens decode to, all of validation first."""
+        if split == "valid":
+            self.valid_texts.add(digest)
+        elif digest in self.valid_texts:
+            self.in_both.setdefault(digest, where)
 
     def describe_inputs(self) -> list[dict[str, Any]]:
         return [
@@ -192,6 +203,13 @@ def _survey(train_files: list[Path], valid_files: list[Path], valid_docs: int | 
     return corpus
 
 
+def _in_both_error(count: int, example: str, when: str = "") -> DataError:
+    return DataError(
+        f"{count} documents are in both training and validation{when}, wanted none ({example} is one); remove them or "
+        "allow the overlap"
+    )
+
+
 class _Encoded(NamedTuple):
     """A document's tokens behind BOS, the bytes they count for, and the digest of the text they decode to."""
 
@@ -210,7 +228,9 @@ def _encode(
             for document, ids, text in zip(batch, encoded, decoded, strict=True):
                 tokens = np.array([BOS_ID, *ids], dtype=np.uint16)
                 count = _check_document(document, tokens, text, tokenizer, tables)
-                yield _Encoded(tokens, count, document_digest(text))
+                digest = document_digest(text)
+                corpus.note_decoded(split, digest, document.where)
+                yield _Encoded(tokens, count, digest)
             task.advance(len(batch))
 
 
