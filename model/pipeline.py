@@ -32,7 +32,7 @@ from model.errors import ArtifactError, ConfigError, PgolfError
 from model.evaluate import EvalResult, evaluate, parse_mode
 from model.files import sha256_bytes
 from model.gpt import GPT
-from model.quantize import quantize_model
+from model.quantize import collect_hessians, quantize_with_hessians
 from model.run import RunDir
 from model.schedule import budget_seconds
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
@@ -208,7 +208,12 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
     with _timed(run, "evaluate_float"):
         _record(run, "float", evaluate(model, dataset, "plain", config, device=ranks.device))
     with _timed(run, "quantize"):
-        quantized = quantize_model(model, config, calibration_batches(config, dataset, ranks), ranks.device)
+        with _timed(run, "calibrate"):  # up to the last training token that is read
+            batches = calibration_batches(config, dataset, ranks)
+            hessians = collect_hessians(model, batches, per_token=config.quant.quant_recipe == "pr1499")
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize(ranks.device)
+        quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
     with _timed(run, "artifact"), ranks.together("writing the artifact"):
         if ranks.is_main:
             header = write_artifact(

@@ -104,6 +104,27 @@ def test_phases_in_stream_order_see_the_past_only() -> None:
     assert len(plan) == 5 and not len(plan[-1][1])
 
 
+@pytest.mark.parametrize(
+    "prefix, phases, boundaries",
+    [
+        (5, 1, []),  # a boundary at the end
+        (9, 3, [1, 3]),  # more documents wanted than there are
+        (5, 5, [1, 2, 3, 4]),
+        (5, 8, [1, 2, 3, 4]),  # boundaries that repeat
+        (2, 8, [1, 2]),
+        (0, 2, []),
+    ],
+)
+def test_phases_in_stream_order_train_once_and_never_at_the_end(
+    prefix: int, phases: int, boundaries: list[int]
+) -> None:
+    documents = np.array([[4 * n, 5] for n in range(5)])
+    plan = plan_phases(documents, order="stream", group_size=2, prefix=prefix, phases=phases)
+    assert [len(read) for read, _ in plan] == np.diff([0, *boundaries, 5]).tolist()
+    assert [train.tolist() for _, train in plan] == [*(list(range(b)) for b in boundaries), []]
+    assert plan_phases(documents[:0], order="stream", group_size=2, prefix=prefix, phases=phases) == []
+
+
 @pytest.mark.parametrize("order", ["length", "stream"])
 @pytest.mark.parametrize("phases", range(1, 9))
 def test_one_to_eight_phases_train_on_equal_parts(order: str, phases: int) -> None:

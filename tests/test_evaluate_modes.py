@@ -12,7 +12,7 @@ from model.adapters import Adapters
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTables
 from model.errors import ConfigError, DataError, LegalityError
-from model.evaluate import evaluate, lora_ttt, parse_mode
+from model.evaluate import EvalResult, evaluate, lora_ttt, parse_mode
 from model.evaluate.adapter_bank import document_keys, uniform
 from model.evaluate.bpb import check_bytes, score_per_document
 from model.evaluate.documents import find_documents
@@ -350,6 +350,36 @@ def test_an_evaluation_takes_its_time_from_opening_the_artifact() -> None:
     )
     assert 100.0 < result.seconds < 200.0
     assert result.seconds_by_part["opening"] == 100.0 and 0 < result.seconds_by_part["hints"] < 100.0
+
+
+@pytest.mark.parametrize("mode", ["plain", "phased"])
+def test_a_resumed_evaluation_takes_the_time_of_all_its_parts(mode: str, tmp_path, monkeypatch) -> None:
+    path, data = tmp_path / "ledger.npz", dataset(stream(40, 9, 50, 33, 60, 20, 70))
+    monkeypatch.setattr("model.evaluate.session.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(lora_ttt, "PAUSE_STEPS", 2)
+    pause = Session.pause
+
+    def stop(self: Session, *, last: bool = False) -> None:
+        pause(self, last=last)
+        raise Interrupted
+
+    def score(opening: float) -> EvalResult:
+        arguments = {"device": "cpu", "ledger_path": path, "resume": True, "opening_seconds": opening}
+        return evaluate(small.model(), data, mode, CONFIG, **arguments)
+
+    for opening in (500.0, 300.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "pause", stop)
+            with pytest.raises(Interrupted):
+                score(opening)
+    before = Ledger.load(path)
+    assert before.missing() and 800.0 < before.seconds < 850.0
+    result = score(100.0)
+    assert 900.0 < result.seconds < 950.0
+    assert result.seconds_by_part["opening"] == 100.0
+    finished = Ledger.load(path)
+    assert finished.missing() == 0 and 900.0 < finished.seconds <= result.seconds
+    assert finished.seconds <= score(0.0).seconds < 950.0
 
 
 def test_a_compatible_evaluation_starts_over(tmp_path) -> None:

@@ -1,5 +1,9 @@
 """The ledger: what it refuses, what it counts, and what survives the disk."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +134,37 @@ def test_save_and_load(tmp_path) -> None:
     again.score(state, 4, 10, torch.ones(6))
     again.finish()
     assert again.totals(BYTES).loss_sum == 9.0
+
+
+def with_header(path: Path, **changes: Any) -> None:
+    """Changes entries of a saved ledger's header; None takes one out."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = {**json.loads(arrays["header"].tobytes()), **changes}
+    header = {name: value for name, value in header.items() if value is not None}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(path, **arrays)
+
+
+def test_the_time_is_kept_and_the_longest_of_the_parts_counts(tmp_path) -> None:
+    paths = [tmp_path / f"{n}.npz" for n in range(3)]
+    for path, seconds in zip(paths, (12.5, 80.0, 3.0), strict=True):
+        ledger = Ledger(10)
+        ledger.seconds = seconds
+        ledger.save(path)
+    assert Ledger.load(paths[0]).seconds == 12.5
+    assert Ledger.load(*paths).seconds == 80.0
+    with_header(paths[0], seconds=None)  # from before the time was kept
+    assert Ledger.load(paths[0]).seconds == 0.0
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), True, 7, "600", [1.0]])
+def test_a_time_that_is_none_is_refused(seconds: Any, tmp_path) -> None:
+    path = tmp_path / "ledger.npz"
+    scored((1, 10)).save(path)
+    with_header(path, seconds=seconds)
+    with pytest.raises(LegalityError, match=r"seconds is .*, wanted a finite float of at least 0"):
+        Ledger.load(path)
 
 
 def test_a_damaged_file_is_refused(tmp_path) -> None:

@@ -9,9 +9,11 @@ from click.testing import CliRunner
 
 from model import legality
 from model.errors import DataError
+from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
 from model.pack import entry_script, pack_submission
 from model.pipeline import run_pipeline
+from model.run import RunDir
 from model.score import score_artifact
 from tests import cheats
 from tests.tiny import tiny_config, tiny_data
@@ -72,6 +74,38 @@ def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.
     assert "as recorded" in figures(report)["evaluation time"] and "opening" in figures(report)["evaluation time"]
     with pytest.raises(pytest.fail.Exception, match="scored again"):  # another evaluation: nothing to replay
         verify_artifact(run, mode="plain", eval_seq_len=32, **QUICK)
+
+
+def test_the_time_in_the_ledger_counts(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score_artifact(copy, ["plain"], quiet=True)
+    ledger = Ledger.load(copy / "ledger_plain.npz")
+    ledger.seconds = 700.0  # as after an interruption
+    ledger.save(copy / "ledger_plain.npz")
+    assert verify_artifact(copy, mode="plain", **QUICK).failed == ["evaluation time"]
+    score_artifact(copy, ["plain"], quiet=True, resume=True)
+    assert RunDir(copy).result()["evaluation"]["plain"]["seconds"] > 700.0
+
+
+@pytest.mark.parametrize(
+    "seconds, status, figure",
+    [
+        ({"train": 587.0, "calibrate": 9.0, "quantize": 90.0}, "pass", "596.0 of 600 s (train 587.0, calibrate 9.0)"),
+        ({"train": 587.0, "calibrate": 14.0}, "fail", "601.0 of 600 s (train 587.0, calibrate 14.0)"),
+        (
+            {"train": 587.0, "quantize": 90.0},
+            "pass",
+            "587.0 of 600 s, training alone: the record has no calibration",
+        ),
+        ({"calibrate": 9.0}, "skipped", "no record of a training run here"),
+    ],
+)
+def test_calibration_counts_as_training(seconds: dict[str, float], status: str, figure: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.merge_result({"seconds": seconds})
+    check = legality._check_train_time(run)
+    assert (check.status, check.figure) == (status, figure)
 
 
 @pytest.mark.long

@@ -58,6 +58,7 @@ def test_every_stage_leaves_its_result(finished):
     assert result["bpb"]["plain"] == pytest.approx(result["bpb"]["float"], rel=0.05)
     assert result["artifact"]["bytes"] == (folder(config) / "model.pgolf").stat().st_size
     assert {"train", "evaluate_float", "quantize", "artifact", "evaluate_plain"} <= set(result["seconds"])
+    assert 0 < result["seconds"]["calibrate"] < result["seconds"]["quantize"]
     header = read_header(folder(config) / "model.pgolf")
     assert header.config.model == config.model
     assert header.provenance["seed"] == config.train.seed

@@ -122,9 +122,10 @@ def test_the_page_is_in_the_runs_folder_and_says_what_the_run_says(run, page):
     assert json.loads((run / "provenance.json").read_text())["data_sha256"] in page.text
     for title in ("Budgets", "Training", "Score", "An example text", "Artifact", "Legality", "Where it comes from"):
         assert title in page.text
-    seconds = result["seconds"]["train"] + result["seconds"]["quantize"]
+    seconds = result["seconds"]["train"] + result["seconds"]["calibrate"]
     words = [image["alt"] for image in page.images]
     assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0] and "of 16 MB" in words[0]
+    assert not any("calibrate" in text for text in words)  # it is a part of "quantize"
     gain = result["bpb"]["lora_ttt"] - result["bpb"]["plain"]
     assert f"{gain:+.5f}" in page.text
     assert page.text.count("legal") >= 2 and "not a legal score" not in page.text

@@ -64,7 +64,7 @@ class EvalResult:
     bpb: float  # bits per byte
     tokens: int
     bytes: int
-    seconds: float  # from the call to the result
+    seconds: float  # from opening the artifact to the result, interrupted calls included
     seconds_by_part: dict[str, float]
     per_document: np.ndarray
     ledger: Ledger
@@ -102,9 +102,9 @@ def evaluate(
 
     The model is left as it came; on a GPU an fp32 model computes in bfloat16. `progress` is called now and then (see
     Session). With `ledger_path` the ledger is saved there about once a minute and at the end; with `resume` an
-    evaluation that was interrupted goes on from it, on any number of ranks. `scorer` scores in the place of the mode,
-    which then is only its name; `tokens` stand in for the data set's stream. `opening_seconds`, what it took to open
-    the artifact, count as part of the evaluation.
+    evaluation that was interrupted goes on from it, on any number of ranks, and its time counts on. `scorer` scores in
+    the place of the mode, which then is only its name; `tokens` stand in for the data set's stream. `opening_seconds`,
+    what it took to open the artifact, count as part of the evaluation.
 
     Raises ConfigError for a mode or a ledger that does not fit, DataError for a stream that does not fit the model,
     LegalityError where a rule would be broken.
@@ -120,6 +120,7 @@ def evaluate(
             ledger_path = Path(ledger_path)
             ledger.meta = evaluation_identity(model, tokens, mode, config, loop=loop)
             ledger = _open_ledger(ledger, ledger_path, resume=resume, rank=rank, world=world)
+            started -= ledger.seconds
         session = Session(
             model=model,
             config=config.eval,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -90,11 +91,13 @@ class Ledger:
 
     `defects`: in words, the rules that this run is allowed to break (then `legal` is False); empty for a legal one.
     `meta`: what identifies the evaluation (mode, hashes, settings); saved with the ledger, compared on resuming.
+    `seconds`: what the evaluation took up to the last save, over all its interruptions.
     """
 
     num_tokens: int
     defects: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self._nll = np.full(self.num_tokens, np.nan)
@@ -282,6 +285,7 @@ class Ledger:
             "states": self._num_states,
             "shared": self._shared[:2],
             "meta": self.meta,
+            "seconds": float(self.seconds),
         }
         with atomic_write(path, "wb") as file:
             np.savez(
@@ -299,8 +303,8 @@ class Ledger:
         """Reads what `save` wrote: one ledger, or one of what the ranks of an interrupted evaluation saved each.
 
         The rank that saved after the last exchange has everything from before it; of the others counts what they
-        entered after the same one. Raises LegalityError for a file that is damaged, not a ledger, or of another
-        evaluation than the first.
+        entered after the same one. The time is the longest of theirs. Raises LegalityError for a file that is damaged,
+        not a ledger, or of another evaluation than the first.
         """
         parts = [cls._read(name) for name in (path, *others)]
         ledger = max(parts, key=lambda part: part._shared)
@@ -314,6 +318,7 @@ class Ledger:
                 new_states, nll = part._num_states - states, part._nll[positions]
                 ledger._adopt(mine, states, new_states, positions, nll, part._repeats[repeats:])
         ledger._shared, ledger._shared_scores = ledger._extent(), ledger.num_scored
+        ledger.seconds = max(part.seconds for part in parts)
         return ledger
 
     @classmethod
@@ -328,8 +333,12 @@ class Ledger:
             ledger = cls(len(arrays["nll"]), tuple(header["defects"]), dict(header["meta"]))
             ledger._num_states = int(header["states"])
             shared = [int(n) for n in header.get("shared", (0, 1))]
+            seconds = header.get("seconds", 0.0)  # 0 in files from before it was kept
         except _DAMAGE as error:
             raise LegalityError(f"{path}: not a ledger ({error})") from error
+        if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+            raise LegalityError(f"{path}: seconds is {seconds!r:.40}, wanted a finite float of at least 0")
+        ledger.seconds = seconds
         for name, kind in wanted.items():
             if arrays[name].dtype != kind or arrays[name].ndim != 1:
                 raise LegalityError(f"{path}: {name} has dtype {arrays[name].dtype}, wanted {np.dtype(kind)}")

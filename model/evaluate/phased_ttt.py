@@ -39,9 +39,8 @@ def plan_phases(
     boundaries = [prefix * (i + 1) // phases for i in range(phases)] if prefix else []
     if order == "stream":
         every = np.arange(len(documents))
-        cuts = [0, *boundaries, len(documents)]
+        cuts = sorted({0, *boundaries, len(documents)})
         plan = [(every[a:b], every[:b] if b in boundaries else every[:0]) for a, b in itertools.pairwise(cuts)]
-        plan = [(read, train) for read, train in plan if len(read) or len(train)]
     else:
         # Trained on in the order of the groups' numbers, shortest first, whatever was scored first.
         number = np.empty(len(documents), dtype=np.int64)

@@ -38,7 +38,8 @@ class Session:
     says whether attention stops at BOS. `tables` are what hints need of the tokenizer. `loop` is the layer order;
     `graphs` allows CUDA graphs. `progress(score so far, tokens scored, tokens in all)` is called now and then: the
     score is that of the tokens this rank knows of, their number an estimate for all ranks. `ledger_path` is where the
-    ledger is saved: by rank 0 there, by the others beside it.
+    ledger is saved: by rank 0 there, by the others beside it. `started` is when the evaluation
+    began (`time.monotonic`), put back by what it took before an interruption.
     """
 
     model: GPT
@@ -72,8 +73,8 @@ class Session:
         self.target_ids = self.input_ids
         if self.targets is not None:
             self.target_ids = torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
-        self._saved = self.started
-        self._next_report = self.started + REPORT_SECONDS
+        self._saved = time.monotonic()
+        self._next_report = self._saved + REPORT_SECONDS
 
     @property
     def num_tokens(self) -> int:
@@ -161,14 +162,18 @@ class Session:
             # Adding up a large ledger takes a while: at most a twentieth of the time.
             self._next_report = now + max(REPORT_SECONDS, 20 * (time.monotonic() - now))
         if self.ledger_path is not None and not last and now - self._saved >= SAVE_SECONDS:
-            self.ledger.save(rank_path(self.ledger_path, self.rank))
+            self._save(rank_path(self.ledger_path, self.rank))
             self._saved = time.monotonic()
 
     def exchange(self) -> None:
         """Makes every rank's ledger whole; rank 0 saves it."""
         self.ledger.synchronise()
         if self.ledger_path is not None and self.rank == 0:
-            self.ledger.save(self.ledger_path)
+            self._save(self.ledger_path)
+
+    def _save(self, path: Path) -> None:
+        self.ledger.seconds = time.monotonic() - self.started
+        self.ledger.save(path)
 
     def packed(self, bounds: np.ndarray) -> dict[str, Any]:
         """What the model needs to read a packed row cut at `bounds`, padded so that few shapes occur."""

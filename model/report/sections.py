@@ -197,9 +197,10 @@ def _budgets(run: Run) -> Iterator[Markup]:
         n.replace("_", " ", 1): v for n, v in run.result.get("seconds", {}).items() if isinstance(v, int | float)
     }
     total = seconds.pop("total", None)
+    calibration = seconds.pop("calibrate", seconds.get("quantize", 0.0))  # a part of "quantize"
     used = {}
     if "train" in seconds:
-        training = seconds["train"] + seconds.get("quantize", 0.0)
+        training = seconds["train"] + calibration
         used["training"] = (training / STAGE_BUDGET, f"{training:,.1f} of {STAGE_BUDGET:g} s")
     evaluation = run.result.get("evaluation", {}).get(run.final_mode, {}).get("seconds")
     if evaluation is not None:
