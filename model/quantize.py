@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import Config, QuantConfig
+from model.config import QuantConfig
 from model.data.loaders import Batch
 from model.errors import ConfigError
 from model.gpt import GPT
@@ -98,28 +98,14 @@ def _all_reduce(sums: list[Tensor], count: int) -> int:
 
 
 @torch.no_grad()
-def quantize_model(
-    model: GPT,
-    config: Config,
-    batches: Iterable[Batch],
-    device: torch.device | str | None = None,
-    *,
-    loop: bool = True,
-) -> QuantizedModel:
-    """Calibrates on `batches` and quantises every matrix by `config.quant`; the rest becomes fp16.
-
-    device: where GPTQ runs (None: the model's). The model is not changed. `loop` as in `collect_hessians`. Raises
-    ConfigError for a name in `keep_fp16` that is no matrix, ValueError for weights or Hessians that are not finite.
-    """
-    hessians = collect_hessians(model, batches, loop=loop, per_token=config.quant.quant_recipe == "pr1499")
-    return quantize_with_hessians(model, config.quant, hessians, device)
-
-
-@torch.no_grad()
 def quantize_with_hessians(
     model: GPT, quant: QuantConfig, hessians: dict[str, Tensor], device: torch.device | str | None = None
 ) -> QuantizedModel:
-    """`quantize_model` with Hessians that are there already."""
+    """Quantises every matrix by `quant`, with its Hessian by name; the rest becomes fp16.
+
+    device: where GPTQ runs (None: the model's). The model is not changed. Raises ConfigError for a name in `keep_fp16`
+    that is no matrix, ValueError for weights or Hessians that are not finite.
+    """
     parameters = dict(model.named_parameters())
     device = torch.device(device) if device is not None else model.tok_emb.device
     places = model.matrix_names()

@@ -2,8 +2,8 @@
 
     W = codes * scales[:, None]        codes int8 [R, C], scales fp16 [R], the product in fp32
 
-Both `quantize_model` and `read_artifact` give this object, and its `state_dict` is the only dequantisation there is:
-a model loaded from an artifact has the bits of the one that was quantised.
+Both `quantize_with_hessians` and `read_artifact` give this object, and its `state_dict` is the only dequantisation
+there is: a model loaded from an artifact has the bits of the one that was quantised.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import torch
 from model.artifact import encode_artifact
 from model.config import Config
 from model.data.loaders import Batch
-from model.quantize import quantize_model
+from model.gpt import GPT
+from model.quantize import collect_hessians, quantize_with_hessians
 from model.quantized import QuantizedModel
 from tests.systems import golden_model
 
@@ -25,12 +26,18 @@ def small_model_config(codec: str = "context") -> Config:
     return Config(model=golden_model("pr1530")[0].config).replace(codec=codec)
 
 
+def calibrated(model: GPT, config: Config, batches: list[Batch]) -> QuantizedModel:
+    """`model`, quantised by `config` with Hessians of the batches."""
+    per_token = config.quant.quant_recipe == "pr1499"
+    return quantize_with_hessians(model, config.quant, collect_hessians(model, batches, per_token=per_token))
+
+
 @functools.cache
 def small_quantized() -> QuantizedModel:
     """The golden network of pull request 1530, quantised by its own recipe on its own inputs."""
     model, golden = golden_model("pr1530")
     inputs = golden["input_ids"].long()
-    return quantize_model(model, small_model_config(), [Batch(inputs, inputs, None, inputs.shape[1])])
+    return calibrated(model, small_model_config(), [Batch(inputs, inputs, None, inputs.shape[1])])
 
 
 @functools.cache

@@ -25,9 +25,16 @@ from model.errors import ArtifactError
 from model.exchange import convert, export_safetensors, import_safetensors
 from model.planes import FILTERS, best_filter, pack_scales, scale_plane_shapes, unpack_scales
 from model.presets import get_preset
-from model.quantize import quantize_model
 from model.quantized import PlainTensor, QuantizedModel
-from tests.artifacts import resigned, same, small_artifact, small_model_config, small_quantized, with_section
+from tests.artifacts import (
+    calibrated,
+    resigned,
+    same,
+    small_artifact,
+    small_model_config,
+    small_quantized,
+    with_section,
+)
 from tests.systems import golden_model
 
 
@@ -50,7 +57,7 @@ def test_the_loaded_model_scores_as_the_dequantised_weights_bit_for_bit(preset: 
     model, golden = golden_model("pr1530" if preset == "pr1727" else preset)
     config = dataclasses.replace(get_preset(preset), model=model.config)
     inputs, targets = golden["input_ids"].long(), golden["target_ids"].long()
-    quantized = quantize_model(model, config, [Batch(inputs, targets, None, inputs.shape[1])])
+    quantized = calibrated(model, config, [Batch(inputs, targets, None, inputs.shape[1])])
     write_artifact(tmp_path / "a", quantized, config)
     convert(tmp_path / "a", tmp_path / "b.safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "c")

@@ -19,7 +19,6 @@ from model.presets import get_preset
 from model.quantize import (
     collect_hessians,
     prune_smallest,
-    quantize_model,
     quantize_with_hessians,
     recipe_of,
     round_rows,
@@ -27,7 +26,7 @@ from model.quantize import (
 )
 from model.quantized import PlainTensor, QuantizedModel
 from pgolf_kernels.gptq import GptqRecipe, gptq_quantize_many
-from tests.artifacts import small_quantized
+from tests.artifacts import calibrated, small_quantized
 from tests.golden import load_safetensors
 from tests.systems import golden_model, small_config
 
@@ -126,7 +125,7 @@ def test_the_recipe_of_pr1499() -> None:
     assert recipe_of("blocks.0.mlp.down", quant) == GptqRecipe.pr1499(5, 12.85)
     model, golden = golden_model("pr1499")
     ids = golden["input_ids"].long()
-    quantized = quantize_model(model, Config(model=model.config, quant=quant), [Batch(ids, ids, None, ids.shape[1])])
+    quantized = calibrated(model, Config(model=model.config, quant=quant), [Batch(ids, ids, None, ids.shape[1])])
     kinds = {m.name: m.bits for m in quantized.matrices}
     assert kinds["blocks.0.mlp.up"] == 5 and kinds["blocks.0.attn.o"] == 6
     assert kinds["bigram_embed"] == kinds["bigram_proj"] == 6
@@ -145,7 +144,7 @@ def test_the_bigram_projection_is_quantised_for_the_rows_that_the_table_gives_it
     batch = Batch(ids, ids, None, ids.shape[1])
     hessian = collect_hessians(model, [batch], per_token=True)["bigram_proj"]
     assert relative(hessian, rows.mT @ rows / len(rows)) < 1e-5
-    quantized = quantize_model(model, Config(model=model.config, quant=quant), [batch])
+    quantized = calibrated(model, Config(model=model.config, quant=quant), [batch])
     got = next(matrix for matrix in quantized.matrices if matrix.name == "bigram_proj")
     recipe = GptqRecipe.pr1499(6, 12.85)
     [(codes, scales)] = gptq_quantize_many([model.bigram_proj.detach()], [hessian], [recipe])
@@ -175,7 +174,7 @@ def test_sorting_hidden_units_keeps_the_function() -> None:
     config = Config(model=model.config).replace(sort_hidden_units=False)
     ids = golden["input_ids"].long()
     batch = Batch(ids, ids, None, ids.shape[1])
-    plain = quantize_model(model, config, [batch])
+    plain = calibrated(model, config, [batch])
     ordered = sort_hidden_units(plain)
     assert ordered.state_dict()["hidden_gain"].equal(plain.state_dict()["hidden_gain"]) is False
     with torch.no_grad():
@@ -185,7 +184,7 @@ def test_sorting_hidden_units_keeps_the_function() -> None:
         if matrix.name.endswith("mlp.up"):
             assert (matrix.scales[1:] >= matrix.scales[:-1]).all()
     assert (
-        quantize_model(model, config.replace(sort_hidden_units=True), [batch])
+        calibrated(model, config.replace(sort_hidden_units=True), [batch])
         .state_dict()["up_bank"]
         .equal(ordered.state_dict()["up_bank"])
     )
