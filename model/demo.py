@@ -163,7 +163,8 @@ def print_result(run: RunDir, console: Console | None = None) -> None:
     stages = Table("stage", box=None, pad_edge=False)
     stages.add_column("seconds", justify="right")
     for name, value in result["seconds"].items():
-        stages.add_row(name.replace("_", " ", 1), f"{value:.1f}")
+        if name != "calibrate":  # a part of "quantize"
+            stages.add_row(name.replace("_", " ", 1), f"{value:.1f}")
     both = Table.grid(padding=(0, 3))
     both.add_row(scores, stages)
     console.print("", both, "")

@@ -38,8 +38,8 @@ class Session:
     says whether attention stops at BOS. `tables` are what hints need of the tokenizer. `loop` is the layer order;
     `graphs` allows CUDA graphs. `progress(score so far, tokens scored, tokens in all)` is called now and then: the
     score is that of the tokens this rank knows of, their number an estimate for all ranks. `ledger_path` is where the
-    ledger is saved: by rank 0 there, by the others beside it. `started` is when the evaluation
-    began (`time.monotonic`), put back by what it took before an interruption.
+    ledger is saved: by rank 0 there, by the others beside it. `started` is when the evaluation began
+    (`time.monotonic`), put back by what it took before an interruption.
     """
 
     model: GPT
