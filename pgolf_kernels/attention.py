@@ -6,9 +6,10 @@ j runs over the keys of i's document; with `causal`, aligned at the lower right 
 queries and Lk keys sees keys j <= i + Lk - Lq. Tensors are packed [tokens, heads, head_dim]; `cu_seqlens` holds the
 documents' bounds and may be padded with repeated ends. A query that sees no key gets 0.
 
-Backends: FlashAttention 3 (`flash_attn_interface`) on a Hopper GPU where it imports, torch's own FlashAttention 2
-otherwise on a GPU (grouped-query without copying keys or values), and one scaled-dot-product call for each set of
-documents of equal length on the CPU. `PGOLF_ATTENTION=fa3|torch` or :func:`set_attention_backend` forces the GPU's.
+Backends: FlashAttention 3 (`flash_attn_interface`) on a Hopper GPU where it imports and was built for the dtype and
+head size, torch's own FlashAttention 2 otherwise on a GPU (grouped-query without copying keys or values), and one
+scaled-dot-product call for each set of documents of equal length on the CPU. `PGOLF_ATTENTION=fa3|torch` or
+:func:`set_attention_backend` forces the GPU's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pgolf_kernels._native_op import register_op
 from pgolf_kernels._triton_op import compute_capability
 
 BACKENDS = ("auto", "fa3", "torch")
+_HEAD_SIZES = (64, 96, 128, 192, 256)  # that FlashAttention 3 has kernels for
+_DISABLED = "FLASHATTENTION_DISABLE_"
 _forced = os.environ.get("PGOLF_ATTENTION", "auto")
 
 
@@ -73,6 +76,24 @@ def _flash_attention_3() -> Any:
     return module if hasattr(module, "_flash_attn_forward") and hasattr(module, "_flash_attn_backward") else None
 
 
+@functools.cache
+def _left_out_of_flash_attention_3() -> frozenset[str]:
+    """What FlashAttention 3 was built without, by its build's own record: "FP16", "HDIM64", "BACKWARD", ..."""
+    try:
+        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except (ImportError, AttributeError, KeyError):  # older builds kept no record
+        return frozenset()
+    return frozenset(name.removeprefix(_DISABLED) for name, left_out in flags.items() if left_out)
+
+
+def flash_attention_3_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the installed build of FlashAttention 3 has varlen kernels for both, forward and backward."""
+    left_out = _left_out_of_flash_attention_3()
+    fits = any(head_dim <= size and f"HDIM{size}" not in left_out for size in _HEAD_SIZES)
+    needed = {"BACKWARD", "VARLEN"} | ({"FP16"} if dtype == torch.float16 else set())
+    return fits and not needed & left_out
+
+
 def set_attention_backend(name: str) -> None:
     """Forces the GPU backend: "fa3", "torch", or "auto" (FlashAttention 3 on Hopper where it imports). Process-wide.
 
@@ -98,6 +119,14 @@ def attention_backend(device: torch.device) -> str:
         return _forced
     index = device.index if device.index is not None else torch.cuda.current_device()
     return "fa3" if compute_capability(index) == 90 and _flash_attention_3() is not None else "torch"
+
+
+def _backend_for(q: Tensor) -> str:
+    """The backend of `q`'s device, or torch's where FlashAttention 3 is no one's order and was not built for q."""
+    backend = attention_backend(q.device)
+    if backend == "fa3" and _forced == "auto" and not flash_attention_3_takes(q.dtype, q.shape[-1]):
+        return "torch"
+    return backend
 
 
 def attention_backend_info() -> dict[str, str]:
@@ -261,7 +290,7 @@ def _forward_cuda(
         return _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)[0].zero_(), q.new_zeros(
             (q.shape[1], q.shape[0]), dtype=torch.float32
         )
-    return _FORWARD[attention_backend(q.device)](q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
+    return _FORWARD[_backend_for(q)](q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
 
 
 def _forward_fake(
@@ -284,7 +313,7 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    backend = _BACKWARD[attention_backend(q.device)]
+    backend = _BACKWARD[_backend_for(q)]
     return backend(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale)
 
 
@@ -344,7 +373,7 @@ def _by_member(
     group = q.shape[1] // k.shape[1]
     lse_of = lse.unflatten(0, (-1, group)).transpose(0, 1).contiguous()
     backward = _backward_cuda if q.is_cuda else _backward_cpu
-    strided = q.is_cuda and q.numel() and k.numel() and attention_backend(q.device) == "fa3"
+    strided = q.is_cuda and q.numel() and k.numel() and _backend_for(q) == "fa3"
     dq, found = q.new_empty(q.shape), []
     for member in range(group):
         heads = (slice(None), slice(member, None, group))

@@ -1,5 +1,6 @@
 """Varlen attention: every backend against the formula in fp64, its gradients, its contract, no recompiles."""
 
+import sys
 import types
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 
 from pgolf_kernels import attention_backend_info, set_attention_backend, varlen_attention
 from pgolf_kernels.attention import (
+    _backend_for,
     _by_member_op,
     _fa3_backward,
     _fa3_forward,
     _flash_attention_3,
     _forward_op,
+    _left_out_of_flash_attention_3,
     attention_backend,
+    flash_attention_3_takes,
     reference,
 )
 
@@ -208,6 +212,44 @@ def test_flash_attention_3_gets_its_arguments_by_position(monkeypatch, names):
     assert seen["dq"] is dq is every_other and not every_other.any()
 
 
+@pytest.fixture
+def small_build(monkeypatch):
+    """FlashAttention 3 built for bf16 and heads of up to 96 alone, on a Hopper GPU."""
+    flags = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("FP16", "HDIM64", "HDIM128", "HDIM192", "HDIM256")}
+    config = types.SimpleNamespace(CONFIG={"build_flags": flags | {"FLASHATTENTION_DISABLE_HDIM96": False}})
+    monkeypatch.setitem(sys.modules, "flash_attn_config", config)
+    monkeypatch.setattr("pgolf_kernels.attention._flash_attention_3", lambda: object())
+    monkeypatch.setattr("pgolf_kernels.attention.compute_capability", lambda index: 90)
+    _left_out_of_flash_attention_3.cache_clear()
+    yield
+    _left_out_of_flash_attention_3.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "backend"),
+    [
+        (torch.bfloat16, 64, "fa3"),
+        (torch.bfloat16, 96, "fa3"),
+        (torch.bfloat16, 128, "torch"),
+        (torch.float16, 64, "torch"),
+    ],
+)
+def test_a_small_build_of_flash_attention_3_is_used_for_what_it_has(monkeypatch, small_build, dtype, dim, backend):
+    q = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, dim))
+    assert _backend_for(q) == backend
+    monkeypatch.setattr("pgolf_kernels.attention._forced", "fa3")
+    assert _backend_for(q) == "fa3"
+
+
+def test_a_build_of_flash_attention_3_without_a_record_is_taken_for_whole(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_config", None)
+    _left_out_of_flash_attention_3.cache_clear()
+    try:
+        assert flash_attention_3_takes(torch.float16, 256) and not flash_attention_3_takes(torch.bfloat16, 512)
+    finally:
+        _left_out_of_flash_attention_3.cache_clear()
+
+
 def test_an_unknown_forced_backend_is_named(monkeypatch):
     monkeypatch.setattr("pgolf_kernels.attention._forced", "fast")
     with pytest.raises(ValueError, match="PGOLF_ATTENTION: got 'fast'"):
@@ -249,7 +291,16 @@ def gpu_backend(request):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_backends_agree_with_the_formula(gpu_backend, k_bounds, causal, dtype):
+    if gpu_backend == "fa3" and not flash_attention_3_takes(dtype, 64):
+        pytest.skip(f"this build of FlashAttention 3 has no {dtype}: test_gpu_choice_fits_the_dtype")
     _assert_close_to_the_formula(k_bounds, causal, dtype, "cuda", heads=8, kv_heads=4, dim=64, scale=50)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_choice_fits_the_dtype(dtype):
+    """Whatever FlashAttention 3 was built without."""
+    _assert_close_to_the_formula(SAME, True, dtype, "cuda", heads=8, kv_heads=4, dim=64, scale=50)
 
 
 @pytest.mark.gpu
