@@ -31,6 +31,7 @@ from pgolf_kernels.batched_lora import Layout, low_size, padded
 from pgolf_kernels.stepped_lora import AdamStep, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
+STEPPED = 4  # projections whose adapters one launch steps
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 # H200, forward and backward of 64 documents of 256 rows, 512 -> 8192: 743 us; 8 warps 790.
 OUTER = LoraConfig(columns=128, stages=3, warps=4)
-# H200, q, k, v and o of 64 documents of 96 and of 480 rows in one launch: 176 and 213 us; 4 warps 181 and 219; a launch
-# each, of 4 warps, 171 and 235.
-STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=8)
+STEP = LoraConfig(rows=64, columns=128, strips=4, stages=2)
 CAST_TILE = 8192  # elements a program casts
 # Elements of the widest output from which on launches are no programmatic dependents. H200, forward and backward of 64
 # documents of 256 rows: they gain 1.5 % with 512 columns and lose 3 % with 8192.
@@ -199,46 +198,26 @@ def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
     )  # fmt: skip
 
 
-_Target = tuple[Tensor, Tensor | None, Tensor | None]  # the sum, or Moments to step with it
-
-
-def _outer(
-    e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: _Target, b: _Target, tiles: _Tiles,
-    stepped: tuple[AdamStep, Tensor, Tensor, Tensor | None] | None = None,
-) -> None:  # fmt: skip
-    """a = sum over each adapter's rows of e[:, column:]^T x, b the same of grad^T s[:, column:].
-
-    stepped: a step (step, copy of all A, copy of B, B's factor) with these sums as gradients instead.
-    """
-    config = OUTER if stepped is None else STEP
-    bi, bj, bk = config.rows, config.columns, config.depth
-    shapes = [t[0].shape for t in (a, b)]
-    count_a, count_b = (triton.cdiv(shape[1], bi) * triton.cdiv(shape[2], bj) for shape in shapes)
+def _outer(e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: Tensor, b: Tensor, tiles: _Tiles) -> None:
+    """a = sum over each adapter's rows of e[:, column:]^T x, b the same of grad^T s[:, column:]."""
+    bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
+    count_a, count_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (a, b))
     e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
     x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    copies: list[tuple[Any, ...]] = [(None, 0, 0)] * 2
-    rest: tuple[Any, ...] = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
-    out_scale = None
-    if stepped is not None:
-        step, low_a, low_b, out_scale = stepped
-        copies = [(low, *low.stride()[:2]) for low in (low_a[:, column:], low_b)]
-        keep = 1.0 - step.lr * step.weight_decay
-        rest = (out_scale, step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, keep)
-    outer_kernel[(count_a + count_b, shapes[0][0])](
-        e_desc, x_desc, *a, *copies[0], *shapes[0][1:], column,
-        grad_desc, s_desc, *b, *copies[1], *shapes[1][1:], column,
-        count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents, *rest,
-        PACKED=tiles.packed, INDEX=tiles.index is not None, STEP=stepped is not None, MOMENT=a[2] is not None,
-        SCALED=out_scale is not None, STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
-        num_warps=config.warps, num_stages=config.stages, **tiles.options,
+    outer_kernel[(count_a + count_b, len(a))](
+        e_desc, x_desc, a, *a.shape[1:], column, grad_desc, s_desc, b, *b.shape[1:], column,
+        count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
+        PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
+        num_warps=OUTER.warps, num_stages=OUTER.stages, **tiles.options,
     )  # fmt: skip
 
 
 def _step(
-    e: Tensor, x: Tensor, grads: list[Tensor], s: Tensor, lora_as: list[Moments], lora_bs: list[Moments],
+    e: Tensor, x: Tensor, grads: list[Tensor], s: Tensor, column: int, lora_as: list[Moments], lora_bs: list[Moments],
     stacked: Tensor, own: list[Tensor], out_scales: list[Tensor | None], tiles: _Tiles, step: AdamStep,
 ) -> None:  # fmt: skip
-    """What `_outer` does stepped, of three or four projections of a packed batch without an index, in one launch."""
+    """A step of A and B of up to STEPPED projections, whose ranks begin at `column`, with the sums that `_outer` would
+    write as gradients. `stacked` and `own`: their copies. Packed batches without an index."""
     bi, bj, bk = STEP.rows, STEP.columns, STEP.depth
     documents, _, depth = lora_as[0].value.shape
     outs, ranks = [b.value.shape[1] for b in lora_bs], [a.value.shape[1] for a in lora_as]
@@ -246,23 +225,24 @@ def _step(
         triton.cdiv(rank, bi) * triton.cdiv(depth, bj) + triton.cdiv(out, bi) * triton.cdiv(rank, bj)
         for out, rank in zip(outs, ranks, strict=True)
     ]
-    first = [sum(counts[:i]) for i in range(1, 4)]
+    first = [sum(counts[:i]) for i in range(1, STEPPED)]
     some = next((scale for scale in out_scales if scale is not None), None)  # stands where there is none, unread
     scales = [some if scale is None else scale for scale in out_scales]
     scaled = sum((scale is not None) << i for i, scale in enumerate(out_scales))
 
-    def four(values: Sequence[Any]) -> list[Any]:
-        return [*values, *[None] * (4 - len(values))]
+    def four(values: Sequence[Any], missing: Any = None) -> list[Any]:
+        return [*values, *[missing] * (STEPPED - len(values))]
 
     step_kernel[(sum(counts), documents)](
-        descriptor(tiles.planes(e), (1, bk, bi)), *(descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s)),
+        descriptor(tiles.planes(e), (1, bk, bi)), *(descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s)), column,
         *four([descriptor(tiles.planes(grad), (1, bk, bi)) for grad in grads]),
         *(t for ts in zip(*lora_as, strict=True) for t in four(ts)), stacked, *stacked.stride()[:2],
         *(t for ts in zip(*lora_bs, strict=True) for t in four(ts)), *four(own), *four(scales), scaled,
-        *four(ranks), *four([b.shape[2] for b in own]), *four(outs), depth, *first, tiles.cu_seqlens,
+        *four(ranks, 0), *four([b.shape[2] for b in own], 0), *four(outs, 0), depth, *first, tiles.cu_seqlens,
         step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, 1.0 - step.lr * step.weight_decay,
-        COUNT=len(own), MOMENT=lora_as[0].mean is not None, SCALED=some is not None, STRIPS=STEP.strips,
-        BI=bi, BJ=bj, BK=bk, num_warps=STEP.warps, num_stages=STEP.stages, **tiles.options,
+        COUNT=len(own), MOMENT=lora_as[0].mean is not None, SCALED=some is not None,
+        PREFETCH=x.device.type != "cpu", STRIPS=STEP.strips, BI=bi, BJ=bj, BK=bk,
+        num_warps=STEP.warps, num_stages=STEP.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -357,7 +337,7 @@ def backward(
         )
         column = 0
         for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
-            _outer(e, x, grad, s, column, (d_a, None, None), (d_b, None, None), tiles)
+            _outer(e, x, grad, s, column, d_a, d_b, tiles)
             column += b.shape[2]
     return d_x, d_as, d_bs
 
@@ -373,11 +353,12 @@ def backward_step(
         grads = [described(grad) for grad in grads]
         e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x, later)
         x = described(x)
-        if tiles.packed and tiles.index is None and 3 <= len(own) <= 4:
-            _step(e, x, grads, s, lora_as, lora_bs, stacked, own, out_scales, tiles, step)
-            return d_x
         column = 0
-        for grad, a, b, low_b, out_scale in zip(grads, lora_as, lora_bs, own, out_scales, strict=True):
-            _outer(e, x, grad, s, column, a, b, tiles, (step, stacked, low_b, out_scale))
-            column += low_b.shape[2]
+        for i in range(0, len(own), STEPPED):
+            some = slice(i, i + STEPPED)
+            _step(
+                e, x, grads[some], s, column, lora_as[some], lora_bs[some], stacked, own[some], out_scales[some],
+                tiles, step,
+            )  # fmt: skip
+            column += sum(b.shape[2] for b in own[some])
     return d_x

@@ -5,8 +5,7 @@ shared ones (x W^T in the forward, g_p W_p in the backward) and at last one pair
 Which pair a step reads is a select between tensor-map descriptors, so that the copy engine's pipeline never drains
 between them. With no shared pair it is the product that shrinks x to the ranks. `project_three_kernel` and
 `shrink_kernel` do what it does for several projections of a packed batch in one launch. `outer_kernel` sums u^T v over
-each adapter's rows, or takes the optimiser's step with that sum instead of writing it (stepped_lora.py); `step_kernel`
-takes these steps for several projections of a packed batch in one launch.
+each adapter's rows; `step_kernel` takes the optimiser's step with such sums instead of writing them (stepped_lora.py).
 """
 
 # Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 
 from pgolf_kernels._adapter_adamw_triton import adamw
-from pgolf_kernels._triton_tile import strip, wait_for_previous
+from pgolf_kernels._triton_tile import prefetch, strip, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["rows", "documents"])
@@ -231,145 +230,109 @@ def _accumulate(u_desc, v_desc, acc, document, start, end, u_column, v_column, M
 
 
 @triton.jit
-def _adamw_tile(
-    acc, i, j, p_ptr, square_ptr, mean_ptr, low_ptr, rows, columns, stride, scale_ptr, has_factor, inverse1, inverse2,
-    lr, beta1, beta2, eps, keep,
-    MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
-    """One AdamW step of a tile of A or B [rows, columns] with the gradient acc, strip by strip of its columns.
-
-    `low` gets the new values in the activations' dtype. B's rows may have a factor there, and then so has B's gradient.
-    """
-    row = i + tl.arange(0, BI)
-    if SCALED:
-        factor = tl.load(scale_ptr + row, mask=(row < rows) & has_factor, other=1.0)[:, None]
-    for part in tl.static_range(STRIPS):
-        gradient = strip(acc, part, STRIPS, BI, BJ)
-        if SCALED:
-            gradient *= factor
-        column = j + part * (BJ // STRIPS) + tl.arange(0, BJ // STRIPS)
-        offsets = row[:, None] * columns + column[None, :]
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
-        square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
-        mean = gradient
-        if MOMENT:
-            mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-        p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
-        if MOMENT:
-            tl.store(mean_ptr + offsets, mean, mask=mask)
-        tl.store(square_ptr + offsets, square, mask=mask)
-        tl.store(p_ptr + offsets, p, mask=mask)
-        if SCALED:
-            p *= factor
-        tl.store(low_ptr + row[:, None] * stride + column[None, :], p.to(low_ptr.dtype.element_ty), mask=mask)
+def _tile_of(i, j, rows, columns, stride, BI: tl.constexpr, BJ: tl.constexpr, EVERY: tl.constexpr):
+    """Where a tile of a matrix [rows, columns] with rows `stride` apart lies, and what of it exists: one column in
+    EVERY."""
+    row, column = i + tl.arange(0, BI), j + EVERY * tl.arange(0, BJ // EVERY)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return row[:, None] * stride + column[None, :], mask
 
 
 @triton.jit(do_not_specialize=["length", "documents", "rows0", "rows1", "u_column0", "v_column1", "tiles0"])
 def outer_kernel(
-    u0_desc, v0_desc, out0_ptr, square0_ptr, mean0_ptr, low0_ptr, plane0, stride0, rows0, columns0, u_column0,
-    u1_desc, v1_desc, out1_ptr, square1_ptr, mean1_ptr, low1_ptr, plane1, stride1, rows1, columns1, v_column1,
-    tiles0, cu_ptr, index_ptr, length, documents, scale_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
-    PACKED: tl.constexpr, INDEX: tl.constexpr, STEP: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr,
-    STRIPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    u0_desc, v0_desc, out0_ptr, rows0, columns0, u_column0, u1_desc, v1_desc, out1_ptr, rows1, columns1, v_column1,
+    tiles0, cu_ptr, index_ptr, length, documents,
+    PACKED: tl.constexpr, INDEX: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[adapter] = sum of u^T v over the rows of the adapter's documents, [rows, columns]; two such sums at once.
 
-    The first reads u from a column on, the second v: e and s hold the ranks of several projections. STEP: the sum is
-    the gradient of a step of `out`, which an adapter whose count is 0 does not take; packed and without an index.
+    The first reads u from a column on, the second v: e and s hold the ranks of several projections.
     """
     wait_for_previous(PDL)
     tile, adapter = tl.program_id(0), tl.program_id(1)
-    works = True
-    if STEP:
-        works = tl.load(step_ptr + adapter) > 0
-    if works:
-        is_b = tile >= tiles0
-        if is_b:
-            u_desc, v_desc, out_ptr, rows, columns = u1_desc, v1_desc, out1_ptr, rows1, columns1
-            u_column, v_column = 0, v_column1
-            tile -= tiles0
-        else:
-            u_desc, v_desc, out_ptr, rows, columns = u0_desc, v0_desc, out0_ptr, rows0, columns0
-            u_column, v_column = u_column0, 0
-        tiles_j = tl.cdiv(columns, BJ)
-        i = tile // tiles_j * BI
-        j = tile % tiles_j * BJ
-        first, last = adapter, tl.minimum(adapter + 1, documents)
+    if tile >= tiles0:
+        u_desc, v_desc, out_ptr, rows, columns = u1_desc, v1_desc, out1_ptr, rows1, columns1
+        u_column, v_column = 0, v_column1
+        tile -= tiles0
+    else:
+        u_desc, v_desc, out_ptr, rows, columns = u0_desc, v0_desc, out0_ptr, rows0, columns0
+        u_column, v_column = u_column0, 0
+    tiles_j = tl.cdiv(columns, BJ)
+    i = tile // tiles_j * BI
+    j = tile % tiles_j * BJ
+    first, last = adapter, tl.minimum(adapter + 1, documents)
+    if INDEX:
+        first, last = 0, documents
+    acc = tl.zeros((BI, BJ), tl.float32)
+    for d in range(first, last):
+        document, start, end = d, 0, length
+        if PACKED:
+            document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
         if INDEX:
-            first, last = 0, documents
-        acc = tl.zeros((BI, BJ), tl.float32)
-        for d in range(first, last):
-            document, start, end = d, 0, length
-            if PACKED:
-                document, start, end = 0, tl.load(cu_ptr + d), tl.load(cu_ptr + d + 1)
-            if INDEX:
-                if tl.load(index_ptr + d) != adapter:
-                    end = start
-            acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
-        out_ptr += adapter.to(tl.int64) * rows * columns
-        if STEP:
-            if is_b:
-                square_ptr, low_ptr, plane, stride = square1_ptr, low1_ptr, plane1, stride1
-            else:
-                square_ptr, low_ptr, plane, stride = square0_ptr, low0_ptr, plane0, stride0
-            square_ptr += adapter.to(tl.int64) * rows * columns
-            mean_ptr = square_ptr
-            if MOMENT:
-                if is_b:
-                    mean_ptr = mean1_ptr + adapter.to(tl.int64) * rows * columns
-                else:
-                    mean_ptr = mean0_ptr + adapter.to(tl.int64) * rows * columns
-            inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
-            _adamw_tile(
-                acc, i, j, out_ptr, square_ptr, mean_ptr, low_ptr + adapter.to(tl.int64) * plane, rows, columns, stride,
-                scale_ptr, is_b, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT, SCALED, STRIPS, BI, BJ,
-            )  # fmt: skip
-        else:
-            row, column = i + tl.arange(0, BI), j + tl.arange(0, BJ)
-            offsets = row[:, None] * columns + column[None, :]
-            mask = (row < rows)[:, None] & (column < columns)[None, :]
-            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            if tl.load(index_ptr + d) != adapter:
+                end = start
+        acc = _accumulate(u_desc, v_desc, acc, document, start, end, u_column + i, v_column + j, PACKED, BK, BI, BJ)
+    offsets, mask = _tile_of(i, j, rows, columns, columns, BI, BJ, 1)
+    out_ptr += adapter.to(tl.int64) * rows * columns
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _pick(number, first, second, third, fourth, COUNT: tl.constexpr):
-    """What belongs to one of three or four projections: a tensor-map descriptor, a pointer or a number."""
+    """What belongs to one of up to four projections: a tensor-map descriptor, a pointer or a number."""
     found = first
-    if number == 1:
-        found = second
-    elif number == 2:
-        found = third
+    if COUNT > 1:
+        if number == 1:
+            found = second
+    if COUNT > 2:
+        if number == 2:
+            found = third
     if COUNT > 3:
         if number == 3:
             found = fourth
     return found
 
 
-@triton.jit(do_not_specialize=["out0", "out1", "out2", "out3", "first1", "first2", "first3", "scaled"])
+@triton.jit
+def _number_of(tile, first1, first2, first3, COUNT: tl.constexpr):
+    """The projection that a tile belongs to, and its place among that one's."""
+    number = 0
+    if COUNT > 1:
+        number = (tile >= first1).to(tl.int32)
+    if COUNT > 2:
+        number += (tile >= first2).to(tl.int32)
+    if COUNT > 3:
+        number += (tile >= first3).to(tl.int32)
+    return number, tile - _pick(number, 0, first1, first2, first3, COUNT)
+
+
+@triton.jit(do_not_specialize=["column0", "out0", "out1", "out2", "out3", "first1", "first2", "first3", "scaled"])
 def step_kernel(
-    e_desc, x_desc, s_desc, g0_desc, g1_desc, g2_desc, g3_desc,
+    e_desc, x_desc, s_desc, column0, g0_desc, g1_desc, g2_desc, g3_desc,
     a0_ptr, a1_ptr, a2_ptr, a3_ptr, a_square0_ptr, a_square1_ptr, a_square2_ptr, a_square3_ptr,
     a_mean0_ptr, a_mean1_ptr, a_mean2_ptr, a_mean3_ptr, low_a_ptr, low_a_plane, low_a_stride,
     b0_ptr, b1_ptr, b2_ptr, b3_ptr, b_square0_ptr, b_square1_ptr, b_square2_ptr, b_square3_ptr,
     b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, low_b0_ptr, low_b1_ptr, low_b2_ptr, low_b3_ptr,
     scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, scaled, rank0, rank1, rank2, rank3, width0, width1, width2, width3,
     out0, out1, out2, out3, depth, first1, first2, first3, cu_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
-    COUNT: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, STRIPS: tl.constexpr,
+    COUNT: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, STRIPS: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """outer_kernel's step of three or four projections of a packed batch without an index.
+    """One AdamW step of A and B of one to four projections, document i's with the gradients that its rows give:
+    e_p^T x for A_p and g_p^T s_p for B_p. A document whose count is 0 takes none.
 
     The tiles lie projection by projection, those of A before those of B; the second's begin at first1. The widths are
-    the ranks with their padding, as they lie side by side in e and s. B of projection p has a factor where bit p of
-    `scaled` is set.
+    the ranks with their padding, as they lie side by side in e and s from column0 on. B of projection p has a factor
+    where bit p of `scaled` is set.
+
+    Values and averages are on their way while the product runs: they are most of what is read. A tile is stepped strip
+    by strip of its columns, so that registers leave room for several programs.
     """
     wait_for_previous(PDL)
     tile, adapter = tl.program_id(0), tl.program_id(1)
     if tl.load(step_ptr + adapter) > 0:
-        number = (tile >= first1).to(tl.int32) + (tile >= first2).to(tl.int32) + (tile >= first3).to(tl.int32)
-        tile -= _pick(number, 0, first1, first2, first3, COUNT)
-        column = _pick(number, 0, width0, width0 + width1, width0 + width1 + width2, COUNT)
+        number, tile = _number_of(tile, first1, first2, first3, COUNT)
+        column = column0 + _pick(number, 0, width0, width0 + width1, width0 + width1 + width2, COUNT)
         rank = _pick(number, rank0, rank1, rank2, rank3, COUNT)
         tiles_a = tl.cdiv(rank, BI) * tl.cdiv(depth, BJ)
         is_b = tile >= tiles_a
@@ -377,41 +340,65 @@ def step_kernel(
             tile -= tiles_a
             u_desc, v_desc = _pick(number, g0_desc, g1_desc, g2_desc, g3_desc, COUNT), s_desc
             rows, columns, u_column, v_column = _pick(number, out0, out1, out2, out3, COUNT), rank, 0, column
-        else:
-            u_desc, v_desc, rows, columns, u_column, v_column = e_desc, x_desc, rank, depth, column, 0
-        tiles_j = tl.cdiv(columns, BJ)
-        i = tile // tiles_j * BI
-        j = tile % tiles_j * BJ
-        acc = tl.zeros((BI, BJ), tl.float32)
-        start, end = tl.load(cu_ptr + adapter), tl.load(cu_ptr + adapter + 1)
-        acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
-        if is_b:
             p_ptr = _pick(number, b0_ptr, b1_ptr, b2_ptr, b3_ptr, COUNT)
             square_ptr = _pick(number, b_square0_ptr, b_square1_ptr, b_square2_ptr, b_square3_ptr, COUNT)
             low_ptr = _pick(number, low_b0_ptr, low_b1_ptr, low_b2_ptr, low_b3_ptr, COUNT)
             stride = _pick(number, width0, width1, width2, width3, COUNT)
             plane = rows * stride
         else:
+            u_desc, v_desc, rows, columns, u_column, v_column = e_desc, x_desc, rank, depth, column, 0
             p_ptr = _pick(number, a0_ptr, a1_ptr, a2_ptr, a3_ptr, COUNT)
             square_ptr = _pick(number, a_square0_ptr, a_square1_ptr, a_square2_ptr, a_square3_ptr, COUNT)
             low_ptr, stride, plane = low_a_ptr + column * low_a_stride, low_a_stride, low_a_plane
+        tiles_j = tl.cdiv(columns, BJ)
+        i = tile // tiles_j * BI
+        j = tile % tiles_j * BJ
         before = adapter.to(tl.int64) * rows * columns
+        p_ptr += before
+        square_ptr += before
         mean_ptr = square_ptr
         if MOMENT:
             if is_b:
-                mean_ptr = _pick(number, b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, COUNT)
+                mean_ptr = _pick(number, b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, COUNT) + before
             else:
-                mean_ptr = _pick(number, a_mean0_ptr, a_mean1_ptr, a_mean2_ptr, a_mean3_ptr, COUNT)
-        scale_ptr, has_factor = scale0_ptr, is_b
+                mean_ptr = _pick(number, a_mean0_ptr, a_mean1_ptr, a_mean2_ptr, a_mean3_ptr, COUNT) + before
+        if PREFETCH:
+            lines, exists = _tile_of(i, j, rows, columns, columns, BI, BJ, 32)
+            lines = tl.where(exists, lines, 0)
+            prefetch(p_ptr + lines)
+            prefetch(square_ptr + lines)
+            if MOMENT:
+                prefetch(mean_ptr + lines)
+        acc = tl.zeros((BI, BJ), tl.float32)
+        start, end = tl.load(cu_ptr + adapter), tl.load(cu_ptr + adapter + 1)
+        acc = _accumulate(u_desc, v_desc, acc, 0, start, end, u_column + i, v_column + j, True, BK, BI, BJ)
+        inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
         if SCALED:
+            row = i + tl.arange(0, BI)
             scale_ptr = _pick(number, scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, COUNT)
             has_factor = is_b & ((scaled >> number) % 2 == 1)
-        inverse1, inverse2 = tl.load(factor_ptr + 2 * adapter), tl.load(factor_ptr + 2 * adapter + 1)
-        _adamw_tile(
-            acc, i, j, p_ptr + before, square_ptr + before, mean_ptr + before, low_ptr + adapter.to(tl.int64) * plane,
-            rows, columns, stride, scale_ptr, has_factor, inverse1, inverse2, lr, beta1, beta2, eps, keep,
-            MOMENT, SCALED, STRIPS, BI, BJ,
-        )  # fmt: skip
+            factor = tl.load(scale_ptr + row, mask=(row < rows) & has_factor, other=1.0)[:, None]
+        low_ptr += adapter.to(tl.int64) * plane
+        for part in tl.static_range(STRIPS):
+            gradient = strip(acc, part, STRIPS, BI, BJ)
+            if SCALED:
+                gradient *= factor
+            first = j + part * (BJ // STRIPS)
+            offsets, mask = _tile_of(i, first, rows, columns, columns, BI, BJ // STRIPS, 1)
+            p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+            square = tl.load(square_ptr + offsets, mask=mask, other=0.0)
+            mean = gradient
+            if MOMENT:
+                mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+            p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+            if MOMENT:
+                tl.store(mean_ptr + offsets, mean, mask=mask)
+            tl.store(square_ptr + offsets, square, mask=mask)
+            tl.store(p_ptr + offsets, p, mask=mask)
+            if SCALED:
+                p *= factor
+            offsets, _ = _tile_of(i, first, rows, columns, stride, BI, BJ // STRIPS, 1)
+            tl.store(low_ptr + offsets, p.to(low_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

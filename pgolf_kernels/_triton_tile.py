@@ -24,6 +24,16 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers):
+    """Brings the lines of 128 bytes that the pointers are in into the second-level cache; nothing waits for them.
+
+    Triton's interpreter knows no such instruction: callers leave it out there.
+    """
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def strip(acc, i: tl.constexpr, STRIPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """The i-th of STRIPS equal ranges of a tile's columns."""
     if STRIPS == 1:
