@@ -98,9 +98,9 @@ class Ours:
         return float(np.nanmean(self.session.ledger.nll))
 
     def chunk_step(self, context: int) -> Callable[[], Any]:
-        slots, chunk = self.trainer.slots, self.session.config.ttt_chunk_size
+        slots = self.trainer.slots
         self.trainer.bank.hand_over(np.arange(slots), np.arange(slots))
-        control = torch.tensor([0, context, context - chunk, chunk, 1]).unsqueeze(1).repeat(1, slots)
+        control = torch.tensor([0, context, 1]).unsqueeze(1).repeat(1, slots)
         control[0] = torch.arange(slots) * context % (self.session.num_tokens - context - 1)
         control = control.to(common.DEVICE)
         if not GPU:

@@ -41,6 +41,7 @@ class Adapters:
     b: dict[str, Tensor]
     index: Tensor | None = None
     cu_seqlens: Tensor | None = field(default=None)  # documents of a packed row; None: one document per row
+    tail_cu_seqlens: Tensor | None = field(default=None)  # the same of the rows that a pass wants results of
 
     @classmethod
     def zeros(
@@ -115,24 +116,30 @@ class Adapters:
         q, k, v, *total = (y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
         return q, k, v, total[0] if total else residual
 
-    def mlp(self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor | None, Tensor]:
+    def mlp(
+        self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor, *, tail: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
         """(total, x): `residual` plus `scale` [out] times the share that "mlp" has of x, or `residual` itself without
-        that adapter; and x for the branch. Both may come with x's leading dimensions as one."""
+        that adapter; and x for the branch. Both may come with x's leading dimensions as one. `tail`: x holds the rows
+        of `tail_cu_seqlens`."""
         if "mlp" not in self.a:
             return residual, x
-        return self._add("mlp", slot, x, residual, scale), x
+        bounds = self.tail_cu_seqlens if tail else self.cu_seqlens
+        return self._add("mlp", slot, x, residual, scale, bounds), x
 
     def logits(self, x: Tensor, raw: Tensor) -> Tensor:
         """`raw`, the logits of x, plus their adapter's share where there is one."""
-        return self._add("lm_head", 0, x, raw) if "lm_head" in self.a else raw
+        return self._add("lm_head", 0, x, raw, None, self.cu_seqlens) if "lm_head" in self.a else raw
 
-    def _add(self, kind: str, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    def _add(
+        self, kind: str, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         a, b = self.pair(kind, slot)
         flat = self._flatten(x)
         if residual is not None:
             residual = residual.reshape(*flat.shape[:-1], residual.size(-1))
         y = batched_lora(
-            flat, None, a, _scaled(b, scale), residual=residual, cu_seqlens=self.cu_seqlens, adapter_index=self.index
+            flat, None, a, _scaled(b, scale), residual=residual, cu_seqlens=cu_seqlens, adapter_index=self.index
         )
         return y.view(*x.shape[:-1], y.size(-1))
 

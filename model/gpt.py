@@ -76,6 +76,22 @@ class _Mixing:
     lanes: tuple[Tensor, ...]  # by layer [2, 3, D]: for each lane, of itself, attention and MLP
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The last rows of each document of a packed row, where a call wants nothing of the others.
+
+    Then the last block computes queries, attention and MLP for these alone; all rows still give it keys and values.
+    """
+
+    positions: Tensor  # int64 [n], of the rows, document by document
+    cu_seqlens: Tensor  # int32, bounds of the documents on `positions`, as many as on the rows
+    max_seqlen: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of x [1, N, ...]: [1, n, ...]."""
+        return x.index_select(1, self.positions)
+
+
 @dataclass
 class _Pass:
     """What every block of one forward call shares."""
@@ -89,7 +105,12 @@ class _Pass:
     max_seqlen: int
     adapters: Adapters | None
     collect: Collect | None
+    tail: Tail | None
+    tail_slot: int  # of the block that is computed for the tail alone
     first_value: Tensor | None = field(default=None)
+
+    def tail_at(self, slot: int) -> Tail | None:
+        return self.tail if slot == self.tail_slot else None
 
 
 class GPT(nn.Module):
@@ -183,8 +204,9 @@ class GPT(nn.Module):
         loop: bool = True,
         adapters: Adapters | None = None,
         collect: Collect | None = None,
+        tail: Tail | None = None,
     ) -> Tensor:
-        """Final normed hidden states, [..., D] for input_ids [...].
+        """Final normed hidden states, [..., D] for input_ids [...], or [n, D] of a `tail` of n rows.
 
         input_ids: [B, T], each row one causal sequence, or with `cu_seqlens` (int32, from 0, padded with repeated
         ends) one packed row [N] or [1, N] of documents no longer than `max_seqlen`. Positions run on through a packed
@@ -197,6 +219,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"input_ids: got shape {tuple(input_ids.shape)} with cu_seqlens, wanted [N] or [1, N] and max_seqlen"
             )
+        if tail is not None and (cu_seqlens is None or collect is not None):
+            raise ValueError("tail: got one without cu_seqlens or with collect, wanted a packed row and no collect")
         rows, length = ids.shape
         needs_starts = config.bigram_vocab_size > 0 or config.smear_gate or config.xsa_form == "self_weight"
         starts = document_starts(cu_seqlens, rows, length, ids.device) if needs_starts else None
@@ -204,7 +228,10 @@ class GPT(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
             max_seqlen = length
-        state = _Pass(self._weights(), self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect)
+        state = _Pass(
+            self._weights(), self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect,
+            tail, self._tail_slot(loop),
+        )  # fmt: skip
 
         if config.bigram_vocab_size:
             x = embedding(ids, self.tok_emb, dtype=self.compute_dtype)
@@ -218,6 +245,8 @@ class GPT(nn.Module):
         if config.smear_gate:
             x = smear(x, self.smear, starts)
         x = self._layers(x, state, loop)
+        if tail is not None:
+            return x.view(-1, config.model_dim)
         if collect is not None:
             collect(("tok_emb",), x)
         return x.view(*input_ids.shape, config.model_dim)
@@ -228,7 +257,7 @@ class GPT(nn.Module):
         targets: Tensor,
         *,
         reduction: str = "mean",
-        positions: Tensor | None = None,
+        positions: Tensor | Tail | None = None,
         temperature: float = 1.0,
         hints: Tensor | None = None,
         adapters: Adapters | None = None,
@@ -236,20 +265,23 @@ class GPT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Cross entropy in nats of `targets` (shape of input_ids); other arguments as in `hidden`.
 
-        `positions` (int64, flat) selects the positions that go through the head: the result then has one entry a
-        position. `reduction` "none" gives fp32 losses in the shape of the (selected) targets. With `hints` (int64,
-        one a scored position, -1: none) the result is (nll, log p(hint)).
+        `positions` (int64, flat, or a Tail) selects the positions that go through the head: the result then has one
+        entry a position. `reduction` "none" gives fp32 losses in the shape of the (selected) targets. With `hints`
+        (int64, one a scored position, -1: none) the result is (nll, log p(hint)).
         """
-        hidden = self.hidden(input_ids, adapters=adapters, **inputs).reshape(-1, self.config.model_dim)
+        tail, chosen = (positions, positions.positions) if isinstance(positions, Tail) else (None, positions)
+        hidden = self.hidden(input_ids, adapters=adapters, tail=tail, **inputs).reshape(-1, self.config.model_dim)
         flat_targets = targets.reshape(-1)
         lora_a, lora_b = adapters.head() if adapters is not None else (None, None)
         documents = None
         if lora_a is not None:
             rows, length = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
             documents = adapters.document_ids(rows, length, hidden.device)
-        if positions is not None:
-            hidden, flat_targets = hidden[positions], flat_targets[positions]
-            documents = documents[positions] if documents is not None else None
+        if chosen is not None:
+            # index_select: the backward of x[positions] sorts them.
+            hidden = hidden if tail is not None else hidden.index_select(0, chosen)
+            flat_targets = flat_targets[chosen]
+            documents = documents[chosen] if documents is not None else None
         result: Any = linear_softcap_cross_entropy(
             hidden,
             self.tok_emb.to(self.compute_dtype),
@@ -305,6 +337,12 @@ class GPT(nn.Module):
             lanes = of_lanes.unsqueeze(-1).expand(-1, -1, -1, config.model_dim).unbind()
         return _Mixing(self.resid_mix.flip(1).unbind(), gates, skips.unbind(), lanes)
 
+    def _tail_slot(self, loop: bool) -> int:
+        """The last block's slot; -1 where later passes go through blocks again, under the slots they had."""
+        encoder, decoder = self.config.layer_order(loop)
+        reruns = loop and self.config.loop_form == "rerun" and self.config.num_loops > 0
+        return -1 if reruns else len(encoder) + len(decoder) - 1
+
     def _maybe_fake_quantize(self, weight: Tensor, clip_range: int) -> Tensor:
         per_matrix = weight.shape[-1] * weight.shape[-2]
         return fake_quantize(weight, clip_range) if self.late_qat and per_matrix > QAT_MIN_ELEMENTS else weight
@@ -338,7 +376,8 @@ class GPT(nn.Module):
             for _ in range(config.num_loops):
                 for layer in range(config.loop_start, config.loop_end + 1):
                     x, _, x0 = self._block(Stream.of(x), x0, layer, layer, state)
-        return norm_residual(x)[0]
+        normed = norm_residual(x)[0]
+        return normed if state.tail is None or state.tail_slot >= 0 else state.tail.of(normed)
 
     def _join_skip(self, x: Stream, skip: Tensor, position: int, mixing: _Mixing) -> Stream:
         joined = x.scaled(mixing.gates[position]) if mixing.gates else x
@@ -363,7 +402,10 @@ class GPT(nn.Module):
         """(output, the stream's last activation, x0); the latter two for later uses, see Stream."""
         h, normed, again = self._read(x, x0, layer, state.mixing)
         y = self._attention(normed, layer, slot, state, residual=h)
-        if not (self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer):
+        tail = state.tail_at(slot)
+        if self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer:
+            normed = normed if tail is None else tail.of(normed)
+        else:
             normed, y = norm_residual(y, scale=self._norm_scale(layer), overwritten=state.adapters is None)
         return self._mlp(normed, layer, slot, state, residual=y), again[-1], again[0]
 
@@ -376,6 +418,8 @@ class GPT(nn.Module):
         lane0, _ = lanes[0].replaced(lanes[1].tensors, again).sum()
         _, attended, (x0, lane0) = self._read(Stream.of(lane0), x0, layer, state.mixing, with_total=False)
         attended = self._attention(attended, layer, slot, state)
+        if tail := state.tail_at(slot):
+            lane0, lane1, fed = tail.of(lane0), tail.of(lane1), tail.of(fed)
         fed = self._mlp(fed, layer, slot, state)
         first, second = state.mixing.lanes[layer].unbind()
         return (Stream((lane0, attended, fed), first), Stream((lane1, attended, fed), second)), x0
@@ -383,9 +427,8 @@ class GPT(nn.Module):
     def _attention(
         self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None
     ) -> Tensor:
-        """attn_scale * attention(normed), plus `residual`."""
-        config, weights = self.config, state.weights[layer]
-        rows, length, dim = normed.shape
+        """attn_scale * attention(normed), plus `residual`; for the last block's tail alone where there is one."""
+        config, weights, tail = self.config, state.weights[layer], state.tail_at(slot)
         if state.collect is not None:
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
         projections = (weights.q, weights.k, weights.v)
@@ -409,18 +452,23 @@ class GPT(nn.Module):
         subtract_self = layer >= config.num_layers - config.xsa_last_n
         if subtract_self and config.xsa_form == "self_weight":
             y = attention_without_self(q, ks[0], vs[0], state.starts)
+            y = y if tail is None else tail.of(y)
         else:
+            asks, own_value = (state, vs[-1]) if tail is None else (tail, tail.of(vs[-1]))
+            q = q if tail is None else tail.of(q)
             keys, values = ([t.flatten(0, 1) for t in aliases] for aliases in (ks, vs[:-1]))
-            y = varlen_attention(q.flatten(0, 1), keys, values, state.cu_seqlens, state.max_seqlen).view(q.shape)
+            every = (state.cu_seqlens, state.max_seqlen)
+            y = varlen_attention(q.flatten(0, 1), keys, values, asks.cu_seqlens, asks.max_seqlen, *every).view(q.shape)
             if subtract_self:
-                y = xsa(y, vs[-1])
-        y = y.reshape(rows, length, dim)
+                y = xsa(y, own_value)
+        y = y.flatten(-2)
         if state.collect is not None:
             state.collect((f"blocks.{layer}.attn.o",), y)
         if total is None:
             return nn.functional.linear(y, weights.o)
+        total = total if tail is None else tail.of(total.view(normed.shape))
         output = add_linear_(total, y, weights.o)
-        return output if state.adapters is None else output.view(normed.shape)
+        return output if state.adapters is None else output.view(y.shape)
 
     def _mlp(self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None) -> Tensor:
         """mlp_scale * MLP(normed), plus `residual`."""
@@ -428,7 +476,8 @@ class GPT(nn.Module):
         gain = self.hidden_gain[layer] if config.hidden_gain else None
         total, shape, in_place = residual, normed.shape, residual is not None and state.adapters is None
         if state.adapters is not None:
-            total, normed = state.adapters.mlp(slot, normed, residual, self.mlp_scale[layer])
+            tail = state.tail_at(slot) is not None
+            total, normed = state.adapters.mlp(slot, normed, residual, self.mlp_scale[layer], tail=tail)
             in_place = total is not residual  # the sum with the adapter's share is nobody else's
         options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": total}
         if state.collect is None:

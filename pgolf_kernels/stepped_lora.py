@@ -143,6 +143,12 @@ class LoraPass:
         self._rows: int | None = None
         self._seen: set[int] = set()
 
+    def over(self, cu_seqlens: Tensor) -> LoraPass:
+        """The same pass for calls over other rows of the documents: the backward of either steps both's adapters."""
+        other = LoraPass(cu_seqlens, self.step)
+        other.anchor, other._seen = self.anchor, self._seen
+        return other
+
     def tiles(self, x: Tensor) -> Any:
         """Where the rows lie, for the kernels: computed by the first call for all of them, forward and backward."""
         if self._tiles is None:

@@ -7,7 +7,7 @@ from model.adapters import Adapters
 from model.config import ModelConfig
 from model.convert import from_reference, to_reference
 from model.errors import ArtifactError
-from model.gpt import GPT
+from model.gpt import GPT, Tail
 from model.layers import rms_norm
 from tests.golden import load_safetensors
 from tests.systems import golden_model, small_config
@@ -155,6 +155,50 @@ def test_only_chosen_positions_are_scored():
     torch.testing.assert_close(some, whole.view(-1)[positions])
     torch.testing.assert_close(nll, some)
     torch.testing.assert_close(hint_log_probability[[0, 2]], log_probabilities[[0, 2], [5, 7]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kinds", [(), ("q", "k", "v", "o", "mlp", "lm_head"), ("q", "mlp")])
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("system", ["pr1413", "pr1514", "pr1530", "pr1499"])
+def test_a_tail_gives_what_its_positions_have(system, loop, kinds):
+    """Losses and all gradients in fp64, with a document shorter than its part of the tail and one without any."""
+    model, golden = golden_model(system, torch.float64)
+    ids, targets = golden["input_ids"].long().view(-1)[:100], golden["target_ids"].long().view(-1)[:100]
+    bounds = torch.tensor([0, 64, 67, 100, 100], dtype=torch.int32)
+    rows = torch.cat([torch.arange(60, 64), torch.tensor([64, 64, 65, 66]), torch.arange(96, 100)])
+    tail = Tail(rows, torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32), 4)
+    kept = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11])  # a short document's first row stands twice
+    adapters = None
+    if kinds:
+        encoder, decoder = model.config.layer_order(True)
+        slots = len(encoder) + len(decoder)
+        adapters = Adapters.zeros(model.config, slots, 4, 3, kinds, ids.device, torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        for tensor in adapters.tensors():
+            tensor.normal_(std=0.1, generator=generator)
+        adapters.requires_grad_()
+        adapters.cu_seqlens, adapters.tail_cu_seqlens = bounds, tail.cu_seqlens
+    leaves = [*model.parameters(), *(adapters.tensors() if adapters else ())]
+
+    def run(positions):
+        nll = model.loss(
+            ids, targets, reduction="none", positions=positions, adapters=adapters, cu_seqlens=bounds, max_seqlen=64,
+            loop=loop,
+        )  # fmt: skip
+        return nll, torch.autograd.grad((nll[kept] * torch.arange(1, 12)).sum(), leaves, allow_unused=True)
+
+    (nll, gradients), (wanted, wanted_gradients) = run(tail), run(rows)
+    torch.testing.assert_close(nll[kept], wanted[kept])
+    assert bool(nll.isfinite().all())
+    for gradient, other in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-9, rtol=1e-7)
+
+
+def test_a_tail_is_of_packed_rows():
+    model, golden = golden_model("pr1530")
+    ids, targets, _ = _inputs(golden, "on")
+    with pytest.raises(ValueError, match="tail: got one without cu_seqlens"):
+        model.loss(ids, targets, positions=Tail(torch.tensor([63]), torch.tensor([0, 1], dtype=torch.int32), 1))
 
 
 @pytest.mark.parametrize("system", ["pr1413", "pr1530", "pr1499"])

@@ -34,7 +34,7 @@ CASES = [
     Case((30, 0, 131, 0), (1, 2, 0, 1), 33, (40, 19, 70, 33), (5, 16, 3, 20), adds=(3,), reads_again=True),
     Case((30, 0, 131), (1, 2, 0), 40, (40, 24), (8, 16), reads_again=True),
     Case((1, 2, 3), (1, 1, 1), 16, (8, 8), (2, 2), beta1=0.5, adds=(0, 1)),
-    # Three and four projections stepped in one launch: none, some and all of them with a factor, with several tiles each way.
+    # Three and four projections in one launch: none, some and all of them with a factor, with several tiles each way.
     Case((65, 0, 20, 3), (2, 1, 0, 1), 140, (70, 33, 129, 8), (70, 16, 121, 5), beta1=0.6, adds=(0, 2)),
     Case((20, 0, 66), (0, 1, 3), 40, (24, 1, 16), (1, 16, 8), adds=(1,)),
     Case((3, 64), (1, 2), 16, (8, 72, 65), (3, 2, 16), beta1=0.7, adds=(0, 1, 2), reads_again=True),

@@ -71,9 +71,10 @@ class SteppingAdapters(Adapters):
         b: dict[str, Any],
         groups: dict[tuple[str, ...], SteppedLora],
         through: LoraPass,
+        tail: LoraPass,
     ) -> None:
-        super().__init__(a, b, cu_seqlens=through.cu_seqlens)
-        self._groups, self._through = groups, through
+        super().__init__(a, b, cu_seqlens=through.cu_seqlens, tail_cu_seqlens=tail.cu_seqlens)
+        self._groups, self._through, self._tail = groups, through, tail
 
     def attention(
         self,
@@ -102,13 +103,15 @@ class SteppingAdapters(Adapters):
         q, k, v = (outputs[kind].view(*x.shape[:-1], -1) for kind in by_kind)
         return q, k, v, outputs.get("o", residual)
 
-    def mlp(self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor | None, Tensor]:
-        group = self._groups.get(("mlp",))
+    def mlp(
+        self, slot: int, x: Tensor, residual: Tensor | None, scale: Tensor, *, tail: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        group, through = self._groups.get(("mlp",)), self._tail if tail else self._through
         if group is None:
-            return super().mlp(slot, x, residual, scale)
+            return super().mlp(slot, x, residual, scale, tail=tail)
         added = None if residual is None else residual.reshape(-1, residual.size(-1))
         flat = x.reshape(-1, x.size(-1))
-        (y,), again = stepped_lora(flat, [None], group[slot], self._through, residuals=[added], out_scales=[scale])
+        (y,), again = stepped_lora(flat, [None], group[slot], through, residuals=[added], out_scales=[scale])
         return y, again
 
 
@@ -173,9 +176,10 @@ class AdapterBank:
         }  # fmt: skip
         return LoraPass(cu_seqlens, AdamStep(steps, **numbers))
 
-    def adapters(self, through: LoraPass) -> Adapters:
-        """The adapters for a pass; indexed by layer slot, as stacked tensors are."""
-        return SteppingAdapters(self._leaves_a, self._leaves_b, self._groups, through)
+    def adapters(self, through: LoraPass, tail_cu_seqlens: Tensor) -> Adapters:
+        """The adapters for a pass; indexed by layer slot, as stacked tensors are. `tail_cu_seqlens`: see model.gpt."""
+        tail = through.over(tail_cu_seqlens)
+        return SteppingAdapters(self._leaves_a, self._leaves_b, self._groups, through, tail)
 
     @torch.no_grad()
     def hand_over(self, slots: np.ndarray, documents: np.ndarray) -> None:

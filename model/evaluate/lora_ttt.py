@@ -1,8 +1,8 @@
 """Document-wise test-time training: every document has low-rank adapters of its own, scored first, then trained.
 
 A document is read in chunks. For each chunk: score its tokens with the adapters as they are; then, unless it is the
-last, one optimiser step on the mean loss of the chunk. Scoring and gradient share one forward pass, in which only the
-chunk's positions go through the head (pull request 1530).
+last, one optimiser step on the mean loss of the chunk. Scoring and gradient share one forward pass (pull request 1530),
+in which only the chunk's positions go through the head, and of the last block through all but its keys and values.
 
 Documents do not see each other, so neither the order nor the company in which they are read changes a result. That
 leaves the schedule free: the longest start first, a slot goes to the next document the moment one is finished, and the
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.evaluate.adapter_bank import AdapterBank, InitialA
@@ -25,6 +26,7 @@ from model.evaluate.documents import balance, document_costs, find_documents, nu
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.session import Session
 from model.evaluate.step_graphs import StepGraphs
+from model.gpt import Tail
 
 PAUSE_STEPS = 32  # between fetches of scores from the device
 SIZE_MULTIPLE = 256  # tokens of a step on a GPU are rounded up to a multiple of this ...
@@ -130,7 +132,9 @@ class DocumentTrainer:
             seed=seed,
             initial_a=initial_a,
         )
-        self._columns = torch.arange(config.ttt_chunk_size, device=session.device)
+        chunk = config.ttt_chunk_size
+        self._columns = torch.arange(chunk, device=session.device)
+        self._tail_bounds = torch.arange(self.slots + 1, dtype=torch.int32, device=session.device) * chunk
         self._graphs: StepGraphs | None = None
 
     def prepare(self, parts: list[np.ndarray]) -> None:
@@ -187,7 +191,8 @@ class DocumentTrainer:
         first = step.start + step.offset + 1
         end = first + step.count
         fresh = np.flatnonzero((step.count > 0) & ~ledger.has(first))
-        select = ranges_to_positions(fresh * config.ttt_chunk_size, fresh * config.ttt_chunk_size + step.count[fresh])
+        ends = (fresh + 1) * config.ttt_chunk_size
+        select = ranges_to_positions(ends - step.count[fresh], ends)
         ledger.score(states[fresh], first[fresh], end[fresh], score, select)
         if step.trains.any():
             slots = np.flatnonzero(step.trains)
@@ -196,9 +201,9 @@ class DocumentTrainer:
                 self._forward(step, repeat)
 
     def _forward(self, step: Step, repeat: int) -> Tensor:
-        """Runs one step, the `repeat`-th time on its windows; scores [slots * chunk]."""
+        """Runs one step, the `repeat`-th time on its windows; scores [slots * chunk], a slot's chunk at its end."""
         count = np.where(step.trains, step.chunk * self.session.config.ttt_grad_steps + repeat + 1, 0)
-        control = torch.from_numpy(np.stack([step.start, step.length, step.offset, step.count, count]))
+        control = torch.from_numpy(np.stack([step.start, step.length, count]))
         if self._graphs is not None:
             return self._graphs.run(step.size, control)
         return self.step(step.size, control.to(self.session.device), train=bool(step.trains.any()))
@@ -206,28 +211,32 @@ class DocumentTrainer:
     def step(self, size: int, control: Tensor, train: bool = True) -> Tensor:
         """A forward pass over a packed row of `size` inputs, then an optimiser step if asked for.
 
-        control: int64 [5, slots] of first input in the stream, inputs, chunk's offset, chunk's predictions, and the
-        number of the slot's optimiser step (0: none). Inputs beyond their sum fill the row and are nobody's.
+        control: int64 [3, slots] of first input in the stream, inputs, and the number of the slot's optimiser step
+        (0: none). Inputs beyond their sum fill the row and are nobody's.
         """
         session, config = self.session, self.session.config
-        start, length, offset, count, steps = control
+        start, length, steps = control
         bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
         rows = torch.arange(size, device=session.device)
         slot = torch.searchsorted(bounds[1:], rows, right=True).clamp_(max=self.slots - 1)
         inputs = (start[slot] + rows - bounds[slot]).clamp_(max=session.num_tokens - 2)
-        # Scored positions, one line a slot; a line that is not full repeats its last, which nobody reads.
-        columns = torch.minimum(self._columns, (count - 1).clamp(min=0).unsqueeze(1))
-        positions = (bounds[:-1] + offset).unsqueeze(1).add(columns).clamp_(max=size - 1).view(-1)
+        # The last positions of each window, one line a slot. A chunk that is not full has others before it, and before
+        # a window's start that one again: nobody reads what comes of them.
+        columns = (length.unsqueeze(1) - len(self._columns) + self._columns).clamp(min=0)
+        positions = bounds[:-1].unsqueeze(1).add(columns).clamp_(max=size - 1).view(-1)
+        attention_bounds = self._attention_bounds(bounds, size)
+        fillings = len(attention_bounds) - len(bounds)
+        tail = Tail(positions, F.pad(self._tail_bounds, (0, fillings), value=len(positions)), len(self._columns))
         through = self.bank.open_pass(bounds.int(), steps if train else None)
         with torch.set_grad_enabled(train):
             nll, score = session.losses(
                 session.input_ids[inputs][None],
                 session.target_ids[inputs + 1][None],
-                positions,
+                tail,
                 inputs[positions] + 1,
-                cu_seqlens=self._attention_bounds(bounds, size),
+                cu_seqlens=attention_bounds,
                 max_seqlen=config.ttt_eval_seq_len,
-                adapters=self.bank.adapters(through),
+                adapters=self.bank.adapters(through, self._tail_bounds),
             )
             if train:
                 means = nll.view(self.slots, -1).mean(dim=1)
@@ -246,9 +255,7 @@ class DocumentTrainer:
         """Every slot reads as many random tokens as fit, and trains."""
         config = self.session.config
         length = max(1, min(size // self.slots, config.ttt_eval_seq_len, self.session.num_tokens - 1))
-        count = min(length, config.ttt_chunk_size)
-        column = torch.tensor([0, length, length - count, count, 1])
-        return column.unsqueeze(1).repeat(1, self.slots)
+        return torch.tensor([0, length, 1]).unsqueeze(1).repeat(1, self.slots)
 
 
 def evaluate_lora_ttt(session: Session, *, initial_a: InitialA | None = None, seed: int = 0) -> None:

@@ -22,7 +22,7 @@ from model.evaluate.bpb import Score
 from model.evaluate.documents import document_boundaries, pad_boundaries, ranges_to_positions
 from model.evaluate.ledger import Ledger
 from model.evaluate.ngram_tilt import Tilt
-from model.gpt import GPT
+from model.gpt import GPT, Tail
 
 Progress = Callable[[Score, int, int], None]
 SAVE_SECONDS = 60.0
@@ -85,9 +85,9 @@ class Session:
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def losses(
-        self, input_ids: Tensor, targets: Tensor, positions: Tensor, token_index: Tensor, **inputs: object
+        self, input_ids: Tensor, targets: Tensor, positions: Tensor | Tail, token_index: Tensor, **inputs: object
     ) -> tuple[Tensor, Tensor]:
-        """(differentiable nll, score) in nats of the flat `positions` from one forward pass, each [n].
+        """(differentiable nll, score) in nats of the flat `positions`, or of a Tail, from one forward pass, each [n].
 
         Their targets are the tokens `token_index` of the stream. The score has the n-gram tilt (then it is fp64); the
         nll that adapters learn from never has. Other arguments go to the model.
@@ -101,7 +101,7 @@ class Session:
         nll, log_p_hint = self.model.loss(
             input_ids, targets, positions=positions, reduction="none", hints=hints, **options
         )
-        chosen = targets.reshape(-1)[positions]
+        chosen = targets.reshape(-1)[positions.positions if isinstance(positions, Tail) else positions]
         return nll, self.tilt.apply(nll.detach(), log_p_hint, chosen, token_index)
 
     def window_scores(self, windows: np.ndarray, **inputs: object) -> Tensor:

@@ -35,7 +35,7 @@ class StepGraphs:
                 self._scores[i] = step(int(sizes[i]), self._control)
 
     def run(self, size: int, control: Tensor) -> Tensor:
-        """Replays the smallest graph that holds `size`; control [5, slots] on the host. Scores, a copy."""
+        """Replays the smallest graph that holds `size`; control [3, slots] on the host. Scores, a copy."""
         i = int(np.searchsorted(self._sizes, size))
         self._control.copy_(control.pin_memory(), non_blocking=True)
         self._graphs[i].replay()
