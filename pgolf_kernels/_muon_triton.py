@@ -20,14 +20,17 @@ CHUNK = 1024  # rows whose squares are read at a time
 
 @triton.jit
 def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(matrix, row, column, mask) of this program's tile of stacked matrices [n, rows, columns]."""
+    """(matrix, first row, first column) of this program's tile of stacked matrices [n, rows, columns]."""
     across = tl.cdiv(columns, COLUMNS)
     tiles = tl.cdiv(rows, ROWS) * across
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    row = tile // across * ROWS + tl.arange(0, ROWS)
-    column = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-    return matrix, row, column, (row < rows)[:, None] & (column < columns)[None, :]
+    return (tl.program_id(0) // tiles).to(tl.int64), tile // across * ROWS, tile % across * COLUMNS
+
+
+@triton.jit
+def _offsets(stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a tile's elements from its first one: 32 bits suffice, and leave registers."""
+    return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -41,29 +44,29 @@ def _direction_kernel(
     FACTOR: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
-    blocks = tl.cdiv(rows, ROWS)
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    base = matrix * rows * columns
+    matrix, first_row, _ = _tile(rows, 1, ROWS, 1)
+    row = first_row + tl.arange(0, ROWS)
+    bank = (matrix * rows + first_row) * columns
     factor = 1.0
     if FACTOR:
         factor = tl.load(factor_ptr).to(tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        here = base + row.to(tl.int64)[:, None] * columns + column[None, :]
-        g = factor * tl.load(g_ptr + here, mask=mask, other=0.0)
-        m = momentum * tl.load(m_ptr + here, mask=mask, other=0.0) + g
-        tl.store(m_ptr + here, m, mask=mask)
+        inside = _offsets(columns, ROWS, COLUMNS)
+        g = factor * tl.load(g_ptr + (bank + first) + inside, mask=mask, other=0.0)
+        m = momentum * tl.load(m_ptr + (bank + first) + inside, mask=mask, other=0.0) + g
+        tl.store(m_ptr + (bank + first) + inside, m, mask=mask)
         u = g + momentum * m
-        squares += u * u
+        squares += tl.sum(u * u, axis=1)
+        u = u.to(u_ptr.dtype.element_ty)
         if TALL:
-            there = base + column.to(tl.int64)[:, None] * rows + row[None, :]
-            tl.store(u_ptr + there, tl.trans(u.to(u_ptr.dtype.element_ty)), mask=tl.trans(mask))
+            wide = (matrix * columns + first) * rows + first_row
+            tl.store(u_ptr + wide + _offsets(rows, COLUMNS, ROWS), tl.trans(u), mask=tl.trans(mask))
         else:
-            tl.store(u_ptr + here, u.to(u_ptr.dtype.element_ty), mask=mask)
-    tl.store(square_ptr + matrix * rows + row, tl.sum(squares, axis=1), mask=row < rows)
+            tl.store(u_ptr + (bank + first) + inside, u, mask=mask)
+    tl.store(square_ptr + matrix * rows + row, squares, mask=row < rows)
 
 
 @triton.jit
@@ -74,14 +77,17 @@ def _scale_kernel(
 ):  # fmt: skip
     """Of wide matrices [rows, columns]; TALL: the squares are those of their columns, the bank's rows."""
     wait_for_previous(PDL)
-    matrix, row, column, mask = _tile(rows, columns, ROWS, COLUMNS)
-    here = (matrix * rows + row)[:, None] * columns + column[None, :]
-    u = tl.load(u_ptr + here, mask=mask, other=0.0).to(tl.float32)
+    matrix, first_row, first_column = _tile(rows, columns, ROWS, COLUMNS)
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    first = (matrix * rows + first_row) * columns + first_column
+    inside = _offsets(columns, ROWS, COLUMNS)
+    u = tl.load(u_ptr + first + inside, mask=mask, other=0.0).to(tl.float32)
     count = columns if TALL else rows
     square_ptr += matrix * count
     total = tl.zeros((CHUNK,), tl.float32)
-    for first in range(0, count, CHUNK):
-        i = first + tl.arange(0, CHUNK)
+    for start in range(0, count, CHUNK):
+        i = start + tl.arange(0, CHUNK)
         squares = tl.load(square_ptr + i, mask=i < count, other=0.0)
         if ROW_NORMALIZE:
             inverse = _inverse_norm(squares, EPSILON)
@@ -93,7 +99,7 @@ def _scale_kernel(
             u *= _inverse_norm(tl.load(square_ptr + column, mask=column < columns, other=0.0), EPSILON)[None, :]
         else:
             u *= _inverse_norm(tl.load(square_ptr + row, mask=row < rows, other=0.0), EPSILON)[:, None]
-    tl.store(x_ptr + here, u.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptr + first + inside, u.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -102,15 +108,18 @@ def _apply_kernel(
     TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
-    matrix, row, column, mask = _tile(rows, columns, ROWS, COLUMNS)
-    here = (matrix * rows + row)[:, None] * columns + column[None, :]
-    w = tl.load(w_ptr + here, mask=mask, other=0.0).to(tl.float32)
+    matrix, first_row, first_column = _tile(rows, columns, ROWS, COLUMNS)
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    first = (matrix * rows + first_row) * columns + first_column
+    inside = _offsets(columns, ROWS, COLUMNS)
+    w = tl.load(w_ptr + first + inside, mask=mask, other=0.0).to(tl.float32)
     if TALL:
-        there = (matrix * columns + column)[:, None] * rows + row[None, :]
-        x = tl.trans(tl.load(x_ptr + there, mask=tl.trans(mask), other=0.0)).to(tl.float32)
+        wide = (matrix * columns + first_column) * rows + first_row
+        x = tl.trans(tl.load(x_ptr + wide + _offsets(rows, COLUMNS, ROWS), mask=tl.trans(mask), other=0.0))
     else:
-        x = tl.load(x_ptr + here, mask=mask, other=0.0).to(tl.float32)
-    tl.store(w_ptr + here, (keep * w - rate * x).to(w_ptr.dtype.element_ty), mask=mask)
+        x = tl.load(x_ptr + first + inside, mask=mask, other=0.0)
+    tl.store(w_ptr + first + inside, (keep * w - rate * x.to(tl.float32)).to(w_ptr.dtype.element_ty), mask=mask)
 
 
 def _columns(launch: Launch, columns: int) -> int:
