@@ -7,7 +7,7 @@ Muon with row normalisation (pull requests 1413 to 1727), for every matrix W [ro
     5 times: A = X X^T;  X <- a X + (b A + c A A) X                         (Newton-Schulz, on the wide side)
     W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
 
-Each line is a function of pgolf_kernels/muon.py, which takes the factor of clipping along.
+pgolf_kernels/muon.py has the functions. The factor of clipping goes to the first of them, so that no pass multiplies g.
 
 Over several ranks each bank is padded to a multiple of their number; gradients are reduce-scattered, each rank updates
 its share of the matrices, and the updates are all-gathered while the next banks and AdamW are computed. Momentum is
