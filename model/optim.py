@@ -7,6 +7,8 @@ Muon with row normalisation (pull requests 1413 to 1727), for every matrix W [ro
     5 times: A = X X^T;  X <- a X + (b A + c A A) X                         (Newton-Schulz, on the wide side)
     W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
 
+pgolf_kernels/muon.py has the functions. The factor of clipping goes to the first of them, so that no pass multiplies g.
+
 Over several ranks each bank is padded to a multiple of their number; gradients are reduce-scattered, each rank updates
 its share of the matrices, and the updates are all-gathered while the next banks and AdamW are computed. Momentum is
 fp32 and sharded. Communication and Newton-Schulz run in bf16 under `dtype="bfloat16"`.
@@ -25,28 +27,12 @@ from torch import Tensor, nn
 from model.config import TrainConfig
 from model.distributed import Dist
 from model.errors import ArtifactError
+from pgolf_kernels import muon_apply, muon_direction, orthogonalize
 
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-_EPSILON = 1e-7
 _MATRICES = frozenset({"qo_bank", "kv_bank", "up_bank", "down_bank", "bigram_proj"})
 EMBEDDINGS = frozenset({"tok_emb", "bigram_embed"})
 # Gradients of up to this many elements share one all-reduce: below, latency costs more than the copy.
 _PACKED_ELEMENTS = 32768
-
-
-def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz on matrices [n, rows, cols]: all singular values towards 1. Result in `dtype`, same shape."""
-    a, b, c = NEWTON_SCHULZ
-    x = update.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPSILON)
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
 
 
 @dataclass
@@ -54,8 +40,8 @@ class _Exchange:
     """Buffers through which a bank's gradients and updates go between ranks, and the collective that is under way."""
 
     send: Tensor  # [padded, rows, cols]: gradients to reduce
-    share: Tensor  # [padded / world, rows, cols]: their sum, then this rank's updates
-    received: Tensor  # [padded, rows, cols]: everybody's updates
+    share: Tensor  # [padded / world, rows, cols]: their sum
+    received: Tensor  # [padded, min(rows, cols), max(rows, cols)]: everybody's updates
     work: dist.Work | None = None
 
     def wait(self) -> None:
@@ -116,7 +102,8 @@ class Muon:
         exchange = None
         if world > 1:
             whole = torch.zeros(share * world, rows, cols, dtype=self._dtype, device=param.device)
-            exchange = _Exchange(whole, torch.empty_like(whole[:share]), torch.empty_like(whole))
+            received = whole.new_empty(share * world, min(rows, cols), max(rows, cols))
+            exchange = _Exchange(whole, torch.empty_like(whole[:share]), received)
         return _Bank(name, param, max(1.0, rows / cols) ** 0.5, momentum, exchange)
 
     @property
@@ -124,12 +111,16 @@ class Muon:
         return [bank for group in self._groups for bank in group]
 
     @torch.no_grad()
-    def start_reduction(self) -> None:
-        """Begins to sum the gradients over the ranks."""
+    def start_reduction(self, factor: Tensor | None = None) -> None:
+        """Begins to sum the gradients over the ranks, multiplied by `factor` (a scalar tensor) if given."""
         for bank in self._banks:
             if bank.exchange is not None:
                 gradient = bank.gradient
-                bank.exchange.send[: len(gradient)].copy_(gradient)
+                target = bank.exchange.send[: len(gradient)]
+                if factor is None:
+                    target.copy_(gradient)
+                else:
+                    torch.mul(gradient, factor, out=target)
                 bank.exchange.work = self._ranks.reduce_scatter_async(bank.exchange.share, bank.exchange.send)
 
     def shares(self, banks: list[_Bank] | None = None) -> list[Tensor]:
@@ -150,15 +141,20 @@ class Muon:
         Over several ranks `finish_step` has to follow.
         """
         for group in self._groups:
-            gradients = self.shares(group)
-            if factor is not None:
-                gradients = list(torch._foreach_mul(gradients, factor))
-            for bank, update in zip(group, self._updates(group, gradients, momentum), strict=True):
+            direction = muon_direction(
+                self.shares(group),
+                [bank.momentum for bank in group],
+                momentum,
+                factor=factor,
+                row_normalize=self._config.muon_row_normalize,
+                dtype=self._dtype,
+            )
+            updates = orthogonalize(direction, self._config.muon_steps, self._dtype, normalized=True)
+            for bank, update in zip(group, updates.split([len(bank.momentum) for bank in group]), strict=True):
                 if bank.exchange is None:
                     self._apply(bank, update, lr)
                 else:
-                    bank.exchange.share.copy_(update)
-                    bank.exchange.work = self._ranks.all_gather_async(bank.exchange.received, bank.exchange.share)
+                    bank.exchange.work = self._ranks.all_gather_async(bank.exchange.received, update)
 
     @torch.no_grad()
     def finish_step(self, lr: float) -> None:
@@ -168,24 +164,9 @@ class Muon:
                 bank.exchange.wait()
                 self._apply(bank, bank.exchange.received[: len(bank.matrices(bank.param))], lr)
 
-    def _updates(self, group: list[_Bank], gradients: list[Tensor], momentum: float) -> list[Tensor]:
-        """Orthogonalised updates of banks that have one shape after transposition."""
-        buffers = [bank.momentum for bank in group]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, gradients)
-        updates = torch._foreach_add(gradients, buffers, alpha=momentum)
-        if self._config.muon_row_normalize:
-            norms = [torch.linalg.vector_norm(update, dim=-1, keepdim=True).clamp_min_(_EPSILON) for update in updates]
-            torch._foreach_div_(updates, norms)
-        wide = [update.mT if update.size(-2) > update.size(-1) else update for update in updates]
-        stacked = wide[0] if len(wide) == 1 else torch.cat([x.to(self._dtype) for x in wide])
-        result = orthogonalize(stacked, self._config.muon_steps, self._dtype).split([len(x) for x in wide])
-        return [x.mT if update.size(-2) > update.size(-1) else x for x, update in zip(result, updates, strict=True)]
-
     def _apply(self, bank: _Bank, update: Tensor, lr: float) -> None:
         weights = bank.param.view(-1, *bank.param.shape[-2:])
-        weights.mul_(1.0 - lr * self._config.muon_wd)
-        weights.add_(update, alpha=-lr * bank.scale)
+        muon_apply(weights, update, keep=1.0 - lr * self._config.muon_wd, rate=lr * bank.scale)
 
     def state(self) -> dict[str, Tensor]:
         """Momentum of every bank, whole and unpadded, whatever the number of ranks. A collective."""
@@ -281,21 +262,22 @@ class Optimizer:
         With `grad_clip="per_rank"` each rank clips its own gradients before they are averaged, and the norm is this
         rank's; with "global" the average is clipped.
         """
-        config = self._config
-        local = config.grad_clip == "per_rank" or self._ranks.world == 1
-        limit = config.grad_clip_norm if config.grad_clip_norm > 0 else torch.inf
-        factor = None
+        config, several = self._config, self._ranks.world > 1
+        local = config.grad_clip == "per_rank" or not several
+        gradients = [_gradient(p) for p in self._replicated]
         if local:
-            norm = nn.utils.clip_grad_norm_(self._params.values(), limit, foreach=True)
-        self.muon.start_reduction()
-        replicated = _Average([_gradient(p) for p in self._replicated], self._ranks)
+            norm = nn.utils.get_total_norm([p.grad for p in self._params.values() if p.grad is not None], foreach=True)
+            factor = self._clip(norm, gradients)
+        # Each gradient is multiplied once: before it is averaged, or where Muon reads it.
+        early = local and several
+        self.muon.start_reduction(factor if early else None)
+        replicated = _Average(gradients, self._ranks)
         if not local:
             replicated.finish()
-            norm = self._global_norm(replicated.tensors)
-            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(replicated.tensors, factor)
+            norm = self._global_norm(gradients)
+            factor = self._clip(norm, gradients)
         lr = config.matrix_lr * lr_scale
-        self.muon.step(lr, momentum, factor)
+        self.muon.step(lr, momentum, None if early else factor)
         replicated.finish()
         for group, base in zip(self.adamw.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * lr_scale
@@ -303,6 +285,13 @@ class Optimizer:
         self.muon.finish_step(lr)
         self.zero_grad()
         return norm
+
+    def _clip(self, norm: Tensor, replicated: list[Tensor]) -> Tensor:
+        """The factor of clipping, by which the replicated gradients are multiplied here."""
+        limit = self._config.grad_clip_norm if self._config.grad_clip_norm > 0 else torch.inf
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(replicated, factor)
+        return factor
 
     def _global_norm(self, replicated: list[Tensor]) -> Tensor:
         squares = [

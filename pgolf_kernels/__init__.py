@@ -7,6 +7,7 @@ from pgolf_kernels.embedding import embedding
 from pgolf_kernels.fused_mlp import fused_mlp
 from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
+from pgolf_kernels.muon import muon_apply, muon_direction, orthogonalize
 from pgolf_kernels.ngram import ngram_hints
 from pgolf_kernels.packing import byte_shuffle, byte_unshuffle, decode_codes, encode_codes
 from pgolf_kernels.qk_rope import qk_rope, qk_rope_readers, qkv_rope
@@ -35,8 +36,11 @@ __all__ = [
     "gptq_quantize",
     "gptq_quantize_many",
     "linear_softcap_cross_entropy",
+    "muon_apply",
+    "muon_direction",
     "ngram_hints",
     "norm_residual",
+    "orthogonalize",
     "qk_rope",
     "qk_rope_readers",
     "qkv_rope",

@@ -1,8 +1,9 @@
 """How a native or Triton function becomes a torch op.
 
 Every kernel file registers its ops through :func:`register_op`: schema, CPU and CUDA kernels, fake, autograd and the
-autocast redispatch. Native functions get addresses, sizes, strides, a dtype code and, on CUDA, a device ordinal and a
-stream; they check nothing, so everything is checked before they are called.
+autocast redispatch; ops that write into their arguments through :func:`register_mutating_op`. Native functions get
+addresses, sizes, strides, a dtype code and, on CUDA, a device ordinal and a stream; they check nothing, so everything
+is checked before they are called.
 """
 
 from __future__ import annotations
@@ -83,19 +84,7 @@ def register_op(
     second derivatives. Under autocast the op sees its arguments unchanged and its body runs below autocast, so that
     eager and compiled results agree.
     """
-    LIBRARY.define(schema)
-    name = schema.split("(", 1)[0]
-    op = getattr(torch.ops.pgolf, name).default
-    LIBRARY.impl(name, kernel, "CPU")
-    LIBRARY.impl(name, cuda or kernel, "CUDA")
-    torch.library.register_fake(f"pgolf::{name}", fake, lib=LIBRARY)
-
-    def below_autocast(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            return op(*args)
-
-    LIBRARY.impl(name, below_autocast, "AutocastCPU")
-    LIBRARY.impl(name, below_autocast, "AutocastCUDA")
+    name, op = _define(schema, kernel, cuda or kernel, fake)
 
     if backward is None:
 
@@ -104,3 +93,32 @@ def register_op(
 
     torch.library.register_autograd(f"pgolf::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return op
+
+
+def register_mutating_op(schema: str, kernel: Callable[..., Any], *, fake: Callable[..., Any]) -> Any:
+    """Registers `pgolf::<schema>`, whose schema names the arguments that `kernel` writes to (`Tensor(a!)`).
+
+    For an optimiser's steps: autograd takes no formula for such an op, so its public function runs under
+    `torch.no_grad()`. Autocast as in :func:`register_op`.
+    """
+    return _define(schema, kernel, kernel, fake)[1]
+
+
+def _define(
+    schema: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> tuple[str, Any]:
+    """(name, op) with everything but autograd."""
+    LIBRARY.define(schema)
+    name = schema.split("(", 1)[0]
+    op = getattr(torch.ops.pgolf, name).default
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"pgolf::{name}", fake, lib=LIBRARY)
+
+    def below_autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*args)
+
+    LIBRARY.impl(name, below_autocast, "AutocastCPU")
+    LIBRARY.impl(name, below_autocast, "AutocastCUDA")
+    return name, op

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from pgolf_kernels import _native
-from pgolf_kernels._native_op import LIBRARY, num_threads, runs_native
+from pgolf_kernels._native_op import num_threads, register_mutating_op, runs_native
 from pgolf_kernels._triton_op import kernels, runs_triton
 
 
@@ -128,15 +128,13 @@ def _step_one(
                 m[:, documents] = part_m
 
 
-LIBRARY.define(
+_op = register_mutating_op(
     "adapter_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] exp_avgs, "
     "Tensor steps, Tensor? reset, bool[] zeroed, float lr, float beta1, float beta2, float eps, float weight_decay) "
-    "-> ()"
+    "-> ()",
+    _step,
+    fake=lambda *args: None,
 )
-LIBRARY.impl("adapter_adamw_", _step, "CPU")
-LIBRARY.impl("adapter_adamw_", _step, "CUDA")
-torch.library.register_fake("pgolf::adapter_adamw_", lambda *args: None, lib=LIBRARY)
-_op = torch.ops.pgolf.adapter_adamw_.default
 
 
 # ---- public function -------------------------------------------------------------------------------------------------

@@ -128,6 +128,23 @@ def test_adamw_groups_and_clipping():
         torch.testing.assert_close(params[name].detach(), value, rtol=1e-10, atol=1e-12)
 
 
+def test_muon_clips_as_torch_does():
+    """Gradients are multiplied where Muon reads them: the same bits as multiplied before."""
+    results = []
+    for before in (False, True):
+        torch.manual_seed(2)
+        params = {"tok_emb": nn.Parameter(torch.randn(10, 4)), "up_bank": nn.Parameter(torch.randn(2, 8, 4))}
+        optimizer = Optimizer(params, TrainConfig(grad_clip_norm=0.0 if before else 0.3), RANKS)
+        for scale in (1.0, 0.01, 5.0):  # clipped, not clipped, clipped
+            for param in params.values():
+                param.grad = scale * torch.randn_like(param)
+            if before:
+                nn.utils.clip_grad_norm_(params.values(), 0.3)
+            optimizer.step(0.5, 0.9)
+        results.append([*params.values(), *optimizer.state().values()])
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("system", ["1413", "1499", "1514", "1530", "1727"])
 def test_weight_average(system):
     example = load_json("schedules.json")[system]["ema_fp32"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgolf_kernels._triton_op import kernels
 from pgolf_kernels.batched_lora import Layout
+from pgolf_kernels.muon import CONFIG as MUON_CONFIG
 from pgolf_kernels.qk_rope import split_heads
 from pgolf_kernels.residual import CONFIG
 from pgolf_kernels.stepped_lora import Moments
@@ -96,6 +97,15 @@ def adapter_adamw(module: ModuleType, moment: bool) -> None:
         module.step(p, p, p, p if moment else None, factors, flags, zero, 1e-4, 0.9 * moment, 0.999, 1e-10, 0.5)
 
 
+def muon(module: ModuleType, n: int, rows: int, columns: int) -> None:
+    bank, factor = empty(n, rows, columns, dtype=FP32), empty(dtype=FP32)
+    for dtype in (BF16, FP16, FP32):
+        x = empty(n, *sorted((rows, columns)), dtype=dtype)
+        for scalar, row_normalize in ((factor, True), (None, False)):
+            module.direction(bank, bank, 0.97, scalar, row_normalize, x, MUON_CONFIG)
+        module.apply(bank, x, 0.99, 0.02, MUON_CONFIG)
+
+
 def qk_rope(module: ModuleType) -> None:
     q, k = (empty(ROWS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
     gain, cos = empty(HEADS, dtype=FP32), empty(2048, 8, dtype=FP32)
@@ -156,6 +166,10 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
     "embedding": [(embedding, (dtype, vocab)) for dtype, vocab in ((BF16, VOCAB), (FP32, VOCAB), (BF16, 65536))],
     "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],
     "linear_softcap_ce": [(linear_softcap_ce, (VOCAB,)), (linear_softcap_ce, (8200,))],
+    "muon": [
+        (muon, shape)
+        for shape in ((22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048), (1, 512, 128), (1, 33, 70))
+    ],
     "qk_rope": [(qk_rope, ())],
     "residual": [(residual, (count,)) for count in range(1, 9)],
     "xsa": [(xsa, ())],
