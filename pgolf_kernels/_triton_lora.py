@@ -325,8 +325,9 @@ def step_kernel(
     the ranks with their padding, as they lie side by side in e and s from column0 on. B of projection p has a factor
     where bit p of `scaled` is set.
 
-    Values and averages are on their way while the product runs: they are most of what is read. A tile is stepped strip
-    by strip of its columns, so that registers leave room for several programs.
+    PREFETCH: values and averages are on their way while the product runs, of which they are most of what is read where
+    documents are short. A tile is stepped strip by strip of its columns, so that registers leave room for several
+    programs.
     """
     wait_for_previous(PDL)
     tile, adapter = tl.program_id(0), tl.program_id(1)
