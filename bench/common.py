@@ -180,7 +180,7 @@ def launch_seconds(call: Call) -> float | None:
     return host_seconds(call)
 
 
-def host_seconds(call: Call, calls: int = 5, rounds: int = 5) -> float:
+def host_seconds(call: Call, calls: int = 5, rounds: int = 25) -> float:
     """Median of rounds of a few calls each: so few that none waits for room in the device's queue."""
     found = []
     for _ in range(rounds):

@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
     # The steps' own lines go to the run's log.txt in any case.
     with redirect_stdout(io.StringIO()) if quiet else nullcontext():
         run.say(f"1/5  data set from the bundled text, in {run.path}")
-        with _timed(run, "data"):
+        with run.timed("data"):
             build_sample(config, quiet=quiet)
             dataset = open_dataset(config.data.data_dir)
         run.say("2/5  training, quantising, packing")
@@ -63,7 +62,7 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
         run.say("3/5  scoring the artifact in a fresh process")
         _evaluate_in_fresh_processes(run, quiet=quiet)
         run.say("4/5  general compressors on the same text")
-        with _timed(run, "baselines"):
+        with run.timed("baselines"):
             general = baselines(dataset)
         gain = paired_gain(run, dataset)
         run.merge_result(
@@ -74,7 +73,7 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
             }
         )
         run.say("5/5  report page")
-        with _timed(run, "report"):
+        with run.timed("report"):
             write_report([run.path])
     run.merge_result({"seconds": {"total": time.perf_counter() - started}})
     return run
@@ -177,10 +176,3 @@ def print_result(run: RunDir, console: Console | None = None) -> None:
     )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _timed(run: RunDir, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    run.merge_result({"seconds": {stage: time.perf_counter() - started}})

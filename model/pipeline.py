@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -196,25 +195,18 @@ def calibration_batches(config: Config, dataset: Dataset, ranks: Dist) -> Iterat
         loader.close()
 
 
-@contextmanager
-def _timed(run: RunDir, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    run.merge_result({"seconds": {stage: time.perf_counter() - started}})
-
-
 def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
     """Scores the weights as they are, quantises them and writes the artifact."""
-    with _timed(run, "evaluate_float"):
+    with run.timed("evaluate_float"):
         _record(run, "float", evaluate(model, dataset, "plain", config, device=ranks.device))
-    with _timed(run, "quantize"):
-        with _timed(run, "calibrate"):  # up to the last training token that is read
+    with run.timed("quantize"):
+        with run.timed("calibrate"):  # up to the last training token that is read
             batches = calibration_batches(config, dataset, ranks)
             hessians = collect_hessians(model, batches, per_token=config.quant.quant_recipe == "pr1499")
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize(ranks.device)
         quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
-    with _timed(run, "artifact"), ranks.together("writing the artifact"):
+    with run.timed("artifact"), ranks.together("writing the artifact"):
         if ranks.is_main:
             header = write_artifact(
                 run.artifact_path,
@@ -243,7 +235,7 @@ def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> Non
     opening = time.monotonic() - started
     for mode in dict.fromkeys(("plain", config.eval.eval_mode)):
         name = mode_name(mode)
-        with _timed(run, f"evaluate_{name}"):
+        with run.timed(f"evaluate_{name}"):
             ledger = run.path / f"ledger_{name}.npz"
             result = evaluate(
                 model, dataset, mode, config, device=ranks.device, ledger_path=ledger, opening_seconds=opening

@@ -26,6 +26,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,13 @@ class RunDir:
         if self.writes:
             self._write_json("result.json", merged)
         return merged
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Keeps what the block takes as the stage's seconds, where it ends without an error."""
+        started = time.perf_counter()
+        yield
+        self.merge_result({"seconds": {stage: time.perf_counter() - started}})
 
     def forget_scores(self) -> None:
         """Drops what earlier artifacts scored, ledgers and verdicts too; the unquantised weights' scores stay."""

@@ -65,7 +65,7 @@ class EvalResult:
     tokens: int
     bytes: int
     seconds: float  # from opening the artifact to the result, interrupted calls included
-    seconds_by_part: dict[str, float]
+    seconds_by_part: dict[str, float]  # of the last call alone
     per_document: np.ndarray
     ledger: Ledger
 
