@@ -105,11 +105,9 @@ def qkv_rope(
     return q, (k,) * key_readers, (v,) * value_readers
 
 
-def attention(
-    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
+def attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *bounds: Any) -> Tensor:
     """Keys and values once for grouped heads, as the backends take them."""
-    return varlen_attention(q, keys[0], values[0], cu_seqlens, max_seqlen)
+    return varlen_attention(q, keys[0], values[0], *bounds)
 
 
 # ---- embedding -------------------------------------------------------------------------------------------------------

@@ -262,7 +262,13 @@ class Config:
             _check_literal(section, name, value)
             _check_range(name, value)
         self.model.validate()
-        train, quant = self.train, self.quant
+        train, quant, evaluation = self.train, self.quant, self.eval
+        _require(
+            evaluation.ttt_chunk_size <= evaluation.ttt_eval_seq_len,
+            "ttt_chunk_size",
+            evaluation.ttt_chunk_size,
+            f"at most ttt_eval_seq_len={evaluation.ttt_eval_seq_len}",
+        )
         _require(
             train.train_batch_tokens % train.micro_batches == 0,
             "train_batch_tokens",

@@ -159,11 +159,14 @@ def _attention() -> Iterator[Finding]:
         "torch": "PyTorch's FlashAttention 2",
         "cpu": "PyTorch's scaled dot product, no GPU",
     }[info["backend"]]
+    if info["backend"] == "fa3" and info["left_out"]:
+        why += f", built without {info['left_out']}: there torch's runs"
     if info["forced"] != "auto":
         why += f" (forced by PGOLF_ATTENTION={info['forced']})"
     hopper = info["backend"] == "torch" and info["forced"] == "auto" and _is_hopper()
     if hopper:
-        text = f"{info['backend']}: {why}; FlashAttention 3 is faster here but flash_attn_interface does not import"
+        lack = f"was built without {info['left_out']}" if info["left_out"] else "does not import"
+        text = f"{info['backend']}: {why}; FlashAttention 3 is faster here but flash_attn_interface {lack}"
         yield Finding("attention", "note", text, f"{info['wheel']}\n    or from source: {info['source']}")
     else:
         yield Finding("attention", "ok", f"{info['backend']}: {why}")

@@ -80,7 +80,8 @@ class _Mixing:
 class Tail:
     """The last rows of each document of a packed row, where a call wants nothing of the others.
 
-    Then the last block computes queries, attention and MLP for these alone; all rows still give it keys and values.
+    Then the last block asks for attention, and computes its output and the MLP, for these alone; what comes before
+    attention it computes for all rows, which give keys and values.
     """
 
     positions: Tensor  # int64 [n], of the rows, document by document
@@ -221,6 +222,8 @@ class GPT(nn.Module):
             )
         if tail is not None and (cu_seqlens is None or collect is not None):
             raise ValueError("tail: got one without cu_seqlens or with collect, wanted a packed row and no collect")
+        if tail is not None and adapters is not None and adapters.tail_cu_seqlens is None:
+            raise ValueError("adapters: got none for the tail's rows, wanted tail_cu_seqlens beside a tail")
         rows, length = ids.shape
         needs_starts = config.bigram_vocab_size > 0 or config.smear_gate or config.xsa_form == "self_weight"
         starts = document_starts(cu_seqlens, rows, length, ids.device) if needs_starts else None
@@ -427,7 +430,7 @@ class GPT(nn.Module):
     def _attention(
         self, normed: Tensor, layer: int, slot: int, state: _Pass, *, residual: Tensor | None = None
     ) -> Tensor:
-        """attn_scale * attention(normed), plus `residual`; for the last block's tail alone where there is one."""
+        """attn_scale * attention(normed), plus `residual`: at the last block for its tail alone, where there is one."""
         config, weights, tail = self.config, state.weights[layer], state.tail_at(slot)
         if state.collect is not None:
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)

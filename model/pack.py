@@ -35,6 +35,7 @@ from model.size import BUDGET
 
 SCRIPT, ARTIFACT, FACTS = "train_gpt.py", "model.pgolf", "submission.json"
 ROOT_MODULES = ("model.packed_entry", "model.packed_native")
+_HINTS = "from model.packed_ngram import ngram_hints_cpu\n"  # ends the stand-in where it has hints
 LIBRARIES = ("torch", "numpy", "sentencepiece", "brotli", "zstandard", "safetensors", "click", "rich")
 _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
@@ -138,9 +139,10 @@ def entry_script(*, ngram: bool = False) -> bytes:
 
 def packed_files(*, ngram: bool) -> dict[str, str]:
     """What `entry_script` unpacks: path -> text."""
-    paths = reachable_modules(_roots())
+    paths = reachable_modules([*_roots(), *(["model.packed_ngram"] if ngram else [])])
     paths[_NATIVE] = paths.pop("model.packed_native")
     sources = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    sources[_NATIVE] += _HINTS if ngram else ""
     missing = _missing_native(sources[_NATIVE])
     files = {}
     for name, source in prune(sources, ("model.packed_entry", _NATIVE), false=missing, by_name=_KERNELS).items():
@@ -170,8 +172,9 @@ def latin1_literal(data: bytes) -> bytes:
 def minified(source: str, *, kernels: bool) -> str:
     """A module's source without comments, docstrings and annotations of functions, with short names of locals.
 
-    Names of modules stay because others refer to them. Triton reads its kernels' source, where names of arguments are
-    those of launches and annotations say what is constant: there both stay.
+    Assertions go: they tell a type checker what is known. Names of modules stay because others refer to them. Triton
+    reads its kernels' source, where names of arguments are those of launches and annotations say what is constant:
+    there both stay.
     """
     return python_minifier.minify(
         source,
@@ -180,13 +183,16 @@ def minified(source: str, *, kernels: bool) -> str:
         rename_locals=not kernels,
         rename_globals=False,
         hoist_literals=False,
+        combine_imports=False,  # shorter before compression alone
+        remove_asserts=True,
     )
 
 
 def _missing_native(stand_in: str) -> Callable[[ast.expr], bool]:
     """Whether an expression asks for compiled code that the stand-in does not have."""
-    names = {getattr(node, "name", None) for node in ast.parse(stand_in).body}
-    names |= {node.id for node in ast.walk(ast.parse(stand_in)) if isinstance(node, ast.Name)}
+    nodes = list(ast.walk(ast.parse(stand_in)))
+    names = {node.name for node in nodes if isinstance(node, ast.alias | ast.FunctionDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name)}
 
     def missing(node: ast.expr) -> bool:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):

@@ -95,7 +95,7 @@ def flash_attention_3_takes(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def set_attention_backend(name: str) -> None:
-    """Forces the GPU backend: "fa3", "torch", or "auto" (FlashAttention 3 on Hopper where it imports). Process-wide.
+    """Forces the GPU backend: "fa3", "torch", or "auto" (see the module's docstring). Process-wide.
 
     Raises ValueError for another name, RuntimeError for "fa3" where `flash_attn_interface` does not import.
     """
@@ -110,7 +110,10 @@ def set_attention_backend(name: str) -> None:
 
 
 def attention_backend(device: torch.device) -> str:
-    """The backend that tensors on `device` use: "fa3", "torch" or "cpu"."""
+    """The backend that tensors on `device` use: "fa3", "torch" or "cpu".
+
+    "auto" may still leave single calls to torch's: see :func:`flash_attention_3_takes`.
+    """
     if device.type != "cuda":
         return "cpu"
     if _forced not in BACKENDS:
@@ -118,7 +121,8 @@ def attention_backend(device: torch.device) -> str:
     if _forced != "auto":
         return _forced
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return "fa3" if compute_capability(index) == 90 and _flash_attention_3() is not None else "torch"
+    usable = _flash_attention_3() is not None and flash_attention_3_takes(torch.bfloat16, 1)
+    return "fa3" if usable and compute_capability(index) == 90 else "torch"
 
 
 def _backend_for(q: Tensor) -> str:
@@ -142,6 +146,7 @@ def attention_backend_info() -> dict[str, str]:
         "forced": _forced,
         "gpu": torch.cuda.get_device_name() if cuda else "none",
         "flash_attn_interface": getattr(found, "__file__", None) or "not importable",
+        "left_out": ", ".join(sorted(_left_out_of_flash_attention_3())) if found else "",
         "wheel": f"pip install flash_attn_3 --no-deps --find-links {wheels} (this pair is derived, not verified; "
         "cu128_torch291 has been seen to work)",
         "source": "https://github.com/Dao-AILab/flash-attention, folder hopper: python setup.py install",
@@ -492,6 +497,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
             raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
         if tensor.dim() != 1 or tensor.shape[0] < 1:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted [documents + 1]")
+    if cu_k.shape != cu_q.shape:
+        raise ValueError(f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted cu_seqlens_q's {tuple(cu_q.shape)}")
     for name, tensor in (("k", k), ("v", v), ("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if tensor.device != q.device:
             raise ValueError(f"{name}: got device {tensor.device}, wanted q's {q.device}")

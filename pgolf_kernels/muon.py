@@ -6,9 +6,9 @@
     steps times: A = X X^T;  X <- a X + (b A + c A A) X        orthogonalize
     W <- keep W - rate X                                       muon_apply
 
-Weights, gradients g and momenta m are banks of stacked matrices [n, rows, cols] in fp32 (CPU: also fp64); f is a scalar
-on the device, the factor of clipping. X is wide: a tall bank's matrices are transposed on the way, so that up and down
-projections, of one shape then, share the products of one Newton-Schulz. X is bf16 on a GPU, in any dtype elsewhere.
+Weights, gradients g and momenta m are banks of stacked matrices [n, rows, cols], g and m in fp32 (CPU: also fp64); f is
+a scalar on the device, the factor of clipping. X is wide: a tall bank's matrices are transposed on the way, so that up
+and down projections, of one shape then, share the products of one Newton-Schulz, in training in bf16.
 
 An element costs 14 bytes before the products (read g and m, write m and u), 4 to scale u, 10 behind them (read X, read
 and write W): 28, where PyTorch's passes move 78, and 86 with the gradients' multiplication. The row norms come out of
@@ -22,7 +22,6 @@ Source: Keller Jordan's Muon, with the row normalisation of openai/parameter-gol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from pgolf_kernels._triton_op import kernels, runs_triton
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 EPSILON = 1e-7
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of X
 
 
 def reference(
@@ -51,8 +51,10 @@ def reference(
     if row_normalize:
         norms = [torch.linalg.vector_norm(update, dim=-1, keepdim=True).clamp_min_(EPSILON) for update in updates]
         torch._foreach_div_(updates, norms)
-    wide = [_wide(update).to(dtype) for update in updates]
-    return _normalized(wide[0] if len(wide) == 1 else torch.cat(wide)).contiguous()
+    # Raw gradients may be too small for fp16, not for bf16.
+    first = updates[0].dtype if dtype == torch.float16 else dtype
+    wide = [_wide(update).to(first) for update in updates]
+    return _normalized(wide[0] if len(wide) == 1 else torch.cat(wide)).contiguous().to(dtype)
 
 
 def _wide(matrices: Tensor) -> Tensor:
@@ -65,34 +67,6 @@ def _is_tall(matrices: Tensor) -> bool:
 
 def _normalized(matrices: Tensor) -> Tensor:
     return matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + EPSILON)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile of a program, rows and columns of the bank (of the scaling: of X), and its warps."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class MuonConfig:
-    """Launch shapes by orientation; a tile has at most the bank's columns.
-
-    Wide tiles read 2 KiB of a row at a time. Tall ones write 64 contiguous elements of X, 128 bytes, and read 256 of a
-    row. With these the loads in flight on a multiprocessor of sm_90 are some 90 KB, and all programs of
-    [11, 2048, 512] are resident at a time. H200: of 28 other shapes none takes more than 1 % off.
-    """
-
-    direction: Launch = Launch(4, 512, 4)
-    tall_direction: Launch = Launch(64, 64, 4)
-    scale: Launch = Launch(32, 256, 4)
-    apply: Launch = Launch(8, 512, 4)
-    tall_apply: Launch = Launch(64, 64, 4)
-
-
-CONFIG = MuonConfig()
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -112,7 +86,7 @@ def _direction(
     shares = out.split([len(g) for g in gradients])
     for gradient, buffer, share in zip(gradients, momenta, shares, strict=True):
         if share.numel():
-            kernels("muon").direction(gradient.contiguous(), buffer, momentum, factor, row_normalize, share, CONFIG)
+            kernels("muon").direction(gradient.contiguous(), buffer, momentum, factor, row_normalize, share)
     return out
 
 
@@ -131,7 +105,7 @@ def _direction_fake(
 def _apply(weight: Tensor, update: Tensor, keep: float, rate: float) -> None:
     if runs_triton(weight) and runs_triton(update):
         if weight.numel():
-            kernels("muon").apply(weight, update.contiguous(), keep, rate, CONFIG)
+            kernels("muon").apply(weight, update.contiguous(), keep, rate)
     else:
         weight.mul_(keep).add_(update.mT if _is_tall(weight) else update, alpha=-rate)
 
@@ -215,7 +189,8 @@ def _check_direction(
         raise ValueError("gradients: got 0 banks, wanted at least 1")
     if len(momenta) != len(gradients):
         raise ValueError(f"momenta: got {len(momenta)} banks, wanted {len(gradients)}, one a gradient")
-    _check_float("dtype", dtype)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, DTYPES))}")
     first = gradients[0]
     for i, (g, m) in enumerate(zip(gradients, momenta, strict=True)):
         _check_bank(f"gradients[{i}]", g)
@@ -226,13 +201,13 @@ def _check_direction(
             )
         if g.dtype != torch.float32 and not (g.dtype == torch.float64 and g.device.type == "cpu"):
             raise TypeError(f"gradients[{i}]: got {g.dtype} on {g.device}, wanted torch.float32")
-        if g.dtype != first.dtype or g.device != first.device:
-            raise ValueError(f"gradients[{i}]: got {g.dtype} on {g.device}, wanted {first.dtype} on {first.device}")
-        if m.shape != g.shape or m.dtype != g.dtype or m.device != g.device:
-            raise ValueError(
-                f"momenta[{i}]: got {tuple(m.shape)} {m.dtype} {m.device}, "
-                f"wanted {tuple(g.shape)} {g.dtype} {g.device} as the gradient"
-            )
+        for name, tensor, like in ((f"gradients[{i}]", g, first), (f"momenta[{i}]", m, g)):
+            if tensor.dtype != like.dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}, wanted {like.dtype}")
+            if tensor.device != like.device:
+                raise ValueError(f"{name}: got device {tensor.device}, wanted {like.device}")
+        if m.shape != g.shape:
+            raise ValueError(f"momenta[{i}]: got shape {tuple(m.shape)}, wanted the gradient's {tuple(g.shape)}")
         _check_contiguous(f"momenta[{i}]", m)
     if factor is None:
         return

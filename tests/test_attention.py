@@ -23,6 +23,7 @@ from pgolf_kernels.attention import (
 SAME = [0, 3, 4, 4, 9, 21, 21, 21]  # an empty document, two of one length apart, padded ends
 LONGER_KEYS = [0, 5, 7, 8, 19, 31, 31, 31]  # and a document without queries but with keys
 SHORTER_KEYS = [0, 1, 2, 2, 4, 12, 12, 12]  # and queries that see no key
+NO_KEYS = [0, 3, 3, 3, 8, 20, 20, 20]  # and a document with a query and without keys
 
 
 def _case(k_bounds, dtype, device="cpu", heads=4, kv_heads=2, dim=8, scale=1):
@@ -71,14 +72,14 @@ def _assert_close_to_the_formula(k_bounds, causal, dtype, device="cpu", **shape)
             assert error <= 2 * allowed + 1e-6, f"{way.__name__}, {name}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS, NO_KEYS])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_and_gradients_are_no_worse_than_pytorch(k_bounds, causal, dtype):
     _assert_close_to_the_formula(k_bounds, causal, dtype)
 
 
-@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS, NO_KEYS])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_by_finite_differences(k_bounds, causal):
     tensors, (cu_q, cu_k), _ = _case(k_bounds, torch.float64, dim=3)
@@ -216,25 +217,34 @@ def test_flash_attention_3_gets_its_arguments_by_position(monkeypatch, names):
 def small_build(monkeypatch):
     """FlashAttention 3 built for bf16 and heads of up to 96 alone, on a Hopper GPU."""
     flags = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("FP16", "HDIM64", "HDIM128", "HDIM192", "HDIM256")}
-    config = types.SimpleNamespace(CONFIG={"build_flags": flags | {"FLASHATTENTION_DISABLE_HDIM96": False}})
+    flags["FLASHATTENTION_DISABLE_HDIM96"] = False
+    config = types.SimpleNamespace(CONFIG={"build_flags": flags})
     monkeypatch.setitem(sys.modules, "flash_attn_config", config)
     monkeypatch.setattr("pgolf_kernels.attention._flash_attention_3", lambda: object())
     monkeypatch.setattr("pgolf_kernels.attention.compute_capability", lambda index: 90)
     _left_out_of_flash_attention_3.cache_clear()
-    yield
+    yield flags
     _left_out_of_flash_attention_3.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "backend"),
+    ("dtype", "dim", "missing", "backend"),
     [
-        (torch.bfloat16, 64, "fa3"),
-        (torch.bfloat16, 96, "fa3"),
-        (torch.bfloat16, 128, "torch"),
-        (torch.float16, 64, "torch"),
+        (torch.bfloat16, 64, None, "fa3"),
+        (torch.bfloat16, 96, None, "fa3"),
+        (torch.bfloat16, 128, None, "torch"),
+        (torch.float16, 64, None, "torch"),
+        (torch.bfloat16, 64, "BACKWARD", "torch"),
+        (torch.bfloat16, 64, "VARLEN", "torch"),
+        (torch.bfloat16, 64, "HDIM96", "torch"),
     ],
 )
-def test_a_small_build_of_flash_attention_3_is_used_for_what_it_has(monkeypatch, small_build, dtype, dim, backend):
+def test_a_small_build_of_flash_attention_3_is_used_for_what_it_has(
+    monkeypatch, small_build, dtype, dim, missing, backend
+):
+    if missing:
+        small_build[f"FLASHATTENTION_DISABLE_{missing}"] = True
+        assert attention_backend(torch.device("cuda", 0)) == "torch"
     q = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, dim))
     assert _backend_for(q) == backend
     monkeypatch.setattr("pgolf_kernels.attention._forced", "fa3")
@@ -265,6 +275,11 @@ def test_an_unknown_forced_backend_is_named(monkeypatch):
         ({"k": torch.randn(6, 2, 8).double()}, TypeError, "k: got torch.float64, wanted q's torch.float32"),
         ({"cu_seqlens_q": torch.tensor([0, 6])}, TypeError, "cu_seqlens_q: got torch.int64"),
         ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"cu_seqlens_q: got shape \(2, 2\)"),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 2, 6], dtype=torch.int32)},
+            ValueError,
+            r"cu_seqlens_k: got shape \(3,\), wanted cu_seqlens_q's \(2,\)",
+        ),
         ({"k": torch.empty(6, 2, 8, device="meta")}, ValueError, "k: got device meta"),
     ],
 )
@@ -287,7 +302,7 @@ def gpu_backend(request):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS])
+@pytest.mark.parametrize("k_bounds", [SAME, LONGER_KEYS, SHORTER_KEYS, NO_KEYS])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_backends_agree_with_the_formula(gpu_backend, k_bounds, causal, dtype):

@@ -117,13 +117,23 @@ def test_gpu_that_pytorch_cannot_use(cuda, status, words):
     assert finding.fix
 
 
-def test_hopper_without_flash_attention_3(monkeypatch):
-    info = {"backend": "torch", "forced": "auto", "wheel": "pip install W", "source": "S"}
+@pytest.mark.parametrize(("left_out", "words"), [("", "does not import"), ("VARLEN", "was built without VARLEN")])
+def test_hopper_without_flash_attention_3(monkeypatch, left_out, words):
+    info = {"backend": "torch", "forced": "auto", "wheel": "pip install W", "source": "S", "left_out": left_out}
     monkeypatch.setattr("pgolf_kernels.attention.attention_backend_info", lambda: info)
     monkeypatch.setattr(doctor, "_is_hopper", lambda: True)
     (finding,) = doctor._attention()
     assert finding.status == "note"
+    assert words in finding.text
     assert finding.fix.startswith("pip install W")
+
+
+def test_hopper_with_a_small_build_of_flash_attention_3(monkeypatch):
+    info = {"backend": "fa3", "forced": "auto", "left_out": "FP16, HDIM128"}
+    monkeypatch.setattr("pgolf_kernels.attention.attention_backend_info", lambda: info)
+    (finding,) = doctor._attention()
+    assert finding.status == "ok"
+    assert "built without FP16, HDIM128: there torch's runs" in finding.text
 
 
 def test_driver_list(monkeypatch):

@@ -197,8 +197,14 @@ def test_a_tail_gives_what_its_positions_have(system, loop, kinds):
 def test_a_tail_is_of_packed_rows():
     model, golden = golden_model("pr1530")
     ids, targets, _ = _inputs(golden, "on")
+    tail = Tail(torch.tensor([63]), torch.tensor([0, 1], dtype=torch.int32), 1)
     with pytest.raises(ValueError, match="tail: got one without cu_seqlens"):
-        model.loss(ids, targets, positions=Tail(torch.tensor([63]), torch.tensor([0, 1], dtype=torch.int32), 1))
+        model.loss(ids, targets, positions=tail)
+    adapters = Adapters.zeros(model.config, 17, 1, 2, ("q", "mlp"), ids.device, torch.float32)
+    adapters.cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
+    packed = {"cu_seqlens": adapters.cu_seqlens, "max_seqlen": 64, "adapters": adapters}
+    with pytest.raises(ValueError, match="adapters: got none for the tail's rows, wanted tail_cu_seqlens"):
+        model.loss(ids[:1], targets[:1], positions=tail, **packed)
 
 
 @pytest.mark.parametrize("system", ["pr1413", "pr1530", "pr1499"])

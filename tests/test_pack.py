@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 from types import CodeType
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from model import packed_native
+from model import packed_native, packed_ngram
 from model.artifact import decode_artifact, encode_artifact, read_artifact
+from model.data.tokenizer import ByteTables
 from model.errors import ArtifactError, ConfigError, PgolfError
+from model.evaluate.ngram_tilt import make_tilt
 from model.pack import (
     ARTIFACT,
     ROOT_MODULES,
@@ -30,6 +33,7 @@ from model.pack import (
     reachable_modules,
 )
 from model.pipeline import run_pipeline
+from model.presets import get_preset
 from model.run import RunDir
 from model.size import print_table, size_report
 from pgolf_kernels import ngram_hints
@@ -140,6 +144,15 @@ def test_packed_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
 
 
+def test_a_submission_without_hints_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.evaluate.ngram_tilt._native", packed_native)
+    tables = ByteTables(np.ones(4, np.int16), *np.zeros((2, 4), bool))
+    with pytest.raises(PgolfError, match="packed from a run that does not use them"):
+        make_tilt(np.zeros(9, np.uint16), get_preset("pr1514").eval, tables, torch.device("cpu"))
+    names = {name: {path for path in packed_files(ngram=name) if "ngram" in path} for name in (False, True)}
+    assert "pgolf_kernels/ngram.py" not in names[False] and "pgolf_kernels/ngram.py" in names[True]
+
+
 @pytest.mark.long
 def test_hints_compiled_from_the_sources_that_a_submission_carries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,11 +163,9 @@ def test_hints_compiled_from_the_sources_that_a_submission_carries(
     flags = {name: torch.rand(400, generator=draw) < 0.3 for name in ("has_leading_space", "is_boundary")}
     settings = {"table_bits": 12, "within_beta": 0.5, "word_beta": 0.25, **flags}
     wanted = [ngram_hints(tokens, hash=form, **settings) for form in ("compatible", "full")]
-    monkeypatch.setattr(packed_native, "_SOURCES", tmp_path / "csrc")
-    monkeypatch.setattr("pgolf_kernels.ngram._native", packed_native)
-    packed_native._ngram_library.cache_clear()
-    with pytest.raises(PgolfError, match="packed from a run that does not use them"):
-        ngram_hints(tokens)
+    monkeypatch.setattr(packed_ngram, "_SOURCES", tmp_path / "csrc")
+    monkeypatch.setattr("pgolf_kernels.ngram._native", packed_ngram)
+    packed_ngram._ngram_library.cache_clear()
     files = packed_files(ngram=True)
     for name in (name for name in files if name.startswith("csrc/")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,7 @@ def test_every_number_of_training_has_a_range():
         ({"logit_softcap": 0.0}, "logit_softcap: got 0.0, wanted above 0"),
         ({"embed_bits": 9}, "embed_bits: got 9, wanted 2 to 8"),
         ({"calibration_tokens": 1000}, "calibration_tokens: got 1000, wanted a multiple of train_seq_len=2048"),
+        ({"ttt_chunk_size": 4096}, "ttt_chunk_size: got 4096, wanted at most ttt_eval_seq_len=2048"),
         ({"num_heads": 3}, "model_dim: got 512, wanted a multiple of num_heads=3"),
         ({"num_kv_heads": 3}, "num_heads: got 8, wanted a multiple of num_kv_heads=3"),
         ({"rope_dims": 7}, "rope_dims: got 7, wanted even"),

@@ -53,7 +53,8 @@ def run(tmp_path_factory):
     config = get_preset("demo").replace(
         vocab_size=400, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=8, xsa_last_n=3,
         loop_start=1, loop_end=1, parallel_start=2, train_seq_len=64, train_batch_tokens=256, iterations=8,
-        calibration_batches=2, calibration_tokens=256, eval_seq_len=64, ttt_eval_seq_len=64, ttt_lora_rank=2,
+        calibration_batches=2, calibration_tokens=256, eval_seq_len=64, ttt_eval_seq_len=64,
+        ttt_chunk_size=64, ttt_lora_rank=2,
         data_dir=str(folder / "data"), run_dir=str(folder / "runs"), run_id=AWKWARD_NAME, val_loss_every=4,
     )  # fmt: skip
     run_pipeline(config)

@@ -288,6 +288,21 @@ def test_wrong_arguments_are_named(change, error, message):
         stepped_lora(**(arguments | change))
 
 
+def test_calls_over_other_rows_belong_to_the_same_pass():
+    problem = _Problem(CASES[0], torch.float32)
+    case, few = problem.case, torch.tensor([0, 2, 2, 5]).int()
+    x, weights, *_ = problem.inputs[0]
+    through = LoraPass(problem.bounds, AdamStep(problem.steps[0], **(ADAM | {"beta1": case.beta1})))
+    other = through.over(few)
+    (y,), _ = stepped_lora(x, weights, problem.stepped[0], through)
+    (z,), _ = stepped_lora(x[:5].detach(), weights, problem.stepped[1], other)
+    with pytest.raises(RuntimeError, match="got the same adapters twice in one pass"):
+        stepped_lora(x[:5], weights, problem.stepped[0], other)
+    through.backward(y.sum() + z.sum())
+    stepped = [[bool(problem.b[0][slot, i].any()) for i in range(3)] for slot in range(2)]
+    assert stepped == [[True, False, True], [True, False, True]]
+
+
 def test_wrong_adapters_are_named():
     a, b = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 3)
     with pytest.raises(ValueError, match=r"adapters 0: got A \(1, 2, 4, 8\) and B \(1, 2, 6, 3\)"):
@@ -328,6 +343,11 @@ def test_numbers_that_are_no_steps(steps, options, message):
 
 
 if __name__ == "__main__":
+    from pgolf_kernels import _batched_lora_triton
+
     for small in CASES:
         for precision in (torch.float32, torch.float16):
             _assert_equals_the_parts(small, precision, surroundings=interpreting)
+    _batched_lora_triton.SHORT_ROWS = 0  # as where documents are long
+    for small in CASES[1:3]:
+        _assert_equals_the_parts(small, torch.float32, surroundings=interpreting)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pgolf_kernels._triton_op import kernels
 from pgolf_kernels.batched_lora import Layout
-from pgolf_kernels.muon import CONFIG as MUON_CONFIG
 from pgolf_kernels.qk_rope import split_heads
 from pgolf_kernels.residual import CONFIG
 from pgolf_kernels.stepped_lora import Moments
@@ -102,8 +101,8 @@ def muon(module: ModuleType, n: int, rows: int, columns: int) -> None:
     for dtype in (BF16, FP16, FP32):
         x = empty(n, *sorted((rows, columns)), dtype=dtype)
         for scalar, row_normalize in ((factor, True), (None, False)):
-            module.direction(bank, bank, 0.97, scalar, row_normalize, x, MUON_CONFIG)
-        module.apply(bank, x, 0.99, 0.02, MUON_CONFIG)
+            module.direction(bank, bank, 0.97, scalar, row_normalize, x)
+        module.apply(bank, x, 0.99, 0.02)
 
 
 def qk_rope(module: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 A document is read in chunks. For each chunk: score its tokens with the adapters as they are; then, unless it is the
 last, one optimiser step on the mean loss of the chunk. Scoring and gradient share one forward pass (pull request 1530),
-in which only the chunk's positions go through the head, and of the last block through all but its keys and values.
+in which only the chunk's positions go through the head, and through the last block from its attention on.
 
 Documents do not see each other, so neither the order nor the company in which they are read changes a result. That
 leaves the schedule free: the longest start first, a slot goes to the next document the moment one is finished, and the

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from model.config import EvalConfig
 from model.data.tokenizer import ByteTables
-from pgolf_kernels import ngram_hints
+from model.errors import PgolfError
+from pgolf_kernels import _native, ngram_hints
 
 LOWEST_ORDER, HIGHEST_ORDER = 8, 16  # of the contexts in tokens
 
@@ -43,7 +44,8 @@ class Tilt:
 def make_tilt(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device: torch.device) -> Tilt:
     """The tilt of a stream with the settings `ngram_*` of `config`.
 
-    Hints are made on the CPU in one pass, by rank 0 alone: the tables take gigabytes.
+    Hints are made on the CPU in one pass, by rank 0 alone: the tables take gigabytes. Raises PgolfError in a packed
+    submission whose run does not use them.
     """
     ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if ranks and dist.get_rank() > 0:
@@ -57,6 +59,8 @@ def make_tilt(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device
 
 
 def _compute(tokens: np.ndarray, config: EvalConfig, tables: ByteTables, device: torch.device) -> Tilt:
+    if not hasattr(_native, "ngram_hints_cpu"):
+        raise PgolfError("n-gram hints: this submission was packed from a run that does not use them")
     hints, betas = ngram_hints(
         torch.from_numpy(tokens),
         orders=tuple(range(LOWEST_ORDER, HIGHEST_ORDER + 1, config.ngram_order_stride)),
