@@ -17,7 +17,8 @@ from pgolf_kernels.muon import EPSILON
 
 # Tiles: rows, and columns (at most the bank's). Wide ones read 2 KiB of a row at a time; tall ones write 64 contiguous
 # elements of X, 128 bytes, and read 256 of a row. With these the loads in flight on a multiprocessor of sm_90 are some
-# 90 KB, and all programs of [11, 2048, 512] are resident at a time. H200: of 28 other shapes none takes more than 1 % off.
+# 90 KB, and all programs of [11, 2048, 512] are resident at a time. H200: of 28 other shapes none takes more than 1 %
+# off.
 DIRECTION, APPLY, TALL, SCALE = (4, 512), (8, 512), (64, 64), (32, 256)
 WARPS = 4
 CHUNK = 1024  # rows whose squares are read at a time
