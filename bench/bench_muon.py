@@ -60,13 +60,12 @@ def setup(case: Case, device: torch.device) -> dict[str, Any]:
         "gradients": draw(),
         "momenta": draw(),
         "weights": draw(),
-        "updates": [[_wide(g).to(DTYPE).contiguous() for g in group] for group in draw()],
+        "updates": [
+            [torch.randn(n, *sorted(sides), device=device, dtype=DTYPE) for n, *sides in group]
+            for group in case.groups()
+        ],
         "factor": torch.tensor(0.5, device=device),
     }
-
-
-def _wide(matrices: Tensor) -> Tensor:
-    return matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
 
 
 # ---- providers -------------------------------------------------------------------------------------------------------
