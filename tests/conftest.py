@@ -26,3 +26,11 @@ def _own_matmul_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def second_gpu() -> torch.device:
+    """A GPU that is not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return torch.device("cuda", 1)

@@ -240,6 +240,11 @@ def test_triton_kernels_on_a_gpu(case, dtype):
 
 
 @pytest.mark.gpu
+def test_second_device(second_gpu):
+    _assert_no_worse_than_pytorch(Case(3, 200, 512, (512, 256), (96, 96)), torch.bfloat16, second_gpu)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_returns_before_the_gpu_is_done(packed):
     case = Case(8, 256, 512, (512,), (96,), packed=packed)

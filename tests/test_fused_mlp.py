@@ -185,6 +185,12 @@ def test_triton_kernels_on_a_gpu(shape, dtype, wide_weights):
     _assert_no_worse_than_pytorch(shape, dtype, "cuda", torch.float32 if wide_weights else dtype)
 
 
+@pytest.mark.gpu
+def test_second_device(second_gpu):
+    for shape in ((300, 96, 200, 72), (1000, 512, 2048, 512)):  # in Triton, in CUDA
+        _assert_no_worse_than_pytorch(shape, torch.bfloat16, second_gpu, torch.bfloat16)
+
+
 NATIVE_SHAPES = [(1, 8, 128), (130, 64, 384), (300, 512, 256), (1037, 200, 1536), (20000, 512, 2048)]  # rows, D, F
 
 

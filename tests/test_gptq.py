@@ -364,18 +364,22 @@ def test_columns_in_a_cuda_graph_without_waiting():
 
 
 @pytest.mark.gpu
-def test_other_stream_and_device():
-    for device in {0, torch.cuda.device_count() - 1}:
-        arguments = column_arguments([(70, 300)], device=f"cuda:{device}")
-        expected = gptq_columns(*arguments)[0]
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)
-            weight = arguments[0][0] * 1.0
-            codes = gptq_columns([weight], *arguments[1:])[0]
-        stream.synchronize()
-        assert torch.equal(codes, expected)
+def test_other_stream(device="cuda:0"):
+    arguments = column_arguments([(70, 300)], device=device)
+    expected = gptq_columns(*arguments)[0]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        weight = arguments[0][0] * 1.0
+        codes = gptq_columns([weight], *arguments[1:])[0]
+    stream.synchronize()
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.gpu
+def test_second_device(second_gpu):
+    test_other_stream(second_gpu)
 
 
 @pytest.mark.gpu

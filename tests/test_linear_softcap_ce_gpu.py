@@ -102,8 +102,14 @@ def test_order_by_document(rows: int, documents: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", MODES)
-def test_fused_head_is_no_less_accurate_than_rounded_logits(recompute: bool) -> None:
-    problem = draw(torch.bfloat16, torch.device("cuda"), rows=3000, width=512, vocab=8192)
+def test_second_device(second_gpu: torch.device, recompute: bool) -> None:
+    test_fused_head_is_no_less_accurate_than_rounded_logits(recompute, str(second_gpu))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", MODES)
+def test_fused_head_is_no_less_accurate_than_rounded_logits(recompute: bool, device: str = "cuda") -> None:
+    problem = draw(torch.bfloat16, torch.device(device), rows=3000, width=512, vocab=8192)
     exact, _, gradients = reference(problem.converted(torch.float64), 30.0, 1.0)
     plain, _, plain_gradients = reference(problem, 30.0, 1.0)
     losses = linear_softcap_cross_entropy(

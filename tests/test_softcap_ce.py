@@ -454,10 +454,8 @@ def test_cuda_graph(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_second_device() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    logits, targets, upstream = draw(32, 8192, torch.bfloat16, torch.device("cuda", 1))
+def test_second_device(second_gpu: torch.device) -> None:
+    logits, targets, upstream = draw(32, 8192, torch.bfloat16, second_gpu)
     expected, gradient = exact(logits, targets, upstream, 30.0)
     losses, own = softcap_cross_entropy_with_grad(logits, targets, grad_scale=upstream)
     torch.testing.assert_close(losses.double(), expected, atol=LOSS_ERROR, rtol=0)
