@@ -1,6 +1,6 @@
 """What a size-limited submission ships: one self-extracting script, the artifact, and papers.
 
-    train_gpt.py     what training and scoring need of every module, minified, bzip2; unpacks itself and runs
+    train_gpt.py     what training and scoring need of every module, minified, brotli; unpacks itself and runs
     model.pgolf      the artifact, in the static mode, which the script decodes with NumPy alone
     submission.json  sizes and results        README.md  how to run it        train.log  what the run printed
 
@@ -13,7 +13,6 @@ where it runs. Every file in the folder counts against the budget.
 from __future__ import annotations
 
 import ast
-import bz2
 import functools
 import json
 import os
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import brotli
 import python_minifier
 
 from model.artifact import encode_artifact, read_artifact
@@ -45,11 +45,11 @@ _KERNELS = "_triton"  # ending of the modules of Triton kernels, which are impor
 
 _STUB = b'''# coding: latin-1
 """Self-extracting: python train_gpt.py --help"""
-import atexit,bz2,pathlib,shutil,sys,tempfile
+import atexit,brotli,pathlib,shutil,sys,tempfile
 d=tempfile.mkdtemp()
 atexit.register(shutil.rmtree,d,True)
-f=bz2.decompress("""%s""".encode("latin-1")).split(b"\\0")
-for n,t in zip(f[::2],f[1::2]):
+f=brotli.decompress("""%s""".encode("latin-1")).split(b"\\0")
+for n,t in zip(f,f[len(f)//2:]):
  p=pathlib.Path(d,n.decode())
  p.parent.mkdir(parents=True,exist_ok=True)
  p.write_bytes(t)
@@ -133,8 +133,9 @@ def entry_script(*, ngram: bool = False) -> bytes:
     PgolfError when they are not there (an installation without the sources).
     """
     files = packed_files(ngram=ngram)
-    content = "\0".join(part for name in sorted(files) for part in (name, files[name])).encode()
-    return _STUB % latin1_literal(bz2.compress(content))
+    names = sorted(files)
+    content = "\0".join([*names, *(files[name] for name in names)]).encode()  # smaller than in pairs
+    return _STUB % latin1_literal(brotli.compress(content, mode=brotli.MODE_TEXT))
 
 
 def packed_files(*, ngram: bool) -> dict[str, str]:
