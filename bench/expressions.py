@@ -88,19 +88,18 @@ def fused_mlp_beside(*inputs: Tensor, in_place: bool, **options: Any) -> Any:
 
 def qkv_rope(
     x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
+    weight: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
     *,
+    kv_heads: int,
     key_readers: int,
     value_readers: int,
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    head_dim = w_q.size(0) // gain.numel()
-    q, k, v = (F.linear(x, weight).unflatten(-1, (-1, head_dim)) for weight in (w_q, w_k, w_v))
+    heads = [gain.numel(), kv_heads, kv_heads]
+    q, k, v = F.linear(x, weight).unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
     q, k = qk_rope(q, k, gain, cos, sin, eps)
     return q, (k,) * key_readers, (v,) * value_readers
 

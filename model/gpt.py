@@ -58,9 +58,7 @@ QAT_MIN_ELEMENTS = 8192
 class _Weights:
     """One layer's matrices in the compute dtype; o and down carry the branch's scale in their rows."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Tensor  # one below the other
     o: Tensor
     up: Tensor
     down: Tensor
@@ -320,11 +318,14 @@ class GPT(nn.Module):
     def _weights(self) -> list[_Weights]:
         """Every layer's matrices; the branch scales go into the output matrices, so that no activation is scaled."""
         layers, dtype = self.config.num_layers, self.compute_dtype
-        qo, kv = self._maybe_fake_quantize(self.qo_bank, 31), self._maybe_fake_quantize(self.kv_bank, 31)
+        q, o = self._maybe_fake_quantize(self.qo_bank, 31).split(layers)
+        k, v = self._maybe_fake_quantize(self.kv_bank, 31).split(layers)
         up, down = self._maybe_fake_quantize(self.up_bank, 15), self._maybe_fake_quantize(self.down_bank, 15)
-        o, down = qo[layers:] * self.attn_scale.unsqueeze(-1), down * self.mlp_scale.unsqueeze(-1)
-        parts = (qo[:layers], kv[:layers], kv[layers:], o, up, down)
-        return [_Weights(*matrices) for matrices in zip(*(part.to(dtype).unbind() for part in parts), strict=True)]
+        qkv, o = torch.cat([q, k, v], dim=1), o * self.attn_scale.unsqueeze(-1)
+        # Columns become rows, which the MLP's backward reads: once for all layers and their passes.
+        columns = (down * self.mlp_scale.unsqueeze(-1)).mT.to(dtype, memory_format=torch.contiguous_format)
+        parts = (qkv.to(dtype), o.to(dtype), up.to(dtype), columns.mT)
+        return [_Weights(*matrices) for matrices in zip(*(part.unbind() for part in parts), strict=True)]
 
     def _mixing(self) -> _Mixing:
         """Computed for all layers at once: one by one, gradients of their slices would cost a launch or two each."""
@@ -434,15 +435,15 @@ class GPT(nn.Module):
         config, weights, tail = self.config, state.weights[layer], state.tail_at(slot)
         if state.collect is not None:
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
-        projections = (weights.q, weights.k, weights.v)
         epsilon = norm_epsilon(normed.dtype)
         group = config.num_heads // config.num_kv_heads
         rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         rope |= {"key_readers": group, "value_readers": group + 1}
         total = residual
         if state.adapters is None:
-            q, ks, vs = qkv_rope(normed, *projections, **rope)
+            q, ks, vs = qkv_rope(normed, weights.qkv, kv_heads=config.num_kv_heads, **rope)
         else:
+            projections = weights.qkv.split([config.model_dim, config.kv_dim, config.kv_dim])
             # The adapter of "o" reads what q, k and v do: its share joins the residual before the projection's.
             *raw, total = state.adapters.attention(slot, normed, projections, residual, self.attn_scale[layer])
             q, ks, vs = qk_rope_readers(*(y.unflatten(-1, (-1, config.head_dim)) for y in raw), **rope)

@@ -92,8 +92,9 @@ def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stri
 
 @triton.jit
 def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile, tokens, stride, d_stride,
-               length, eps, TWO: tl.constexpr, GAIN: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
-               DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+               length, eps, TWO: tl.constexpr, GAIN: tl.constexpr, SUMS: tl.constexpr, HEADS: tl.constexpr,
+               HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
+               TOKENS: tl.constexpr):  # fmt: skip
     token, head, column, swapped, mask, cos, sin = _tile(
         tile, tokens, length, cos_ptr, sin_ptr, HEADS, HEADS_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS
     )
@@ -109,8 +110,9 @@ def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin
     back = g * cos - other * sin
     inner = tl.sum(back * normed, axis=1)
     factor = inverse
-    if GAIN:
+    if SUMS:
         d_gain += inner
+    if GAIN:
         factor *= tl.load(gain_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
     d = factor[:, None] * (back - normed * (inner / DIM)[:, None])
     target = (token * d_stride + head * DIM)[:, None] + column[None, :]
@@ -121,23 +123,26 @@ def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin
 @triton.jit
 def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, gain, cos, sin, d_q, d_k, d_v, partial,
                      tokens, q_stride, k_stride, d_q_stride, d_k_stride, d_v_stride, length, eps,
-                     KEYS: tl.constexpr, VALUES: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr,
-                     HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-                     PAIRS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added."""
+                     KEYS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr, H: tl.constexpr,
+                     H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr,
+                     DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
+    """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added. SUMS: the
+    gain's gradient is asked for."""
     wait_for_previous(PDL)
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
         d_gain = _turn_back(grad_q, grad_q, q, d_q, gain, d_gain, cos, sin, tile, tokens, q_stride, d_q_stride, length,
-                            eps, False, True, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+                            eps, False, True, SUMS, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         unused = _turn_back(grad_k, grad_k2, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length,
-                            eps, KEYS > 1, False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+                            eps, KEYS > 1, False, False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         if VALUES > 0:
             _gather(grad_v, grad_v2, grad_v3, d_v, tile, tokens, d_v_stride, VALUES, HKV * DIM,
                     HKV_PADDED * DIM_PADDED, TOKENS)  # fmt: skip
-    row = tl.arange(0, TOKENS * H_PADDED)
-    tl.store(partial + tl.program_id(0) * (TOKENS * H_PADDED) + row, d_gain)
+    if SUMS:
+        total = tl.sum(tl.reshape(d_gain, (TOKENS, H_PADDED)), axis=0)
+        tl.store(partial + tl.program_id(0) * H_PADDED + tl.arange(0, H_PADDED), total)
 
 
 def _shape(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
@@ -180,24 +185,25 @@ def backward(
 
 def backward_into(
     grad_q: Tensor, grad_ks: list[Tensor], grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor,
-    sin: Tensor, eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None,
+    sin: Tensor, eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None, wants_gain: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v; returns gain's."""
+    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v; returns gain's, empty if unwanted."""
     q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
     grad_q, gain, cos, sin = (t.contiguous() for t in (grad_q, gain, cos, sin))
     grad_ks, grad_vs = _at_most(grad_ks, 2), _at_most(grad_vs, 3)
     shape = _shape(q, k, cos)
     tokens = q.shape[0]
     programs = min(triton.cdiv(tokens, TOKENS), PROGRAMS * _triton_op.grid_size(q))
-    partial = torch.empty(programs, TOKENS, shape["H_PADDED"], dtype=torch.float32, device=q.device)
+    partial = torch.empty(programs if wants_gain else 0, shape["H_PADDED"], dtype=torch.float32, device=q.device)
     unused, written_v = grad_ks[0], d_k if d_v is None else d_v
     with torch.cuda.device_of(q):
         _backward_kernel[(programs,)](
             grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin, d_q, d_k,
             written_v, partial, tokens, q.stride(0), k.stride(0), *(t.stride(0) for t in (d_q, d_k, written_v)),
-            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), **shape, num_warps=WARPS, **pdl(q),
+            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), SUMS=wants_gain,
+            **shape, num_warps=WARPS, **pdl(q),
         )  # fmt: skip
-    return sum_rows(partial.flatten(0, 1))[: gain.numel()].to(gain.dtype)
+    return sum_rows(partial)[: gain.numel()].to(gain.dtype) if wants_gain else gain.new_empty(0)
 
 
 def _at_most(grads: list[Tensor], count: int) -> list[Tensor]:

@@ -105,15 +105,18 @@ def _backward_into(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
+    wants_gain: bool,
 ) -> torch.Tensor:
-    """Writes the gradients of q, of k and of v, the `targets`, from those of all their readers; returns gain's."""
+    """Writes the gradients of q, of k and of v, the `targets`, from those of all their readers; returns gain's, empty
+    if it is not wanted."""
     if runs_triton(q) and q.numel() and k.numel():
-        return kernels("qk_rope").backward_into(grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, *targets)
+        tensors = (grad_q, grad_ks, grad_vs, q, k, gain, cos, sin)
+        return kernels("qk_rope").backward_into(*tensors, eps, *targets, wants_gain)
     grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
     *found, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
     for target, value in zip(targets, (*found, grad_v), strict=True):
         target.copy_(value)
-    return d_gain
+    return d_gain if wants_gain else gain.new_empty(0)
 
 
 _backward_op = register_op(
@@ -152,16 +155,18 @@ def _readers_backward_kernel(
     grad_q: torch.Tensor, grad_ks: list[torch.Tensor], grad_vs: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of q, k, v and gain, which is empty if it is not wanted."""
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, k))
     return d_q, d_k, d_v, _backward_into((d_q, d_k, d_v), grad_q, grad_ks, grad_vs, q, k, *rest)
 
 
 _readers_backward_op = register_op(
     "qk_rope_readers_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor q, Tensor k, Tensor gain,"
-    " Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor cos, Tensor sin, float eps, bool wants_gain) -> (Tensor, Tensor, Tensor, Tensor)",
     _readers_backward_kernel,
-    fake=lambda grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps: tuple(
-        t.new_empty(t.shape) for t in (q, k, k, gain)
+    fake=lambda grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, wants_gain: (
+        *(t.new_empty(t.shape) for t in (q, k, k)),
+        gain.new_empty(gain.shape if wants_gain else (0,)),
     ),
     not_differentiable="double backward is not supported",
 )
@@ -211,7 +216,9 @@ class _RopeReaders(torch.autograd.Function):
             raise RuntimeError("pgolf::qk_rope: cos and sin are not differentiable")
         q, k, *_ = ctx.saved_tensors
         (grad_q,), grad_ks, grad_vs = _of_readers(grads, ctx.key_readers, [q, k, k])
-        return *_readers_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps), *(None,) * 5
+        wants_gain = ctx.needs_input_grad[3]
+        *grads, d_gain = _readers_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps, wants_gain)
+        return *grads, d_gain if wants_gain else None, *(None,) * 5
 
 
 # ---- with the projections --------------------------------------------------------------------------------------------
@@ -219,23 +226,20 @@ class _RopeReaders(torch.autograd.Function):
 
 def _project(
     x: torch.Tensor,
-    w_q: torch.Tensor,
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
+    weight: torch.Tensor,
     gain: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    kv_heads: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(q', k', the three projections side by side)."""
-    heads = gain.numel()
-    kv_heads = w_k.shape[0] * heads // w_q.shape[0]
     if runs_triton(x) and x.numel():
-        raw = x @ torch.cat([w_q, w_k, w_v]).t()
+        raw = x @ weight.t()
     else:
         # Three products: a single one may round otherwise on some processors, and adapters need them apart.
-        raw = torch.cat([x @ weight.t() for weight in (w_q, w_k, w_v)], 1)
-    q, k, _ = split_heads(raw, heads, kv_heads)
+        raw = torch.cat([x @ part.t() for part in split_projections(weight, gain.numel(), kv_heads)], 1)
+    q, k, _ = split_heads(raw, gain.numel(), kv_heads)
     return *_forward(q, k, gain, cos, sin, eps), raw
 
 
@@ -245,11 +249,17 @@ def split_heads(raw: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Ten
     return raw.view(raw.shape[0], heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
 
 
-def _project_fake(x, w_q, w_k, w_v, gain, cos, sin, eps):
+def split_projections(weight: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """The rows of q, of k and of v in weight [(H + 2 Hkv) d, D]: views."""
+    dim = weight.shape[0] // (heads + 2 * kv_heads)
+    return weight.split([heads * dim, kv_heads * dim, kv_heads * dim])
+
+
+def _project_fake(x, weight, gain, cos, sin, kv_heads, eps):
     heads = gain.shape[0]
-    dim = w_q.shape[0] // heads
-    raw = x.new_empty((x.shape[0], w_q.shape[0] + 2 * w_k.shape[0]))
-    return x.new_empty((x.shape[0], heads, dim)), x.new_empty((x.shape[0], w_k.shape[0] // dim, dim)), raw
+    dim = weight.shape[0] // (heads + 2 * kv_heads)
+    q, k = (x.new_empty((x.shape[0], n, dim)) for n in (heads, kv_heads))
+    return q, k, x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _project_backward_kernel(
@@ -257,9 +267,7 @@ def _project_backward_kernel(
     grad_ks: list[torch.Tensor],
     grad_vs: list[torch.Tensor],
     x: torch.Tensor,
-    w_q: torch.Tensor,
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
+    weight: torch.Tensor,
     raw: torch.Tensor,
     gain: torch.Tensor,
     cos: torch.Tensor,
@@ -267,31 +275,28 @@ def _project_backward_kernel(
     eps: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, the weights' gradients one below the other, dgain); what is not wanted is empty."""
+    """(dx, dW, dgain); what is not wanted is empty."""
     heads, kv_heads = grad_q.shape[1], grad_ks[0].shape[1]
     q, k, _ = split_heads(raw, heads, kv_heads)
     d_raw = torch.empty_like(raw)
     d_heads = split_heads(d_raw, heads, kv_heads)
-    d_gain = _backward_into(d_heads, grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps)
-    weights = torch.cat([w_q, w_k, w_v])
-    d_x = d_raw @ weights if wanted[0] else x.new_empty(0)
+    d_gain = _backward_into(d_heads, grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, wanted[2])
+    d_x = d_raw @ weight if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain
 
 
 _project_backward_op = register_op(
-    "qkv_rope_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor x, Tensor w_q, Tensor w_k, Tensor w_v,"
-    " Tensor raw, Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "qkv_rope_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor x, Tensor weight, Tensor raw,"
+    " Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _project_backward_kernel,
-    fake=lambda grad_q, grad_ks, grad_vs, x, w_q, w_k, w_v, raw, gain, cos, sin, eps, wanted: (
-        x.new_empty(x.shape if wanted[0] else (0,)),
-        x.new_empty((raw.shape[1], x.shape[1]) if wanted[1] else (0,)),
-        gain.new_empty(gain.shape),
+    fake=lambda grad_q, grad_ks, grad_vs, x, weight, raw, gain, cos, sin, eps, wanted: tuple(
+        t.new_empty(t.shape if want else (0,)) for t, want in zip((x, weight, gain), wanted, strict=True)
     ),
     not_differentiable="double backward is not supported",
 )
 
 _project_op = register_op(
-    "qkv_rope(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor gain, Tensor cos, Tensor sin, float eps)"
+    "qkv_rope(Tensor x, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     _project,
     fake=_project_fake,
@@ -306,35 +311,32 @@ class _QkvRope(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        w_q: torch.Tensor,
-        w_k: torch.Tensor,
-        w_v: torch.Tensor,
+        weight: torch.Tensor,
         gain: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        kv_heads: int,
         eps: float,
         key_readers: int,
         value_readers: int,
     ) -> tuple[torch.Tensor, ...]:
-        q, k, raw = _project_op(x, w_q, w_k, w_v, gain, cos, sin, eps)
-        ctx.save_for_backward(x, w_q, w_k, w_v, raw, gain, cos, sin)
+        q, k, raw = _project_op(x, weight, gain, cos, sin, kv_heads, eps)
+        ctx.save_for_backward(x, weight, raw, gain, cos, sin)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.key_readers = eps, key_readers
-        v = split_heads(raw, q.shape[1], k.shape[1])[2]
+        ctx.kv_heads, ctx.eps, ctx.key_readers = kv_heads, eps, key_readers
+        v = split_heads(raw, q.shape[1], kv_heads)[2]
         return q, *_aliases(k, v, key_readers, value_readers)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             raise RuntimeError("pgolf::qkv_rope: cos and sin are not differentiable")
-        _, w_q, w_k, w_v, raw, gain, *_ = ctx.saved_tensors
-        heads = split_heads(raw, gain.numel(), w_k.shape[0] * gain.numel() // w_q.shape[0])
+        _, _, raw, gain, *_ = ctx.saved_tensors
+        heads = split_heads(raw, gain.numel(), ctx.kv_heads)
         (grad_q,), grad_ks, grad_vs = _of_readers(grads, ctx.key_readers, list(heads))
-        wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])]
+        wanted = list(ctx.needs_input_grad[:3])
         results = _project_backward_op(grad_q, grad_ks, grad_vs, *ctx.saved_tensors, ctx.eps, wanted)
-        d_x, d_weights, d_gain = results
-        parts = d_weights.split([w.shape[0] for w in (w_q, w_k, w_v)]) if wanted[1] else (None, None, None)
-        return d_x if wanted[0] else None, *parts, d_gain, *(None,) * 5
+        return *(d if want else None for d, want in zip(results, wanted, strict=True)), *(None,) * 6
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -342,41 +344,41 @@ class _QkvRope(torch.autograd.Function):
 
 def qkv_rope(
     x: torch.Tensor,
-    w_q: torch.Tensor,
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
+    weight: torch.Tensor,
     gain: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
+    kv_heads: int,
     key_readers: int = 1,
     value_readers: int = 1,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """(q', ks, vs) from the input of the projections: `qk_rope` of x W_q^T and x W_k^T, and x W_v^T.
 
-    x [..., T, D]; w_q [H d, D], w_k and w_v [Hkv d, D] in x's dtype; gain [H], cos and sin as in :func:`qk_rope`.
+    x [..., T, D]; weight [(H + 2 kv_heads) d, D] in x's dtype: W_q, W_k and W_v one below the other; gain [H], cos and
+    sin as in :func:`qk_rope`.
     Returns q' [..., T, H, d], and k' and v [..., T, Hkv, d] as often as they will be read: the gradients of all readers
     are added within this function's backward kernel. v is a strided view of all three projections. Raises ValueError
     for shapes, TypeError for dtypes.
     """
     _check_readers(key_readers, value_readers)
-    if gain.dim() != 1 or w_q.dim() != 2 or gain.numel() == 0 or w_q.shape[0] % gain.numel():
-        raise ValueError(f"w_q: got shape {tuple(w_q.shape)}, wanted [H d, D] for H = {gain.numel()} gains")
-    head_dim = w_q.shape[0] // gain.numel()
-    for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v)):
-        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] % head_dim:
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, wanted [heads * {head_dim}, {x.shape[-1]}]")
-        if weight.dtype != x.dtype or weight.device != x.device:
-            raise TypeError(f"{name}: got {weight.dtype} on {weight.device}, wanted x's {x.dtype} on {x.device}")
-    if w_v.shape != w_k.shape:
-        raise ValueError(f"w_v: got shape {tuple(w_v.shape)}, wanted w_k's {tuple(w_k.shape)}")
+    if gain.dim() != 1 or gain.numel() == 0:
+        raise ValueError(f"gain: got shape {tuple(gain.shape)}, wanted one a query head")
+    if kv_heads < 1:
+        raise ValueError(f"kv_heads: got {kv_heads}, wanted at least 1")
+    heads = gain.numel() + 2 * kv_heads
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] % heads or weight.shape[0] == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [{heads} d, {x.shape[-1]}]")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise TypeError(f"weight: got {weight.dtype} on {weight.device}, wanted x's {x.dtype} on {x.device}")
+    head_dim = weight.shape[0] // heads
     if cos.dim() != 2 or x.dim() < 2 or cos.shape[0] != x.shape[-2] or 2 * cos.shape[1] > head_dim:
         raise ValueError(f"cos: got shape {tuple(cos.shape)}, wanted [{x.shape[-2]}, P] with 2 P at most {head_dim}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
     flat = x.reshape(-1, x.shape[-1])
-    results = _QkvRope.apply(flat, w_q, w_k, w_v, gain, cos, sin, float(eps), key_readers, value_readers)
+    results = _QkvRope.apply(flat, weight, gain, cos, sin, kv_heads, float(eps), key_readers, value_readers)
     q, *aliases = (t.view(*x.shape[:-1], *t.shape[1:]) for t in results)
     return q, tuple(aliases[:key_readers]), tuple(aliases[key_readers:])
 

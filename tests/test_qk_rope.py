@@ -5,7 +5,14 @@ import torch
 
 from pgolf_kernels import qk_rope, qk_rope_readers, qkv_rope
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.qk_rope import EPS, _forward_op, _project_op, _readers_backward_op, reference
+from pgolf_kernels.qk_rope import (
+    EPS,
+    _forward_op,
+    _project_backward_op,
+    _project_op,
+    _readers_backward_op,
+    reference,
+)
 from tests import triton_aot
 
 SHAPES = [((5,), 4, 2, 16, 4), ((2, 37), 6, 3, 24, 5), ((70,), 8, 4, 64, 8), ((3,), 2, 2, 8, 0), ((4,), 2, 1, 8, 4)]
@@ -69,7 +76,7 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", reader
             raw = (torch.nn.functional.linear(x, w).unflatten(-1, (-1, dim)) for w in args[:3])
             q, ks, vs = qk_rope_readers(*raw, *args[3:], **counts)
         else:
-            q, ks, vs = qkv_rope(x, *args, **counts)
+            q, ks, vs = qkv_rope(x, torch.cat(args[:3]), *args[3:], kv_heads=kv_heads, **counts)
         return q, *ks, *vs
 
     def run(function, convert):
@@ -86,6 +93,23 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", reader
         allowed = max(allowed, torch.finfo(dtype).eps / 4) if name == "dgain" else allowed
         assert mine.dtype == theirs.dtype
         assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+def _assert_frozen_gain_changes_nothing(shape, dtype, device="cpu"):
+    (q, k, gain, cos, sin), _ = _case(shape, dtype, device)
+    leaves = [t.requires_grad_() for t in (q, k, k.flip(0))]
+
+    def gradients(gain):
+        out, keys, values = qk_rope_readers(*leaves, gain, cos, sin, key_readers=2, value_readers=2)
+        return torch.autograd.grad([out, *keys, *values], leaves, [t.detach() for t in (out, *keys, *values)])
+
+    for mine, wanted in zip(gradients(gain), gradients(gain.clone().requires_grad_()), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frozen_gain_changes_nothing(shape):
+    _assert_frozen_gain_changes_nothing(shape, torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,10 +136,10 @@ def test_gradients_of_readers_are_added():
 def test_one_reader_of_the_values_is_enough():
     (_, _, gain, cos, sin), _ = _case(SHAPES[0], torch.float64)
     gain, cos, sin = (t.double() for t in (gain, cos, sin))
-    leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((5, 8), (64, 8), (32, 8), (32, 8))]
+    leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((5, 8), (128, 8))]
 
     def call(picked, *args):
-        q, ks, vs = qkv_rope(*args, gain, cos, sin, key_readers=2, value_readers=3)
+        q, ks, vs = qkv_rope(*args, gain, cos, sin, kv_heads=2, key_readers=2, value_readers=3)
         return [(q, *ks, *vs)[i] for i in picked]
 
     for picked in ((0, 3), (1, 5), (1, 2, 3, 4), (2,), (0,)):
@@ -156,9 +180,13 @@ def test_rows_of_a_batch_share_the_table():
 def test_op_contract():
     (q, k, gain, cos, sin), _ = _case(SHAPES[0], torch.float32)
     torch.library.opcheck(_forward_op, (*(t.requires_grad_() for t in (q, k, gain)), cos, sin, EPS))
-    torch.library.opcheck(_project_op, (*(torch.randn(n, 8) for n in (5, 64, 32, 32)), gain.detach(), cos, sin, EPS))
-    q, k, gain = (t.detach() for t in (q, k, gain))
-    torch.library.opcheck(_readers_backward_op, (q, [k, k], [k, k, k], q, k, gain, cos, sin, EPS))
+    x, weight, gain = torch.randn(5, 8), torch.randn(128, 8), gain.detach()
+    torch.library.opcheck(_project_op, (x, weight, gain, cos, sin, 2, EPS))
+    q, k, raw = q.detach(), k.detach(), torch.randn(5, 128)
+    for wanted in (True, False):
+        torch.library.opcheck(_readers_backward_op, (q, [k, k], [k, k, k], q, k, gain, cos, sin, EPS, wanted))
+        rest = (x, weight, raw, gain, cos, sin, EPS, [True, not wanted, wanted])
+        torch.library.opcheck(_project_backward_op, (q, [k, k], [k, k, k], *rest))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -179,8 +207,8 @@ def test_strided_and_empty_inputs():
         torch.testing.assert_close(mine, wanted)
     none = qk_rope(torch.empty(2, 0, 4, 8), torch.empty(2, 0, 2, 8), gain, torch.empty(0, 3), torch.empty(0, 3))
     assert [t.shape for t in none] == [(2, 0, 4, 8), (2, 0, 2, 8)]
-    weights = torch.randn(32, 10), torch.randn(16, 10), torch.randn(16, 10)
-    q, keys, values = qkv_rope(torch.empty(0, 10), *weights, torch.ones(4), torch.empty(0, 3), torch.empty(0, 3))
+    table = torch.empty(0, 3)
+    q, keys, values = qkv_rope(torch.empty(0, 10), torch.randn(64, 10), torch.ones(4), table, table, kv_heads=2)
     assert [t.shape for t in (q, *keys, *values)] == [(0, 4, 8), (0, 2, 8), (0, 2, 8)]
 
 
@@ -248,6 +276,7 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_kernels_on_a_gpu(shape, dtype):
     _assert_no_worse_than_pytorch(shape, dtype, "cuda")
+    _assert_frozen_gain_changes_nothing(shape, dtype, "cuda")
     for readers in (1, 2, 4):
         for apart in (False, True):
             _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda", readers, apart)
@@ -258,6 +287,7 @@ if __name__ == "__main__":
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)
+                _assert_frozen_gain_changes_nothing(case, precision)
                 for count in (1, 2, 4):
                     for separate in (False, True):
                         _assert_projections_no_worse_than_pytorch(case, precision, readers=count, apart=separate)

@@ -114,7 +114,8 @@ def qk_rope(module: ModuleType) -> None:
     module.backward(q, k, q, k, gain, cos, cos, EPS)
     for keys, values in ((1, 1), (1, 2), (2, 3)):
         module.backward_into(q, [k] * keys, [k] * values, *parts[:2], gain, cos, cos, EPS, *parts)
-    module.backward_into(q, [k] * 2, [k] * 3, q, k, gain, cos, cos, EPS, q, k, k)
+    for wants_gain in (True, False):
+        module.backward_into(q, [k] * 2, [k] * 3, q, k, gain, cos, cos, EPS, q, k, k, wants_gain)
 
 
 def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
