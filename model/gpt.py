@@ -16,7 +16,7 @@ Activations have the dtype of `compute_dtype`; parameters stay fp32 and are cast
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,25 @@ class _Weights:
 
 
 @dataclass
+class Operands:
+    """What a call makes of the parameters' matrices: calls between which these rest may share one."""
+
+    table: Tensor  # rows that tokens read
+    head: Tensor
+    layers: list[_Weights]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (self.table, self.head)
+        for weights in self.layers:
+            yield from vars(weights).values()
+
+    @torch.no_grad()
+    def copy_(self, other: Operands) -> None:
+        """Takes the other's values, where this one's lie: recorded calls read them there."""
+        torch._foreach_copy_(list(self), list(other))
+
+
+@dataclass
 class _Mixing:
     """Coefficients of the residual stream, one row a stream, in fp32."""
 
@@ -110,6 +129,11 @@ class _Pass:
 
     def tail_at(self, slot: int) -> Tail | None:
         return self.tail if slot == self.tail_slot else None
+
+    def wanted(self, x: Tensor, slot: int) -> Tensor:
+        """The rows of x [1, N, ...] for which this block is computed."""
+        tail = self.tail_at(slot)
+        return x if tail is None else tail.of(x)
 
 
 class GPT(nn.Module):
@@ -204,15 +228,17 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         collect: Collect | None = None,
         tail: Tail | None = None,
+        operands: Operands | None = None,
     ) -> Tensor:
         """Final normed hidden states, [..., D] for input_ids [...], or [n, D] of a `tail` of n rows.
 
         input_ids: [B, T], each row one causal sequence, or with `cu_seqlens` (int32, from 0, padded with repeated
         ends) one packed row [N] or [1, N] of documents no longer than `max_seqlen`. Positions run on through a packed
         row: only their differences matter. `loop` chooses the layer order. `collect(names, x)` is called with the
-        input x of the matrices `names`, for Hessians.
+        input x of the matrices `names`, for Hessians. `operands`: what :meth:`operands` gave for these parameters.
         """
         config = self.config
+        operands = operands or self.operands()
         ids = input_ids.view(1, -1) if input_ids.dim() == 1 else input_ids
         if cu_seqlens is not None and (ids.size(0) != 1 or max_seqlen is None):
             raise ValueError(
@@ -230,19 +256,17 @@ class GPT(nn.Module):
             cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
             max_seqlen = length
         state = _Pass(
-            self._weights(), self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect,
+            operands.layers, self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect,
             tail, self._tail_slot(loop),
         )  # fmt: skip
 
+        x = embedding(ids, operands.table, dtype=self.compute_dtype)
         if config.bigram_vocab_size:
-            x = embedding(ids, self.tok_emb, dtype=self.compute_dtype)
             pair = nn.functional.embedding(bigram_index(ids, starts, config.bigram_vocab_size), self.bigram_embed)
             projection = self._maybe_fake_quantize(self.bigram_proj.to(self.compute_dtype), 31)
             if collect is not None:
                 collect(("bigram_proj",), pair.to(x.dtype))
             x = rms_norm(x + nn.functional.linear(pair.to(x.dtype), projection) * self.bigram_scale.to(x.dtype))
-        else:
-            x = embedding(ids, rms_norm(self.tok_emb), dtype=self.compute_dtype)
         if config.smear_gate:
             x = smear(x, self.smear, starts)
         x = self._layers(x, state, loop)
@@ -262,6 +286,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         hints: Tensor | None = None,
         adapters: Adapters | None = None,
+        operands: Operands | None = None,
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Cross entropy in nats of `targets` (shape of input_ids); other arguments as in `hidden`.
@@ -271,7 +296,9 @@ class GPT(nn.Module):
         (int64, one a scored position, -1: none) the result is (nll, log p(hint)).
         """
         tail, chosen = (positions, positions.positions) if isinstance(positions, Tail) else (None, positions)
-        hidden = self.hidden(input_ids, adapters=adapters, tail=tail, **inputs).reshape(-1, self.config.model_dim)
+        operands = operands or self.operands()
+        hidden = self.hidden(input_ids, adapters=adapters, tail=tail, operands=operands, **inputs)
+        hidden = hidden.reshape(-1, self.config.model_dim)
         flat_targets = targets.reshape(-1)
         lora_a, lora_b = adapters.head() if adapters is not None else (None, None)
         documents = None
@@ -285,7 +312,7 @@ class GPT(nn.Module):
             documents = documents[chosen] if documents is not None else None
         result: Any = linear_softcap_cross_entropy(
             hidden,
-            self.tok_emb.to(self.compute_dtype),
+            operands.head,
             flat_targets,
             self.config.logit_softcap,
             lora_a=lora_a,
@@ -315,8 +342,8 @@ class GPT(nn.Module):
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
 
-    def _weights(self) -> list[_Weights]:
-        """Every layer's matrices; the branch scales go into the output matrices, so that no activation is scaled."""
+    def operands(self) -> Operands:
+        """The branch scales go into the output matrices, so that no activation is scaled."""
         layers, dtype = self.config.num_layers, self.compute_dtype
         q, o = self._maybe_fake_quantize(self.qo_bank, 31).split(layers)
         k, v = self._maybe_fake_quantize(self.kv_bank, 31).split(layers)
@@ -325,7 +352,9 @@ class GPT(nn.Module):
         # Columns become rows, which the MLP's backward reads: once for all layers and their passes.
         columns = (down * self.mlp_scale.unsqueeze(-1)).mT.to(dtype, memory_format=torch.contiguous_format)
         parts = (qkv.to(dtype), o.to(dtype), up.to(dtype), columns.mT)
-        return [_Weights(*matrices) for matrices in zip(*(part.unbind() for part in parts), strict=True)]
+        table = self.tok_emb if self.config.bigram_vocab_size else rms_norm(self.tok_emb)
+        weights = [_Weights(*matrices) for matrices in zip(*(part.unbind() for part in parts), strict=True)]
+        return Operands(table, self.tok_emb.to(dtype), weights)
 
     def _mixing(self) -> _Mixing:
         """Computed for all layers at once: one by one, gradients of their slices would cost a launch or two each."""
@@ -406,9 +435,8 @@ class GPT(nn.Module):
         """(output, the stream's last activation, x0); the latter two for later uses, see Stream."""
         h, normed, again = self._read(x, x0, layer, state.mixing)
         y = self._attention(normed, layer, slot, state, residual=h)
-        tail = state.tail_at(slot)
         if self.config.parallel_lanes == 1 and 0 <= self.config.parallel_start <= layer:
-            normed = normed if tail is None else tail.of(normed)
+            normed = state.wanted(normed, slot)
         else:
             normed, y = norm_residual(y, scale=self._norm_scale(layer), overwritten=state.adapters is None)
         return self._mlp(normed, layer, slot, state, residual=y), again[-1], again[0]
@@ -422,8 +450,7 @@ class GPT(nn.Module):
         lane0, _ = lanes[0].replaced(lanes[1].tensors, again).sum()
         _, attended, (x0, lane0) = self._read(Stream.of(lane0), x0, layer, state.mixing, with_total=False)
         attended = self._attention(attended, layer, slot, state)
-        if tail := state.tail_at(slot):
-            lane0, lane1, fed = tail.of(lane0), tail.of(lane1), tail.of(fed)
+        lane0, lane1, fed = (state.wanted(x, slot) for x in (lane0, lane1, fed))
         fed = self._mlp(fed, layer, slot, state)
         first, second = state.mixing.lanes[layer].unbind()
         return (Stream((lane0, attended, fed), first), Stream((lane1, attended, fed), second)), x0
@@ -455,11 +482,9 @@ class GPT(nn.Module):
                 vs = (share[0] * vs[0] + share[1] * state.first_value,) * len(vs)
         subtract_self = layer >= config.num_layers - config.xsa_last_n
         if subtract_self and config.xsa_form == "self_weight":
-            y = attention_without_self(q, ks[0], vs[0], state.starts)
-            y = y if tail is None else tail.of(y)
+            y = state.wanted(attention_without_self(q, ks[0], vs[0], state.starts), slot)
         else:
-            asks, own_value = (state, vs[-1]) if tail is None else (tail, tail.of(vs[-1]))
-            q = q if tail is None else tail.of(q)
+            asks, q, own_value = tail or state, state.wanted(q, slot), state.wanted(vs[-1], slot)
             keys, values = ([t.flatten(0, 1) for t in aliases] for aliases in (ks, vs[:-1]))
             every = (state.cu_seqlens, state.max_seqlen)
             y = varlen_attention(q.flatten(0, 1), keys, values, asks.cu_seqlens, asks.max_seqlen, *every).view(q.shape)

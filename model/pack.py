@@ -41,6 +41,11 @@ _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
 _NATIVE = "pgolf_kernels._native"
 _DEVICE = ("_triton_tile", "_triton_lora")  # modules of device code that modules of Triton kernels import
+# Modules of operators that the network alone calls: neither a file nor a user decides what they are given.
+_OPERATORS = (
+    "adapter_adamw", "batched_lora", "embedding", "fused_mlp", "linear_softcap_ce", "_linear_softcap_ce_head", "muon",
+    "qk_rope", "residual", "softcap_ce", "stepped_lora", "xsa",
+)  # fmt: skip
 _KERNELS = "_triton"  # ending of the modules of Triton kernels, which are imported by name where they run
 
 _STUB = b'''# coding: latin-1
@@ -145,8 +150,15 @@ def packed_files(*, ngram: bool) -> dict[str, str]:
     sources = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     sources[_NATIVE] += _HINTS if ngram else ""
     missing = _missing_native(sources[_NATIVE])
+    pruned = prune(
+        sources,
+        ("model.packed_entry", _NATIVE),
+        false=missing,
+        by_name=_KERNELS,
+        unchecked=[f"pgolf_kernels.{name}" for name in _OPERATORS],
+    )
     files = {}
-    for name, source in prune(sources, ("model.packed_entry", _NATIVE), false=missing, by_name=_KERNELS).items():
+    for name, source in pruned.items():
         suffix = "/__init__.py" if paths[name].name == "__init__.py" else ".py"
         files[name.replace(".", "/") + suffix] = minified(source, kernels=name.endswith((_KERNELS, *_DEVICE)))
     if ngram:

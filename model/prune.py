@@ -1,6 +1,7 @@
 """Source of several modules without what a program that starts at some of them cannot reach.
 
-Three passes over the syntax trees. Annotations go, except those that a program reads (`typing.get_type_hints`).
+Four passes over the syntax trees. Annotations go, except those that a program reads (`typing.get_type_hints`). Checks
+of arguments go where the caller is known to pass the right ones (an `if` that only raises ValueError or TypeError).
 Conditions known to be false are folded, and the branches behind them dropped. Then definitions are kept that something
 kept refers to, beginning at the roots and at the statements that act when a module is imported. What a name, attribute
 or string may refer to counts as referred to, so that a definition goes only where nothing could find it.
@@ -18,15 +19,23 @@ _Condition = Callable[[ast.expr], bool]
 
 
 def prune(
-    sources: Mapping[str, str], roots: Collection[str], *, false: _Condition = lambda _: False, by_name: str = ""
+    sources: Mapping[str, str],
+    roots: Collection[str],
+    *,
+    false: _Condition = lambda _: False,
+    by_name: str = "",
+    unchecked: Collection[str] = (),
 ) -> dict[str, str]:
     """Module -> source, of the modules of `sources` that the modules `roots` reach.
 
     Roots stay whole, and packages stay. false: which expressions are known to be false. by_name: ending of modules that
-    others import by a string with the rest of the name, as in kernels("x") for package._x_triton.
+    others import by a string with the rest of the name, as in kernels("x") for package._x_triton. unchecked: modules
+    whose checks of arguments go.
     """
     trees = {name: ast.parse(source) for name, source in sources.items()}
-    for tree in trees.values():
+    for name, tree in trees.items():
+        if name in unchecked:
+            _Unchecked().visit(tree)
         if not _reads_annotations(tree):
             _Plain().visit(tree)
         _fold(tree, false)
@@ -77,6 +86,20 @@ class _Plain(ast.NodeTransformer):
         if node.value is None:
             return ast.copy_location(ast.Pass(), node)
         return ast.copy_location(ast.Assign([node.target], node.value), node)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+class _Unchecked(ast.NodeTransformer):
+    """Drops checks of arguments."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.If(body=[ast.Raise(exc=ast.Call(func=ast.Name("ValueError" | "TypeError")))], orelse=[]):
+                return ast.copy_location(ast.Pass(), node)
+        return node
 
 
 # ---- conditions ------------------------------------------------------------------------------------------------------

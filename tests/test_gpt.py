@@ -278,3 +278,22 @@ def test_packed_input_needs_its_longest_length():
     model, golden = golden_model("pr1530")
     with pytest.raises(ValueError, match="max_seqlen"):
         model.hidden(golden["input_ids"].view(-1).long(), cu_seqlens=torch.tensor([0, 128], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("system", ["pr1499", "pr1530"])
+def test_operands_stand_for_the_matrices(system):
+    model, golden = golden_model(system)
+    ids, targets, inputs = _inputs(golden, "on")
+    with torch.no_grad():
+        model.compute_dtype = torch.bfloat16  # casts are copies: what they hold outlives a change
+        operands = model.operands()
+        before = model.loss(ids, targets, **inputs)
+        assert torch.equal(model.loss(ids, targets, operands=operands, **inputs), before)
+        places = [operand.data_ptr() for operand in operands]
+        for matrix in (model.tok_emb, model.qo_bank, model.kv_bank, model.up_bank, model.down_bank):
+            matrix.mul_(1.25)
+        after = model.loss(ids, targets, **inputs)
+        assert not torch.equal(after, before)
+        operands.copy_(model.operands())
+        assert torch.equal(model.loss(ids, targets, operands=operands, **inputs), after)
+        assert [operand.data_ptr() for operand in operands] == places

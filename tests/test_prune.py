@@ -126,3 +126,23 @@ def test_annotations_stay_where_they_are_read() -> None:
     kernel = "@triton.jit\ndef k(x, N: tl.constexpr):\n    M: tl.constexpr = N\n"
     out = pruned(kernel + "def f(x: int, *y: int, **z: int) -> int: pass")["root"]
     assert "k(x, N: tl.constexpr)" in out and "M: tl.constexpr" in out and "f(x, *y, **z):" in out
+
+
+def test_checks_of_arguments_go_where_asked():
+    source = """
+        def call(x, y):
+            if x < 0:
+                raise ValueError(f"x: got {x}, wanted at least 0")
+            if not y:
+                raise RuntimeError("y: got none")
+            if x > 9:
+                raise TypeError("x: got too many digits")
+            else:
+                y += 1
+            return x + y
+
+        print(call(1, 2))
+    """
+    assert "ValueError" in pruned(source)["root"]
+    left = pruned(source, unchecked=["root"])["root"]
+    assert "ValueError" not in left and "RuntimeError" in left and "TypeError" in left

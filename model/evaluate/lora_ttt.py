@@ -26,7 +26,7 @@ from model.evaluate.documents import balance, document_costs, find_documents, nu
 from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.session import Session
 from model.evaluate.step_graphs import StepGraphs
-from model.gpt import Tail
+from model.gpt import Operands, Tail
 
 PAUSE_STEPS = 32  # between fetches of scores from the device
 SIZE_MULTIPLE = 256  # tokens of a step on a GPU are rounded up to a multiple of this ...
@@ -132,6 +132,7 @@ class DocumentTrainer:
             seed=seed,
             initial_a=initial_a,
         )
+        self._operands = self._cast()
         chunk = config.ttt_chunk_size
         self._columns = torch.arange(chunk, device=session.device)
         self._tail_bounds = torch.arange(self.slots + 1, dtype=torch.int32, device=session.device) * chunk
@@ -158,6 +159,7 @@ class DocumentTrainer:
         Documents that the ledger has already are left out; one that was interrupted is read again from its start, and
         what it has scores for is trained on but not scored again.
         """
+        self._operands.copy_(self._cast())
         states = np.full(self.slots, state)
         for number, step in enumerate(self._plan(self._open(part)), start=1):
             states[step.new] = state
@@ -165,6 +167,11 @@ class DocumentTrainer:
             if number % PAUSE_STEPS == 0:
                 self.session.pause()
         self.session.pause()
+
+    @torch.no_grad()
+    def _cast(self) -> Operands:
+        """The base weights as a step reads them: they rest while documents are read."""
+        return self.session.model.operands()
 
     def _open(self, part: np.ndarray) -> np.ndarray:
         """This rank's share of the documents `part` that have no full score yet, the most costly first."""
@@ -236,6 +243,7 @@ class DocumentTrainer:
                 inputs[positions] + 1,
                 cu_seqlens=attention_bounds,
                 max_seqlen=config.ttt_eval_seq_len,
+                operands=self._operands,
                 adapters=self.bank.adapters(through, self._tail_bounds),
             )
             if train:
