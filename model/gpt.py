@@ -85,12 +85,13 @@ class Operands:
 
 @dataclass
 class _Mixing:
-    """Coefficients of the residual stream, one row a stream, in fp32."""
+    """Coefficients of the residual stream, one row a stream, and gains, in fp32."""
 
     reads: tuple[Tensor, ...]  # by layer [2, D]: of the input embedding and of the stream
     gates: tuple[Tensor, ...]  # by skip [D]: of the stream where a skip joins; none for additive skips
     skips: tuple[Tensor, ...]  # by skip [D]: of the skip
     lanes: tuple[Tensor, ...]  # by layer [2, 3, D]: for each lane, of itself, attention and MLP
+    gains: tuple[Tensor, ...]  # by layer [H]: of the queries
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,7 @@ class GPT(nn.Module):
         if config.parallel_lanes == 2 and config.parallel_start >= 0:
             of_lanes = torch.cat([self.lane_resid.unsqueeze(1), self.lane_mix], dim=1).mT
             lanes = of_lanes.unsqueeze(-1).expand(-1, -1, -1, config.model_dim).unbind()
-        return _Mixing(self.resid_mix.flip(1).unbind(), gates, skips.unbind(), lanes)
+        return _Mixing(self.resid_mix.flip(1).unbind(), gates, skips.unbind(), lanes, self.q_gain.unbind())
 
     def _tail_slot(self, loop: bool) -> int:
         """The last block's slot; -1 where later passes go through blocks again, under the slots they had."""
@@ -464,7 +465,7 @@ class GPT(nn.Module):
             state.collect(tuple(f"blocks.{layer}.attn.{name}" for name in "qkv"), normed)
         epsilon = norm_epsilon(normed.dtype)
         group = config.num_heads // config.num_kv_heads
-        rope: dict[str, Any] = {"gain": self.q_gain[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
+        rope: dict[str, Any] = {"gain": state.mixing.gains[layer], "cos": state.cos, "sin": state.sin, "eps": epsilon}
         rope |= {"key_readers": group, "value_readers": group + 1}
         total = residual
         if state.adapters is None:
