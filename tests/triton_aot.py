@@ -35,6 +35,7 @@ class Compiled:
     stack: int
     local: int
     shared: int
+    serial: bool  # ptxas found that accumulators are touched between products, and waits for each wgmma
     races: bool  # launched as a programmatic dependent, and touches memory before it waits for the kernel before
 
 
@@ -93,9 +94,14 @@ def _usage(name: str, compiled: Any, races: bool) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    products = code.count("HGMMA")
+    serial = 0 < products <= code.count("WARPGROUP.DEPBAR")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(name, registers, stack, local, compiled.metadata.shared, races)
+    return Compiled(name, registers, stack, local, compiled.metadata.shared, serial, races)
 
 
 def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Compiled]:
@@ -116,6 +122,7 @@ def assert_sound(seen: list[Compiled]) -> None:
     for kernel in seen:
         assert kernel.stack == 0 and kernel.local == 0, f"{kernel}: spills"
         assert kernel.shared <= SHARED_LIMIT, f"{kernel}: more shared memory than sm_90 has"
+        assert not kernel.serial, f"{kernel}: waits for each wgmma"
         assert not kernel.races, f"{kernel}: memory before wait_for_previous"
 
 
