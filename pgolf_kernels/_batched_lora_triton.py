@@ -23,11 +23,13 @@ from pgolf_kernels._triton_lora import (
     project_kernel,
     project_three_kernel,
     shrink_kernel,
+    shrink_outer_kernel,
     step_kernel,
+    sum_kernel,
 )
-from pgolf_kernels._triton_op import block_at_least, descriptor, grid_size, pdl
+from pgolf_kernels._triton_op import block_at_least, can_describe, descriptor, grid_size, pdl
 from pgolf_kernels._triton_tile import described, new_described
-from pgolf_kernels.batched_lora import Layout, low_size, padded
+from pgolf_kernels.batched_lora import MAX_RANK, Layout, low_size, padded
 from pgolf_kernels.stepped_lora import AdamStep, Moments
 
 MAX_SHARED = 3  # pairs of shared operands in one product
@@ -50,6 +52,13 @@ PROJECT = LoraConfig()
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
 # H200, forward and backward of 64 documents of 256 rows, 512 -> 8192: 743 us; 8 warps 790.
 OUTER = LoraConfig(columns=128, stages=3, warps=4)
+# All rows of a document, ranks a part, columns of the gradient a step.
+SHRINK_OUTER = LoraConfig(rows=256, columns=64, strips=1, stages=3)
+# Bytes of a call's gradients from which on e and dB share one pass over them: more than the second-level cache keeps
+# from one kernel to the next.
+ONCE_BYTES = 1 << 26
+SHARED_BYTES = 232448 - 256  # that a block may have on Hopper, without the pipeline's barriers
+MAX_SPLITS = 32  # programs a document, each of which writes its share of e in fp32
 # H200, q, k, v and o of 64 documents of 96, 480 and 2048 rows in one launch: STEP 174, 213 and 397 us; SHORT_STEP, with
 # values and averages fetched ahead, 133 at 96 rows, and with three stages 139, 229 and 530.
 STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3)
@@ -202,18 +211,69 @@ def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
     )  # fmt: skip
 
 
-def _outer(e: Tensor, x: Tensor, grad: Tensor, s: Tensor, column: int, a: Tensor, b: Tensor, tiles: _Tiles) -> None:
-    """a = sum over each adapter's rows of e[:, column:]^T x, b the same of grad^T s[:, column:]."""
+def _outer(
+    e: Tensor, x: Tensor, column: int, a: Tensor, other: tuple[Tensor, Tensor, Tensor] | None, tiles: _Tiles
+) -> None:
+    """a = sum over each adapter's rows of e[:, column:]^T x; with `other` (grad, s, b) b of grad^T s[:, column:]."""
     bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
+    grad, s, b = other or (e, x, a)  # stand where there is none, unread
     count_a, count_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (a, b))
     e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
     x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    outer_kernel[(count_a + count_b, len(a))](
+    outer_kernel[(count_a + (count_b if other else 0), len(a))](
         e_desc, x_desc, a, *a.shape[1:], column, grad_desc, s_desc, b, *b.shape[1:], column,
         count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
         PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
         num_warps=OUTER.warps, num_stages=OUTER.stages, **tiles.options,
     )  # fmt: skip
+
+
+def _shares_pass(grads: list[Tensor], tiles: _Tiles) -> bool:
+    """Whether `_shrink_outer` takes the place of a product for e and one for dB."""
+    own_rows = not tiles.packed and tiles.index is None and tiles.length <= SHRINK_OUTER.rows
+    return own_rows and sum(grad.numel() * grad.element_size() for grad in grads) >= ONCE_BYTES
+
+
+def _splits(programs: int, documents: int, most: int) -> int:
+    """Programs a document, at most so many: the fewest whose rounds fill the device nearly as well as any."""
+
+    def filled(splits: int) -> float:
+        return splits * documents / (triton.cdiv(splits * documents, programs) * programs)
+
+    fullest = max(map(filled, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.9 * fullest)
+
+
+def _shrink_outer(grad: Tensor, own: Tensor, s: Tensor, e: Tensor, b: Tensor, tiles: _Tiles, scale: float) -> None:
+    """e = scale * grad own_b, b = grad^T s, both by document, of the columns of s and e that are one projection's."""
+    config = SHRINK_OUTER
+    documents, out, rank = own.shape
+    bm, bn = block_at_least(tiles.length, 64, config.rows), config.depth
+    r0 = block_at_least(rank, 16, config.columns)
+    r1 = block_at_least(rank - r0, 16, MAX_RANK) if rank > r0 else 0
+    stage = (bm + r0 + r1) * bn * own.element_size()
+    room = SHARED_BYTES - (r0 + r1) * (bm * own.element_size() + bn * b.element_size())
+    splits = _splits(grid_size(e), documents, min(MAX_SPLITS, triton.cdiv(out, bn)))
+    shares = e if splits == 1 else e.new_empty((splits * e.shape[0], rank), dtype=torch.float32)
+    # The copy engine writes no rows that are not multiples of 16 bytes.
+    whole = b if can_describe(b) else new_described(b, documents * out, b.shape[2]).unflatten(0, (documents, out))
+
+    def parts(tensor: Tensor, rows: int) -> list[Any]:
+        """Descriptors of the first r0 ranks and of the rest."""
+        return [descriptor(tensor[..., a : a + n], (1, rows, n)) if n else None for a, n in ((0, r0), (r0, r1))]
+
+    shrink_outer_kernel[(splits, documents)](
+        descriptor(tiles.planes(grad), (1, bm, bn)), *parts(own, bn), *parts(tiles.planes(s), bm),
+        *parts(shares.unflatten(0, (-1, tiles.length)), bm), *parts(whole, bn), out, scale, BM=bm, BN=bn, R0=r0, R1=r1,
+        num_warps=config.warps, num_stages=max(2, min(config.stages, room // stage)), **tiles.options,
+    )  # fmt: skip
+    if splits > 1:
+        block = 1024
+        sum_kernel[(triton.cdiv(e.numel(), block),)](
+            shares, e, e.numel(), rank, e.stride(0), PARTS=splits, BLOCK=block, **tiles.options
+        )
+    if whole is not b:
+        b.copy_(whole)
 
 
 def _step(
@@ -289,27 +349,33 @@ def products(
     return [_whole(y) for y in ys], s
 
 
-def data_gradients(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], stacked: Tensor, own: list[Tensor], tiles: _Tiles,
-    scale: float, wants_x: bool, later: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(e = scale * g B of all projections side by side, dx plus `later` or an empty tensor)."""
-    rows, depth = x.shape
-    e = x.new_empty((rows, stacked.shape[1]))
+def _shrunk(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, scale: float) -> None:
+    """e = scale * g B of all projections side by side."""
     if tiles.packed and 3 <= len(own) <= 4:
         _shrink(grads, own, e, tiles, scale)
     else:
-        for grad, b, part in zip(grads, own, e.split([b.shape[2] for b in own], dim=1), strict=True):
+        for grad, b, part in zip(grads, own, _by_projection(e, own), strict=True):
             _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
-    if not wants_x:
-        return e, x.new_empty(0)
+
+
+def _by_projection(ranks: Tensor, own: list[Tensor]) -> Sequence[Tensor]:
+    """The columns of e or s that are each projection's."""
+    return ranks.split([b.shape[2] for b in own], dim=1)
+
+
+def _data_gradient(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor | None], e: Tensor, stacked: Tensor, tiles: _Tiles,
+    later: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dx plus `later`."""
+    rows, depth = x.shape
     shared = [(g, described(w.to(x.dtype))) for g, w in zip(grads, weights, strict=True) if w is not None]
     d_x = new_described(x, rows, depth)
     later = None if later is None else _with_strides(later, d_x)
     _project(shared[:MAX_SHARED], e, 0, stacked.shape[1], stacked, d_x, tiles, residual=later, transposed=True)
     for grad, weight in shared[MAX_SHARED:]:
         d_x += (grad @ weight)[:, :depth]
-    return e, d_x.contiguous()
+    return d_x.contiguous()
 
 
 def forward(
@@ -336,14 +402,22 @@ def backward(
         else:
             stacked, own = _cast(lora_as, lora_bs, x.new_empty(low_size(lora_as, lora_bs, x.dtype)))
         grads = [described(grad) for grad in grads]
-        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, scale, wants_x)
-        x = described(x)
         d_as, d_bs = (
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (lora_as, lora_bs)
         )
+        e = x.new_empty((x.shape[0], stacked.shape[1]))
+        shares = _shares_pass(grads, tiles)
+        if shares:
+            s_parts, e_parts = (_by_projection(t, own) for t in (s, e))
+            for grad, b, s_part, e_part, d_b in zip(grads, own, s_parts, e_parts, d_bs, strict=True):
+                _shrink_outer(grad, b, s_part, e_part, d_b, tiles, scale)
+        else:
+            _shrunk(grads, own, e, tiles, scale)
+        d_x = _data_gradient(grads, x, weights, e, stacked, tiles) if wants_x else x.new_empty(0)
+        x = described(x)
         column = 0
         for grad, b, d_a, d_b in zip(grads, own, d_as, d_bs, strict=True):
-            _outer(e, x, grad, s, column, d_a, d_b, tiles)
+            _outer(e, x, column, d_a, None if shares else (grad, s, d_b), tiles)
             column += b.shape[2]
     return d_x, d_as, d_bs
 
@@ -357,7 +431,9 @@ def backward_step(
     has read the values before it."""
     with torch.cuda.device_of(x):
         grads = [described(grad) for grad in grads]
-        e, d_x = data_gradients(grads, x, weights, stacked, own, tiles, 1.0, wants_x, later)
+        e = x.new_empty((x.shape[0], stacked.shape[1]))
+        _shrunk(grads, own, e, tiles, 1.0)
+        d_x = _data_gradient(grads, x, weights, e, stacked, tiles, later) if wants_x else x.new_empty(0)
         x = described(x)
         column = 0
         for i in range(0, len(own), STEPPED):

@@ -6,6 +6,7 @@ Which pair a step reads is a select between tensor-map descriptors, so that the 
 between them. With no shared pair it is the product that shrinks x to the ranks. `project_three_kernel` and
 `shrink_kernel` do what it does for several projections of a packed batch in one launch. `outer_kernel` sums u^T v over
 each adapter's rows; `step_kernel` takes the optimiser's step with such sums instead of writing them (stepped_lora.py).
+`shrink_outer_kernel` makes both products of a wide gradient in one pass over it.
 """
 
 # Conditions on constants are folded when a kernel is compiled and may not be joined with conditions on values.
@@ -400,6 +401,55 @@ def step_kernel(
                 p *= factor
             offsets, _ = _tile_of(i, first, rows, columns, stride, BI, BJ // STRIPS, 1)
             tl.store(low_ptr + offsets, p.to(low_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shrink_outer_kernel(
+    g_desc, b0_desc, b1_desc, s0_desc, s1_desc, e0_desc, e1_desc, out0_desc, out1_desc, columns, scale,
+    BM: tl.constexpr, BN: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """e = scale * g b_b and out_b = g^T s in one pass over g, for documents of at most BM rows with an adapter each.
+
+    A program takes a range of one document's columns, as many programs a document as the grid is wide; each stores its
+    share of e in a plane of its own. The ranks come in two parts of R0 and R1, whose sizes are powers of two and whose
+    sum need not be one; R1 may be 0.
+    """
+    wait_for_previous(PDL)
+    split, document, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    s0, e0 = tl.reshape(s0_desc.load([document, 0, 0]), (BM, R0)), tl.zeros((BM, R0), tl.float32)
+    if R1 > 0:
+        s1, e1 = tl.reshape(s1_desc.load([document, 0, 0]), (BM, R1)), tl.zeros((BM, R1), tl.float32)
+    chunks = tl.cdiv(columns, BN)
+    for chunk in range(chunks * split // splits, chunks * (split + 1) // splits):
+        n = chunk * BN
+        g = tl.reshape(g_desc.load([document, 0, n]), (BM, BN))
+        # The last product of a step has to be one that is waited for: an accumulator still in use where the loop turns
+        # makes ptxas wait for every single wgmma.
+        if R1 > 0:
+            out1 = tl.dot(g.T, s1)
+            out1_desc.store([document, n, 0], tl.reshape(out1.to(out1_desc.dtype), (1, BN, R1)))
+            e1 = tl.dot(g, tl.reshape(b1_desc.load([document, n, 0]), (BN, R1)), e1)
+        e0 = tl.dot(g, tl.reshape(b0_desc.load([document, n, 0]), (BN, R0)), e0)
+        out0 = tl.dot(g.T, s0)
+        out0_desc.store([document, n, 0], tl.reshape(out0.to(out0_desc.dtype), (1, BN, R0)))
+    plane = split * tl.num_programs(1) + document
+    e0_desc.store([plane, 0, 0], tl.reshape((e0 * scale).to(e0_desc.dtype), (1, BM, R0)))
+    if R1 > 0:
+        e1_desc.store([plane, 0, 0], tl.reshape((e1 * scale).to(e1_desc.dtype), (1, BM, R1)))
+
+
+@triton.jit(do_not_specialize=["size"])
+def sum_kernel(
+    part_ptr, out_ptr, size, columns, stride, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """out [rows, columns], its rows `stride` apart, = the sum of PARTS contiguous matrices of `size` elements."""
+    wait_for_previous(PDL)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(part_ptr + part * size + place, mask=place < size, other=0.0)
+    offsets = place // columns * stride + place % columns
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=place < size)
 
 
 @triton.jit

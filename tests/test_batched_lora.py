@@ -1,12 +1,13 @@
 """Batched LoRA: dense and packed batches against fp64, its contract, its Triton kernels interpreted and compiled."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 
 from pgolf_kernels import batched_lora, batched_lora_multi
-from pgolf_kernels._triton_op import interpreting
+from pgolf_kernels._triton_op import interpreting, kernels
 from pgolf_kernels.batched_lora import _forward_op, _single_op, reference
 from tests import triton_aot
 
@@ -29,6 +30,13 @@ CASES = [
     Case(3, 70, 24, (40,), (8,), indexed=True),
     Case(4, 70, 24, (40,), (1,), packed=True),
     Case(2, 150, 33, (40, 19, 70), (5, 16, 3), packed=True, indexed=True),
+]
+# With the constant that says when e and dB share one pass over the gradient lowered.
+ONCE = [
+    Case(2, 70, 24, (150,), (8,)),
+    Case(2, 200, 33, (40, 19, 130), (5, 96, 16)),
+    Case(3, 256, 24, (65,), (1,)),
+    Case(1, 3, 24, (200, 64), (128, 70)),
 ]
 
 
@@ -239,6 +247,38 @@ def test_triton_kernels_on_a_gpu(case, dtype):
     _assert_no_worse_than_pytorch(case, dtype, "cuda")
 
 
+def _assert_once_no_worse_than_pytorch(case, splits, dtype, device="cpu"):
+    module = kernels("batched_lora")
+    with (
+        mock.patch.multiple(module, ONCE_BYTES=0, _splits=lambda programs, documents, most: min(splits, most)),
+        mock.patch.object(module, "_shrink_outer", wraps=module._shrink_outer) as shared,
+    ):
+        _assert_no_worse_than_pytorch(case, dtype, device)
+    assert shared.call_count == len(case.outs)
+
+
+@triton_aot.needs_triton
+def test_programs_of_a_document_fill_the_device():
+    splits = kernels("batched_lora")._splits
+    assert [splits(132, documents, 32) for documents in (1000, 132, 100, 64, 33, 16)] == [1, 1, 5, 2, 4, 8]
+    assert splits(132, 64, 1) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*ONCE, Case(3, 256, 512, (8192, 256), (96, 128))])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_pass_over_the_gradient_on_a_gpu(case, splits, dtype):
+    _assert_once_no_worse_than_pytorch(case, splits, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_one_pass_over_the_gradient_repeats_itself_on_a_gpu():
+    inputs, grads, options = _make(Case(64, 256, 512, (4096,), (96,)), torch.bfloat16, "cuda")
+    for first, second in zip(*(_run(inputs, grads, options) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.gpu
 def test_second_device(second_gpu):
     _assert_no_worse_than_pytorch(Case(3, 200, 512, (512, 256), (96, 96)), torch.bfloat16, second_gpu)
@@ -276,3 +316,7 @@ if __name__ == "__main__":
         for small in CASES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(small, precision)
+        for small in ONCE:
+            for parts in (1, 2):
+                for precision in (torch.float32, torch.float16):
+                    _assert_once_no_worse_than_pytorch(small, parts, precision)

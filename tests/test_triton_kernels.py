@@ -62,6 +62,15 @@ def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tup
     module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
 
 
+def batched_lora_once(module: ModuleType, dtype: torch.dtype, documents: int, length: int, rank: int) -> None:
+    """The backward of a head whose gradient is read once: two documents by several programs each, three by one."""
+    x, grad = (empty(documents * length, n, dtype=dtype) for n in (WIDTH, 64 * VOCAB))
+    weight = empty(64 * VOCAB, WIDTH, dtype=dtype)
+    a, b = (empty(documents, *shape, dtype=FP32) for shape in ((rank, WIDTH), (64 * VOCAB, rank)))
+    s, low = (empty(*shape, dtype=dtype) for shape in ((len(x), rank), (documents * rank * (WIDTH + 64 * VOCAB),)))
+    module.backward([grad], x, [weight], [a], [b], s, low, Layout(length, None, None), 1.0, True)
+
+
 def stepped_lora(module: ModuleType, length: int, outs: tuple[int, ...], adds: bool, mean: bool) -> None:
     """q, k, v and o, or an adapter that joins a branch's output, packed, with a step in the backward."""
     documents = 64
@@ -156,6 +165,9 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (False, FP16, (512, 256, 256))),
         (batched_lora, (True, FP16, (512, 256, 256))),
         (batched_lora, (True, BF16, (VOCAB,))),
+        *((batched_lora_once, (BF16, 2, 256, rank)) for rank in (96, 128, 64, 8)),
+        (batched_lora_once, (FP16, 3, 256, 96)),
+        (batched_lora_once, (BF16, 3, 96, 96)),
         (stepped_lora, (2048, (512, 256, 256, 512), False, False)),
         (stepped_lora, (96, (512, 256, 256, 512), False, True)),
         (stepped_lora, (96, (512, 256, 256), False, False)),
