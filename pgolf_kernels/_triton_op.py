@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -102,6 +103,7 @@ def interpreting() -> Iterator[None]:
 
 
 _descriptors: dict[tuple[Any, ...], Any] = {}
+_thread = threading.local()
 
 
 def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
@@ -111,6 +113,11 @@ def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
     step, so nearly every call hits. A descriptor holds its tensor alive only through the base it was made from; the
     cache therefore keeps an alias-free stand-in that carries the pointer alone.
     """
+    if tensor.is_cuda and not hasattr(_thread, "has_context"):
+        # Triton encodes descriptors before anything makes a context current, which a thread of autograd may lack where
+        # the allocator had its memory at hand. This query makes one current, also while a graph is captured.
+        torch.cuda.mem_get_info(tensor.device)
+        _thread.has_context = True
     key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), block)
     found = _descriptors.get(key)
     if found is None:
