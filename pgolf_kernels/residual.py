@@ -62,8 +62,8 @@ class ResidualConfig:
     Measured on an H200 at 98,304 x 512 in bf16. Backward: there is an accumulator as wide as a tile for each stream.
     Tiles of two tokens are fastest up to three streams (188 against 262 us for two), of one beyond (328 against 430 for
     four). All programs must fit at a time, or the last ones run alone (eight streams: 6 take 523 us, 8 take 680).
-    Frozen coefficients need no accumulators (131,072 tokens, two to five streams: `frozen` 226, 291, 364 and 423 us,
-    `backwards` 240, 332, 410 and 486; it is faster with 6,144 too).
+    Where coefficients are frozen, and no accumulator is needed, Launch(1, 4, 16) takes 5 to 13 % less time; but then a
+    gradient's last bit would depend on what else is asked for, since a row is summed in another order.
     """
 
     norm: Launch = Launch(4, 2, 16)
@@ -74,13 +74,12 @@ class ResidualConfig:
         (5, Launch(1, 4, 8)),
         (MAX_STREAMS, Launch(1, 4, 6)),
     )
-    frozen: Launch = Launch(1, 4, 16)  # backward without the coefficients' gradients
 
     def forward(self, streams: int) -> Launch:
         return next(launch for most, launch in self.forwards if streams <= most)
 
-    def backward(self, streams: int, sums: bool) -> Launch:
-        return self.frozen if not sums else next(launch for most, launch in self.backwards if streams <= most)
+    def backward(self, streams: int) -> Launch:
+        return next(launch for most, launch in self.backwards if streams <= most)
 
 
 CONFIG = ResidualConfig()
@@ -121,7 +120,7 @@ def _backward(
     """`wanted`: whether the coefficients' and each stream's gradient is; an unwanted one is empty."""
     first = streams[0]
     if _triton_op.runs_triton(first):
-        launch = CONFIG.backward(len(streams), wanted[0])
+        launch = CONFIG.backward(len(streams))
         backward = _triton_op.kernels("residual").backward
         return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, launch)
     wide = torch.promote_types(first.dtype, torch.float32)

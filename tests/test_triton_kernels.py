@@ -144,13 +144,13 @@ def residual(module: ModuleType, count: int) -> None:
     frozen = [False, *[True] * (len(streams) - 1), False]
     for through in ([None] * len(streams), streams):
         for wanted in ([True] * (len(streams) + 1), frozen):
-            launch = CONFIG.backward(count, wanted[0])
+            launch = CONFIG.backward(count)
             module.backward(streams, coefficients, streams[0], streams[0], through, 1.0, EPS, wanted, launch)
     for with_total in (False, True):
         module.forward(streams, coefficients, 1.0, EPS, with_total, True, CONFIG.forward(count))
     module.forward(streams, coefficients, 1.0, EPS, True, False, CONFIG.forward(count))
     wanted = [True] * (count + 1)
-    launch = CONFIG.backward(count, True)
+    launch = CONFIG.backward(count)
     module.backward(streams, coefficients, streams[0], None, [None] * count, 1.0, EPS, wanted, launch)
     normed, inverse = module.norm(streams[0], 1.0, EPS, CONFIG.norm)
     for later in (None, normed):
