@@ -344,7 +344,7 @@ class GPT(nn.Module):
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
 
     def operands(self) -> Operands:
-        """The branch scales go into the output matrices, so that no activation is scaled."""
+        """What a call makes of the matrices; the branches' scales go into o and down: no activation is scaled."""
         layers, dtype = self.config.num_layers, self.compute_dtype
         q, o = self._maybe_fake_quantize(self.qo_bank, 31).split(layers)
         k, v = self._maybe_fake_quantize(self.kv_bank, 31).split(layers)
