@@ -368,7 +368,7 @@ _AT_LEAST_ZERO = frozenset({
     "scalar_lr", "adam_eps", "muon_momentum_warmup_steps", "muon_wd", "embed_wd", "adam_wd", "grad_clip_norm",
     "train_log_every", "val_loss_every", "checkpoint_every", "gptq_damping", "attn_clip_sigmas", "mlp_clip_sigmas",
     "embed_clip_sigmas", "phased_prefix_docs", "ttt_lora_lr", "ttt_weight_decay", "global_ttt_lr", "sgd_ttt_lr",
-    "sgd_ttt_freeze_blocks", "ttt_grad_steps", "global_ttt_epochs", "sgd_ttt_epochs",
+    "sgd_ttt_freeze_blocks", "ttt_grad_steps", "global_ttt_epochs", "sgd_ttt_epochs", "negative_slope",
 })
 # fmt: on
 

@@ -47,6 +47,7 @@ from pgolf_kernels import (
     varlen_attention,
     xsa,
 )
+from pgolf_kernels.qk_rope import split_projections
 
 Collect = Callable[[tuple[str, ...], Tensor], None]
 LANE_RESIDUAL_INIT = 1.1
@@ -344,18 +345,18 @@ class GPT(nn.Module):
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap) / temperature
 
     def operands(self) -> Operands:
-        """What a call makes of the matrices; the branches' scales go into o and down: no activation is scaled."""
+        """What a call makes of the matrices, good until one changes. Where no cast is needed some are the parameters.
+
+        The branches' scales go into the matrices of their outputs, so that no activation is scaled.
+        """
         layers, dtype = self.config.num_layers, self.compute_dtype
         q, o = self._maybe_fake_quantize(self.qo_bank, 31).split(layers)
         k, v = self._maybe_fake_quantize(self.kv_bank, 31).split(layers)
         up, down = self._maybe_fake_quantize(self.up_bank, 15), self._maybe_fake_quantize(self.down_bank, 15)
-        qkv, o = torch.cat([q, k, v], dim=1), o * self.attn_scale.unsqueeze(-1)
-        # Columns become rows, which the MLP's backward reads: once for all layers and their passes.
-        columns = (down * self.mlp_scale.unsqueeze(-1)).mT.to(dtype, memory_format=torch.contiguous_format)
-        parts = (qkv.to(dtype), o.to(dtype), up.to(dtype), columns.mT)
+        o, down = o * self.attn_scale.unsqueeze(-1), down * self.mlp_scale.unsqueeze(-1)
+        parts = [part.to(dtype).unbind() for part in (torch.cat([q, k, v], dim=1), o, up, down)]
         table = self.tok_emb if self.config.bigram_vocab_size else rms_norm(self.tok_emb)
-        weights = [_Weights(*matrices) for matrices in zip(*(part.unbind() for part in parts), strict=True)]
-        return Operands(table, self.tok_emb.to(dtype), weights)
+        return Operands(table, self.tok_emb.to(dtype), [_Weights(*matrices) for matrices in zip(*parts, strict=True)])
 
     def _mixing(self) -> _Mixing:
         """Computed for all layers at once: one by one, gradients of their slices would cost a launch or two each."""
@@ -471,7 +472,7 @@ class GPT(nn.Module):
         if state.adapters is None:
             q, ks, vs = qkv_rope(normed, weights.qkv, kv_heads=config.num_kv_heads, **rope)
         else:
-            projections = weights.qkv.split([config.model_dim, config.kv_dim, config.kv_dim])
+            projections = split_projections(weights.qkv, config.num_heads, config.num_kv_heads)
             # The adapter of "o" reads what q, k and v do: its share joins the residual before the projection's.
             *raw, total = state.adapters.attention(slot, normed, projections, residual, self.attn_scale[layer])
             q, ks, vs = qk_rope_readers(*(y.unflatten(-1, (-1, config.head_dim)) for y in raw), **rope)

@@ -30,8 +30,10 @@ def prune(
 
     Roots stay whole, and packages stay. false: which expressions are known to be false. by_name: ending of modules that
     others import by a string with the rest of the name, as in kernels("x") for package._x_triton. unchecked: modules
-    whose checks of arguments go.
+    whose checks of arguments go. Raises ValueError for a name there that `sources` does not have.
     """
+    if unknown := set(unchecked) - set(sources):
+        raise ValueError(f"unchecked: got {sorted(unknown)}, wanted names of `sources`")
     trees = {name: ast.parse(source) for name, source in sources.items()}
     for name, tree in trees.items():
         if name in unchecked:
@@ -98,7 +100,8 @@ class _Unchecked(ast.NodeTransformer):
         self.generic_visit(node)
         match node:
             case ast.If(body=[ast.Raise(exc=ast.Call(func=ast.Name("ValueError" | "TypeError")))], orelse=[]):
-                return ast.copy_location(ast.Pass(), node)
+                binds = any(isinstance(part, ast.NamedExpr) for part in ast.walk(node.test))
+                return node if binds else ast.copy_location(ast.Pass(), node)
         return node
 
 

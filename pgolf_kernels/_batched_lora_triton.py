@@ -56,7 +56,8 @@ OUTER = LoraConfig(columns=128, stages=3, warps=4)
 SHRINK_OUTER = LoraConfig(rows=256, columns=64, strips=1, stages=3)
 # Bytes of a call's gradients from which on e and dB share one pass over them: more than the second-level cache keeps
 # from one kernel to the next. H200, e, dA and dB of 64 documents of 256 rows: 512 columns 29 us apart and 40 in one
-# pass, 8192 columns 229 and 186; there 2 stages take 248, 16 warps 217, ranks in one part 246, 4 programs each 195.
+# pass, 8192 columns 229 and 186 (what lies between was not measured); there 2 stages take 248, 16 warps 217, ranks in
+# one part 246, 4 programs a document 195.
 ONCE_BYTES = 1 << 26
 SHARED_BYTES = 232448 - 256  # that a block may have on Hopper, without the pipeline's barriers
 MAX_SPLITS = 32  # programs a document, each of which writes its share of e in fp32

@@ -115,7 +115,7 @@ def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
     """
     if tensor.is_cuda and not hasattr(_thread, "has_context"):
         # Triton encodes descriptors before anything makes a context current, which a thread of autograd may lack where
-        # the allocator had its memory at hand. This query makes one current, also while a graph is captured.
+        # the allocator had its memory at hand. This query makes one current.
         torch.cuda.mem_get_info(tensor.device)
         _thread.has_context = True
     key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), block)

@@ -249,10 +249,13 @@ def split_heads(raw: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Ten
     return raw.view(raw.shape[0], heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
 
 
-def split_projections(weight: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+def split_projections(
+    weight: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of q, of k and of v in weight [(H + 2 Hkv) d, D]: views."""
     dim = weight.shape[0] // (heads + 2 * kv_heads)
-    return weight.split([heads * dim, kv_heads * dim, kv_heads * dim])
+    w_q, w_k, w_v = weight.split([heads * dim, kv_heads * dim, kv_heads * dim])
+    return w_q, w_k, w_v
 
 
 def _project_fake(x, weight, gain, cos, sin, kv_heads, eps):

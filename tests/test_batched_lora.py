@@ -146,6 +146,21 @@ def test_projections_without_adapters_are_plain_linears():
     torch.testing.assert_close(second, batched_lora(x, weight, a, b))
 
 
+@triton_aot.needs_triton
+def test_which_gradients_are_read_once():
+    module = kernels("batched_lora")
+    shape = {"documents": 64, "cu_seqlens": None, "index": None, "map": None, "count": None, "options": {}}
+
+    def once(length, columns, **changes):
+        grad = torch.empty(64 * length, columns, dtype=torch.bfloat16, device="meta")
+        return module._shares_pass([grad], module._Tiles(length=length, **shape | changes))
+
+    assert once(256, 8192) and once(256, 2048) and once(200, 4096)
+    assert not once(256, 2040) and not once(257, 8192)  # in the cache; longer than a tile
+    some = torch.empty(65, dtype=torch.int32)
+    assert not once(256, 8192, cu_seqlens=some) and not once(256, 8192, index=some)
+
+
 def test_frozen_inputs_and_weights_get_no_gradient():
     x, weight = torch.randn(2, 3, 8), torch.randn(6, 8)
     a, b = torch.randn(2, 2, 8, requires_grad=True), torch.randn(2, 6, 2, requires_grad=True)

@@ -281,11 +281,12 @@ def test_packed_input_needs_its_longest_length():
 
 
 @pytest.mark.parametrize("system", ["pr1499", "pr1530"])
-def test_operands_stand_for_the_matrices(system):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operands_stand_for_the_matrices(system, dtype):
     model, golden = golden_model(system)
     ids, targets, inputs = _inputs(golden, "on")
     with torch.no_grad():
-        model.compute_dtype = torch.bfloat16  # casts are copies: what they hold outlives a change
+        model.compute_dtype = dtype
         operands = model.operands()
         before = model.loss(ids, targets, **inputs)
         assert torch.equal(model.loss(ids, targets, operands=operands, **inputs), before)

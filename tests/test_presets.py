@@ -66,7 +66,7 @@ def test_demo_has_a_step_budget_and_the_parts_of_the_large_presets():
 
 
 # Numbers that may have any value, or that are held against others (tests below).
-FREE = {"negative_slope", "rope_dims", "qk_gain_init", "tied_embed_init_std", "xsa_last_n", "loop_start", "loop_end"}
+FREE = {"rope_dims", "qk_gain_init", "tied_embed_init_std", "xsa_last_n", "loop_start", "loop_end"}
 FREE |= {"parallel_start", "bigram_dim", "loop_start_step", "global_ttt_warmup_start_lr", "global_ttt_warmup_chunks"}
 FREE |= {"global_ttt_grad_clip", "sgd_ttt_grad_clip"}
 

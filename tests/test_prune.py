@@ -139,10 +139,14 @@ def test_checks_of_arguments_go_where_asked():
                 raise TypeError("x: got too many digits")
             else:
                 y += 1
-            return x + y
+            if (n := x + y) > 99:
+                raise TypeError(f"x, y: got {n} in all")
+            return n
 
         print(call(1, 2))
     """
     assert "ValueError" in pruned(source)["root"]
     left = pruned(source, unchecked=["root"])["root"]
-    assert "ValueError" not in left and "RuntimeError" in left and "TypeError" in left
+    assert "ValueError" not in left and "RuntimeError" in left and "too many" in left and "in all" in left
+    with pytest.raises(ValueError, match="'elsewhere'"):
+        pruned(source, unchecked=["elsewhere"])
