@@ -317,28 +317,30 @@ def test_returns_before_the_gpu_is_done(packed):
 
 
 BACKWARD_IN_A_NEW_THREAD = """
+import sys
 import torch
-import pgolf_kernels.batched_lora as lora
+from pgolf_kernels import batched_lora
+from pgolf_kernels.batched_lora import _single_backward_op, _single_op
 
 def draw(*size, dtype=torch.float32):
-    return torch.randn(size, device="cuda", dtype=dtype).requires_grad_()
+    return torch.randn(size, device=sys.argv[1], dtype=dtype).requires_grad_()
 
 x, w, grad = (draw(*size, dtype=torch.bfloat16) for size in ((2, 64, 64), (32, 64), (2, 64, 32)))
 a, b = draw(2, 16, 64), draw(2, 32, 16)
 with torch.no_grad():  # in this thread first: the allocator then has all that the other one asks for
     flat = x.flatten(0, 1)
-    _, shrunk, low = lora._single_op(flat, w, a, b, None, None, None, 64, 1.0)
+    _, shrunk, low = _single_op(flat, w, a, b, None, None, None, 64, 1.0)
     rest = (flat, w, a, b, shrunk, low, None, None, 64, 1.0, True, False)
-    wanted = lora._single_backward_op(grad.flatten(0, 1), *rest)
-found = torch.autograd.grad(lora.batched_lora(x, w.detach(), a, b), [x, a, b], grad)
+    wanted = _single_backward_op(grad.flatten(0, 1), *rest)
+found = torch.autograd.grad(batched_lora(x, w.detach(), a, b), [x, a, b], grad)
 for mine, expected in zip(found, (wanted[0].view_as(x), *wanted[2:]), strict=True):
     assert torch.equal(mine, expected)
 """
 
 
-@pytest.mark.gpu
-def test_backward_in_a_thread_without_a_context():
-    subprocess.run([sys.executable, "-c", BACKWARD_IN_A_NEW_THREAD], check=True, timeout=120)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_backward_in_a_thread_without_a_context(device):
+    subprocess.run([sys.executable, "-c", BACKWARD_IN_A_NEW_THREAD, device], check=True, timeout=120)
 
 
 @pytest.mark.gpu
