@@ -336,8 +336,9 @@ class GPT(nn.Module):
         self, input_ids: Tensor, *, adapters: Adapters | None = None, temperature: float = 1.0, **inputs: Any
     ) -> Tensor:
         """softcap * tanh(x E^T / softcap) / temperature, fp32 (fp64 for an fp64 model), [..., V]."""
-        x = self.hidden(input_ids, adapters=adapters, **inputs)
-        raw = nn.functional.linear(x, self.tok_emb.to(x.dtype))
+        operands = self.operands()
+        x = self.hidden(input_ids, adapters=adapters, operands=operands, **inputs)
+        raw = nn.functional.linear(x, operands.head)
         if adapters is not None:
             rows = (1, -1) if x.dim() == 2 else x.shape[:-1]
             raw = adapters.logits(x.view(*rows, x.size(-1)), raw.view(*rows, raw.size(-1))).view_as(raw)
