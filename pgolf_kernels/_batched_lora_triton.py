@@ -38,7 +38,8 @@ STEPPED = 4  # projections whose adapters one launch steps
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Launch knobs: rows and columns of a tile, depth a step, strips a tile is written in, pipeline stages, warps."""
+    """Launch knobs: rows and columns of a tile, depth a step, strips a tile is written in, pipeline stages, warps, and
+    programs a multiprocessor where the grid is persistent."""
 
     rows: int = 128
     columns: int = 256
@@ -46,10 +47,18 @@ class LoraConfig:
     strips: int = 2
     stages: int = 4
     warps: int = 8
+    programs: int = 1
 
 
 PROJECT = LoraConfig()
+# Products with the adapters alone. Where a tile holds all columns, each row is read once, and only the copy engine
+# counts; otherwise, and where the depth is a rank, one program's tile is written while another's products run. H200, 64
+# documents of 2048 rows: e of q, k, v and o 222 us as SHRINK, 169 as SHRINK_MANY; 96 -> 512 with a residual 116 us as
+# PROJECT, 99 with two programs of 128 columns, 90 as EXPAND; 512 -> 96 44 us as SHRINK, 45 as SHRINK_MANY (6.7 and 8.8
+# where they have 96 rows).
 SHRINK = LoraConfig(columns=128, depth=128, strips=1, stages=3)
+SHRINK_MANY = LoraConfig(columns=128, strips=1, stages=3, warps=4, programs=2)
+EXPAND = LoraConfig(columns=64, depth=32, strips=1, stages=3, warps=4, programs=3)
 # H200, forward and backward of 64 documents of 256 rows, 512 -> 8192: 743 us; 8 warps 790.
 OUTER = LoraConfig(columns=128, stages=3, warps=4)
 # All rows of a document, ranks a part, columns of the gradient a step.
@@ -61,9 +70,9 @@ SHRINK_OUTER = LoraConfig(rows=256, columns=64, strips=1, stages=3)
 ONCE_BYTES = 1 << 26
 SHARED_BYTES = 232448 - 256  # that a block may have on Hopper, without the pipeline's barriers
 MAX_SPLITS = 32  # programs a document, each of which writes its share of e in fp32
-# H200, q, k, v and o of 64 documents of 96, 480 and 2048 rows in one launch: STEP 174, 213 and 397 us; SHORT_STEP, with
-# values and averages fetched ahead, 133 at 96 rows, and with three stages 139, 229 and 530.
-STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3)
+# H200, q, k, v and o of 64 documents of 480, 1024 and 2048 rows in one launch: STEP 191, 236 and 371 us, with 8 warps
+# 213, 257 and 399. At 96 rows it takes 174 with 8 warps; SHORT_STEP, with values and averages fetched ahead, 133.
+STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
 SHORT_STEP = LoraConfig(rows=64, columns=128, depth=32, strips=4)
 SHORT_ROWS = 256  # rows a document, on the average, up to which a step is short
 CAST_TILE = 8192  # elements a program casts
@@ -93,7 +102,7 @@ class _Tiles:
 
     def planes(self, tensor: Tensor) -> Tensor:
         """[N, columns] as [documents, rows, columns]; a packed batch is one plane."""
-        return tensor.unsqueeze(0) if self.packed else tensor.unflatten(0, (self.documents, self.length))
+        return tensor.unsqueeze(0) if self.packed else tensor.view(self.documents, self.length, tensor.shape[1])
 
     def blocks(self, rows: int) -> int:
         """Upper bound of the tiles of so many rows."""
@@ -157,9 +166,15 @@ def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Te
 
 def _project(
     shared: list[tuple[Tensor, Tensor]], s: Tensor, s_column: int, rank: int, own: Tensor, out: Tensor, tiles: _Tiles,
-    *, scale: float = 1.0, residual: Tensor | None = None, transposed: bool = False, config: LoraConfig = PROJECT,
+    *, scale: float = 1.0, residual: Tensor | None = None, transposed: bool = False,
 ) -> None:  # fmt: skip
     """out [N, columns] (a view with rows of 16 bytes) = sum of a w^T + s[:, s_column:][:rank] own_b^T + residual."""
+    if shared:
+        config = PROJECT
+    elif rank <= MAX_RANK:
+        config = EXPAND
+    else:
+        config = SHRINK if out.shape[1] <= SHRINK.columns else SHRINK_MANY
     bm, bn, bk = config.rows, config.columns, config.depth
     strips = config.strips if residual is None else 2 * config.strips  # one of the residual lies beside the output's
     columns = out.shape[1]
@@ -172,7 +187,7 @@ def _project(
         None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // strips))
         for t in (out, residual)
     )
-    grid = min(grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
+    grid = min(config.programs * grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
     project_kernel[(grid,)](
         *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, residual_desc, out, residual,
         tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0), s_column, scale,
@@ -201,15 +216,16 @@ def _project_three(
 
 def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, scale: float) -> None:
     """e_p = scale * g_p own_p,b of three or four projections of a packed batch, which lie side by side in e."""
-    bm, bn, bk = SHRINK.rows, SHRINK.columns, SHRINK.depth
+    config = SHRINK_MANY
+    bm, bn, bk = config.rows, config.columns, config.depth
     missing = 4 - len(own)
     depths, ranks = [b.shape[1] for b in own], [b.shape[2] for b in own]
-    grid = min(grid_size(e), tiles.blocks(bm) * len(own))
+    grid = min(config.programs * grid_size(e), tiles.blocks(bm) * len(own))
     shrink_kernel[(grid,)](
         *(descriptor(tiles.planes(g), (1, bm, bk)) for g in grads), *[None] * missing,
         *(descriptor(b, (1, bk, bn)) for b in own), *[None] * missing, e, tiles.map, tiles.count,
         *depths, *[0] * missing, *ranks, *[0] * missing, e.stride(0), scale,
-        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=SHRINK.warps, num_stages=SHRINK.stages, **tiles.options,
+        COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=config.warps, num_stages=config.stages, **tiles.options,
     )  # fmt: skip
 
 
@@ -337,7 +353,7 @@ def products(
     residuals = [
         None if residual is None else _with_strides(residual, y) for residual, y in zip(residuals, ys, strict=True)
     ]
-    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale, config=SHRINK)
+    _project([], x, 0, x.shape[1], stacked, s, tiles, scale=scale)
     whole = [None if weight is None else described(weight.to(dtype)) for weight in weights]
     three = [w for w, residual in zip(whole[:3], residuals, strict=False) if w is not None and residual is None]
     first = 3 if tiles.packed and len(three) == 3 else 0
@@ -357,7 +373,7 @@ def _shrunk(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
         _shrink(grads, own, e, tiles, scale)
     else:
         for grad, b, part in zip(grads, own, _by_projection(e, own), strict=True):
-            _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True, config=SHRINK)
+            _project([], grad, 0, b.shape[1], b, part, tiles, scale=scale, transposed=True)
 
 
 def _by_projection(ranks: Tensor, own: list[Tensor]) -> Sequence[Tensor]:
