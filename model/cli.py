@@ -147,7 +147,8 @@ def data_verify(folder: Path, **options: Any) -> None:
 
 
 @data.command("download")
-@click.option("--out", type=ANY_PATH, required=True, help="The folder (the public scripts' DATA_DIR).")
+@click.option("--out", type=ANY_PATH, envvar="DATA_DIR", default="data", show_default=True, show_envvar=True,
+              help="The folder.")  # fmt: skip
 @click.option("--variant", default="sp8192", show_default=True, help="Which tokenizer's data set.")
 @click.option("--train-shards", type=click.IntRange(1), help="Only the first so many training shards [default: all].")
 @click.option("--repo", help="Hub repository [default: MATCHED_FINEWEB_REPO_ID, or the public one].")

@@ -156,8 +156,8 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     cuda_graphs: bool = True  # record micro-steps on a GPU and replay them
     train_log_every: int = 500
-    val_loss_every: int = 4000  # 0: only at the end
-    checkpoint_every: int = 0  # steps; 0: only when interrupted
+    val_loss_every: int = 4000  # steps, and after the last; 0: only then
+    checkpoint_every: int = 0  # steps; 0: when interrupted, and once a minute under torchrun --max-restarts
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     timeout_seconds: float = 600.0  # after which a rank gives up waiting for the others
     run_dir: str = "runs"

@@ -213,6 +213,11 @@ def _failure_elsewhere(store: dist.Store, rank: int, error: BaseException) -> Tr
 _WORDLESS = "another rank ended without a word: killed from outside, or out of host memory"
 
 
+def restarts_workers() -> bool:
+    """Whether a launcher replaces workers that die: `torchrun --max-restarts`."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def local_micro_batches(micro_batches: int, world: int) -> int:
     """Micro-batches of one rank a step. Raises TrainError when they do not divide."""
     if micro_batches % world:

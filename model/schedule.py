@@ -4,6 +4,7 @@
     lr    = 1 until f >= 1 - w, then max((1 - f) / w, min_lr)                                w = warmdown_frac
     mu    = from muon_momentum_warmup_start to muon_momentum, linear over muon_momentum_warmup_steps
     loop  = f >= enable_looping_at, or step >= loop_start_step where that is set
+    qat   = lr < late_qat_threshold, and from then on
 
 Pull request 1499 (`warmdown_iters` W > 0) foresees the length of its warm-down from the mean step time t = elapsed /
 max(step, 1): with R seconds left, lr = min(1, R / (W t)); without a wall-clock budget (iterations - step) / W.
@@ -88,8 +89,11 @@ def loop_active(config: TrainConfig, step: int, fraction: float) -> bool:
     return fraction >= config.enable_looping_at
 
 
-def settings_at(config: TrainConfig, step: int, elapsed: float, *, has_loop: bool) -> StepSettings:
-    """Everything for one step; `has_loop` is False for a model without layers to loop over."""
+def settings_at(
+    config: TrainConfig, step: int, elapsed: float, *, has_loop: bool, late_qat: bool = False
+) -> StepSettings:
+    """Everything for one step; `has_loop` is False for a model without layers to loop over, `late_qat` whether the step
+    before had it: a warm-down that is foreseen from step times can move away again."""
     fraction = training_fraction(config, step, elapsed)
     scale = lr_multiplier(config, step, elapsed)
     return StepSettings(
@@ -97,5 +101,5 @@ def settings_at(config: TrainConfig, step: int, elapsed: float, *, has_loop: boo
         lr_scale=scale,
         muon_momentum=muon_momentum(config, step),
         loop=has_loop and loop_active(config, step, fraction),
-        late_qat=config.late_qat_threshold > 0 and scale < config.late_qat_threshold,
+        late_qat=late_qat or (config.late_qat_threshold > 0 and scale < config.late_qat_threshold),
     )

@@ -31,7 +31,7 @@ from model.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from model.config import Config
 from model.data.dataset import Dataset
 from model.data.loaders import LOADERS, Batch, Loader
-from model.distributed import Dist, local_micro_batches
+from model.distributed import Dist, local_micro_batches, restarts_workers
 from model.errors import ArtifactError, DataError, TrainError
 from model.files import atomic_write
 from model.gpt import GPT
@@ -41,6 +41,7 @@ from model.optim import Optimizer, WeightAverage
 from model.run import RunDir
 from model.schedule import StepSettings
 
+RESTART_SECONDS = 60.0  # between checkpoints where torchrun replaces workers and `checkpoint_every` says nothing
 RECORDED_BUCKETS = range(1, 5)  # cu_seqlens lengths recorded before the first step, as in pull request 1530's warm-up
 
 
@@ -107,7 +108,8 @@ class Trainer:
             self.model, weight=1 / self.accumulate, max_seqlen=longest, record=config.train.cuda_graphs
         )
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
-        self.looped = False
+        self.looped = self.late_qat = False  # whether the last step was
+        self._saved_at = 0.0
         self._resumed = False
         self._warm_recordings = 0
 
@@ -210,10 +212,14 @@ class Trainer:
                     break
                 if train.val_loss_every > 0 and self.step % train.val_loss_every == 0:
                     self._validate()
-                settings = schedule.settings_at(train, self.step, elapsed, has_loop=self.has_loop)
+                settings = schedule.settings_at(
+                    train, self.step, elapsed, has_loop=self.has_loop, late_qat=self.late_qat
+                )
                 self._one_step(settings, elapsed)
-                if train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0:
+                if self._checkpoint_is_due(elapsed):
                     self.save()
+            if not interrupted:
+                self._validate()
             self._finish(self.in_flight.drain())
             self._stop_clock()
         if interrupted:
@@ -221,12 +227,19 @@ class Trainer:
             self.monitor.say(f"{signal.Signals(interrupted).name}: stopped after step {self.step}, saved {path}")
         return self._result(interrupted)
 
+    def _checkpoint_is_due(self, elapsed: float) -> bool:
+        """`elapsed` is agreed between the ranks, so the answer is the same on all."""
+        every = self.config.train.checkpoint_every
+        if every > 0:
+            return self.step % every == 0
+        return restarts_workers() and elapsed - self._saved_at >= RESTART_SECONDS
+
     def _one_step(self, settings: StepSettings, elapsed: float) -> None:
         with self._out_of_memory():
             values = self.train_step(settings)
             self.average.update()
         self.step += 1
-        self.looped = settings.loop
+        self.looped, self.late_qat = settings.loop, settings.late_qat
         record = StepRecord(self.step, settings, elapsed, self.config.train.train_batch_tokens)
         self._finish(self.in_flight.push(record, values))
 
@@ -329,7 +342,11 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
-        state = {"seconds": self._elapsed(), "looped": self.looped, "ranks": self.ranks.gather_json(mine)}
+        self._saved_at = self._elapsed()
+        state = {
+            "seconds": self._saved_at, "looped": self.looped, "late_qat": self.late_qat,
+            "ranks": self.ranks.gather_json(mine),
+        }  # fmt: skip
         path = self.run_dir.checkpoints / f"step_{self.step:08d}"
         with self.ranks.together("writing a checkpoint"):
             if self.run_dir.writes:
@@ -369,7 +386,8 @@ class Trainer:
         self.loader.load_state_dict(mine["loader"])
         set_random_state(mine["random"], self.ranks.device)
         self.step, self.seconds = checkpoint.step, float(checkpoint.state["seconds"])
-        self.looped = bool(checkpoint.state["looped"])
+        self._saved_at = self.seconds
+        self.looped, self.late_qat = bool(checkpoint.state["looped"]), bool(checkpoint.state.get("late_qat"))
         self.run_dir.forget_metrics_after(self.step)
         self._resumed = True
 

@@ -137,7 +137,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, loader):
     assert resumed.step == whole.step == 6
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    losses = [[r["loss"] for r in run_of(config, name).metrics()] for name in ("whole", "run")]
+    losses = [[r["loss"] for r in run_of(config, name).metrics() if "loss" in r] for name in ("whole", "run")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
 

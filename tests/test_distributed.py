@@ -112,7 +112,7 @@ def test_two_processes_train_as_one(data, tmp_path):
     one, two = final_state(alone), {name: final_state(pair / name) for name in ("global", "per_rank", "from_one")}
     assert_same(one, two["global"], 2e-4)
     assert_same(one, two["from_one"], 2e-4)
-    assert [r["step"] for r in RunDir(pair / "from_one").metrics()] == [4, 5, 6]
+    assert [r["step"] for r in RunDir(pair / "from_one").metrics() if "loss" in r] == [4, 5, 6]
 
     shutil.copytree(pair / "global/checkpoints/step_00000003", tmp_path / "from_two/checkpoints/step_00000003")
     train(base.replace(grad_clip="global"), dataset, RunDir(tmp_path / "from_two"), Dist.single(), resume=True)

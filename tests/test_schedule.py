@@ -91,6 +91,14 @@ def test_settings_at_joins_them():
     assert schedule.settings_at(config, 5000, 0.0, has_loop=False).loop is False
 
 
+def test_late_qat_stays_on_where_the_foreseen_warmdown_moves_away():
+    config = train_config("1499")
+    slow, fast = (1, 0.5), (2, 0.6)
+    assert schedule.settings_at(config, *slow, has_loop=True).late_qat
+    assert not schedule.settings_at(config, *fast, has_loop=True).late_qat
+    assert schedule.settings_at(config, *fast, has_loop=True, late_qat=True).late_qat
+
+
 def test_a_reserve_that_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match="reserve_seconds: got 13"):
         schedule.budget_seconds(TrainConfig(max_wallclock_seconds=10.0))

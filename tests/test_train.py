@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model import schedule
+from model.checkpoint import list_checkpoints
 from model.data.dataset import open_dataset
 from model.data.loaders import LOADERS
 from model.distributed import Dist, local_micro_batches
@@ -47,7 +48,7 @@ def test_it_learns_and_writes_down_what_it_did(data, dataset, tmp_path, capsys):
     assert [r["step"] for r in steps] == list(range(1, 25))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert [r["loop"] for r in steps] == [False] * 12 + [True] * 12
-    assert [r["step"] for r in records if "val_bpb" in r] == [0, 12]
+    assert [r["step"] for r in records if "val_bpb" in r] == [0, 12, 24]
     assert steps[-1]["lr_scale"] < steps[0]["lr_scale"] == 1.0
     assert steps[3]["muon_momentum"] == pytest.approx(schedule.muon_momentum(config.train, 3))
     assert all(r["tokens_per_second"] > 0 and r["mfu"] is None for r in steps)
@@ -169,11 +170,21 @@ def test_the_wall_clock_stops_training_and_leaves_out_validation(data, dataset, 
     assert result.step == 20  # 19 steps take 1.9 s of 1.95, warm-up and validation not counted
     assert result.seconds == pytest.approx(2.0)
     records = list(run_of(config).metrics())
-    assert [r["step"] for r in records if "val_loss" in r] == [0, 8, 16]
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 8, 16, 20]
     steps = [r for r in records if "loss" in r]
     assert [r["elapsed"] for r in steps] == pytest.approx([0.1 * n for n in range(20)])
     assert [r["loop"] for r in steps] == [n / 10 / 1.95 >= 0.5 for n in range(20)]
     assert steps[-1]["lr_scale"] == pytest.approx((1 - 1.9 / 1.95) / config.train.warmdown_frac)
+
+
+@pytest.mark.parametrize(("restarts", "saved"), [("0", []), ("2", ["step_00000011", "step_00000022"])])
+def test_checkpoints_are_written_where_workers_may_be_replaced(data, dataset, tmp_path, monkeypatch, restarts, saved):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    FakeClock(monkeypatch)
+    monkeypatch.setattr("model.train.RESTART_SECONDS", 0.95)
+    config = tiny_config(data, tmp_path, iterations=24, max_wallclock_seconds=100.0)
+    train(config, dataset, run_of(config), Dist.single())
+    assert [path.name for path in list_checkpoints(run_of(config).checkpoints)] == saved
 
 
 def test_late_qat_changes_training_and_not_the_result(data, dataset, tmp_path, monkeypatch):
@@ -181,7 +192,7 @@ def test_late_qat_changes_training_and_not_the_result(data, dataset, tmp_path, m
     config = tiny_config(data, tmp_path)
     plain = train(config, dataset, run_of(config, "plain"), Dist.single())
     quantised = train(config.replace(late_qat_threshold=0.9), dataset, run_of(config, "qat"), Dist.single())
-    flags = [[r["late_qat"] for r in run_of(config, name).metrics()] for name in ("plain", "qat")]
+    flags = [[r["late_qat"] for r in run_of(config, name).metrics() if "loss" in r] for name in ("plain", "qat")]
     assert not any(flags[0])
     assert any(flags[1])
     assert not all(flags[1])
