@@ -47,6 +47,34 @@ DEFECTS = (
         "not offered: only the average's rounding (below) was seen to matter",
     ),
     Defect(
+        ("pr1530", "pr1727"),
+        "Muon's momentum is kept in bfloat16",
+        "it is kept in fp32",
+        "a buffer that remembers thirty steps would be rounded in each",
+        "not offered: the golden steps agree without it, and nothing else depends on it",
+    ),
+    Defect(
+        ("pr1530", "pr1727"),
+        "each rank clips its own gradients before they are averaged",
+        "the same",
+        "it is what the published runs did; with --grad-clip global the average is clipped",
+        "--grad-clip per_rank",
+    ),
+    Defect(
+        ("pr1413", "pr1514", "pr1530", "pr1727"),
+        "every rank calibrates on batches of its own, and rank 0's Hessians are used",
+        "Hessians are averaged over the ranks",
+        "the other ranks' batches would be computed for nothing",
+        "not offered: a single process calibrates on rank 0's batches",
+    ),
+    Defect(
+        ("pr1413", "pr1514", "pr1530", "pr1727"),
+        "a row of equal weights gets a scale that fp16 rounds to zero, and comes back as zeros",
+        "such a row gets the scale of its largest weight",
+        "a row would be lost",
+        "not offered: no other row is quantised differently",
+    ),
+    Defect(
         ("pr1499",),
         "the moving average of the embedding is held in bfloat16",
         "averages are fp32",
@@ -62,7 +90,8 @@ DEFECTS = (
     ),
     Defect(
         ("pr1499",),
-        "GPTQ feeds errors back through the full inverse Hessian and never lets a scale fall below 1/R",
+        "GPTQ feeds errors back through the full inverse Hessian, never lets a scale fall below 1/R, and quantises "
+        "with scales that it rounds only afterwards",
         "the same",
         "it is that system's published method; --quant-recipe gptq loses far less",
         "--quant-recipe pr1499",
@@ -80,6 +109,21 @@ DEFECTS = (
         "every token is scored",
         "a mean over part of the validation set is another number",
         "--compat",
+    ),
+    Defect(
+        ("pr1727",),
+        "the longest documents are read first and the base learns from the shortest of those read, so that a later "
+        "phase may learn from fewer tokens than the one before",
+        "the same",
+        "the published scores are legal in that order; --phased-order stream is causal in the stream's own",
+        "--phased-order length",
+    ),
+    Defect(
+        ("pr1514",),
+        "contexts that share a hash are one, their best count wraps after 65,535, and switched-off experts still vote",
+        "the same",
+        "the published hints are these; --ngram-hash full confuses no contexts",
+        "--ngram-hash compatible",
     ),
 )
 
