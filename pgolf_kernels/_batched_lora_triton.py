@@ -76,6 +76,7 @@ STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
 SHORT_STEP = LoraConfig(rows=64, columns=128, depth=32, strips=4)
 SHORT_ROWS = 256  # rows a document, on the average, up to which a step is short
 CAST_TILE = 8192  # elements a program casts
+MAP_TILE = 4096  # tiles times documents that a program of the map compares
 # Elements of the widest output from which on launches are no programmatic dependents. H200, forward and backward of 64
 # documents of 256 rows: they gain 1.5 % with 512 columns and lose 3 % with 8192.
 LAST_DEPENDENT = 1 << 27
@@ -120,10 +121,11 @@ def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
     most = triton.cdiv(rows, PROJECT.rows) + documents + 1
     table = torch.empty((most, 3), dtype=torch.int32, device=x.device)
     count = torch.empty((), dtype=torch.int32, device=x.device)
-    block = 32
+    among = block_at_least(documents + 1, 128, 1 << 20)
+    block = max(1, MAP_TILE // among)
     map_kernel[(triton.cdiv(most, block),)](
         layout.cu_seqlens, layout.index, table, count, rows, documents, INDEX=layout.index is not None,
-        DOCUMENTS=block_at_least(documents + 1, 128, 1 << 20), BM=PROJECT.rows, BLOCK=block, **pdl(x),
+        DOCUMENTS=among, BM=PROJECT.rows, BLOCK=block, num_warps=4 if among <= MAP_TILE else 16, **pdl(x),
     )  # fmt: skip
     return _Tiles(rows, documents, layout.cu_seqlens, layout.index, table, count, options)
 
@@ -323,7 +325,8 @@ def _step(
         *(t for ts in zip(*lora_as, strict=True) for t in four(ts)), stacked, *stacked.stride()[:2],
         *(t for ts in zip(*lora_bs, strict=True) for t in four(ts)), *four(own), *four(scales), scaled,
         *four(ranks, 0), *four([b.shape[2] for b in own], 0), *four(outs, 0), depth, *first, tiles.cu_seqlens,
-        step.steps, step.factors, step.lr, step.beta1, step.beta2, step.eps, 1.0 - step.lr * step.weight_decay,
+        step.steps, step.factors, step.lr, step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps,
+        1.0 - step.lr * step.weight_decay,
         COUNT=len(own), MOMENT=lora_as[0].mean is not None, SCALED=some is not None,
         PREFETCH=short and x.device.type != "cpu", STRIPS=config.strips, BI=bi, BJ=bj, BK=bk,
         num_warps=config.warps, num_stages=config.stages, **tiles.options,

@@ -200,11 +200,13 @@ def forward(
     total, normed = (torch.empty_like(first) if wanted else first.new_empty(0) for wanted in (with_total, with_norm))
     if rows == 0:
         return total, normed
+    block = triton.next_power_of_2(dim)
+    launch = launch.for_width(block)
     grid = (_programs(rows, launch.rows, first, launch.programs),)
     with torch.cuda.device_of(first):
         _forward_kernel[grid](
             *_pad(streams), coefficients, total, normed, rows, eps, scale,
-            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
+            STREAMS=len(streams), DIM=dim, BLOCK=block, ROWS=launch.rows,
             TOTAL=with_total, NORM=with_norm, num_warps=launch.warps, **pdl(first),
         )  # fmt: skip
     return total, normed
@@ -228,6 +230,8 @@ def backward(
     d_streams = [torch.empty_like(s) if want else s.new_empty(0) for s, want in zip(streams, wanted[1:], strict=True)]
     if rows == 0:
         return d_streams, torch.zeros_like(coefficients) if sums else coefficients.new_empty(0)
+    block = triton.next_power_of_2(dim)
+    launch = launch.for_width(block)
     programs = _programs(rows, launch.rows, first, launch.programs)
     partial = first.new_empty((programs, len(streams), dim) if sums else 1, dtype=torch.float32)
     with torch.cuda.device_of(first):
@@ -235,7 +239,7 @@ def backward(
             *_pad(streams), *_pad(d_streams), *_pad([first if t is None else t for t in through]),
             coefficients, first if d_total is None else d_total,
             first if d_normed is None else d_normed, partial, rows, eps, scale,
-            STREAMS=len(streams), DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
+            STREAMS=len(streams), DIM=dim, BLOCK=block, ROWS=launch.rows,
             TOTAL=d_total is not None, NORM=d_normed is not None,
             THROUGH=_bits(t is not None for t in through), WANTED=_bits(wanted[1:]), SUMS=sums,
             num_warps=launch.warps, **pdl(first),
@@ -252,12 +256,13 @@ def _bits(flags: Iterable[bool]) -> int:
 def norm(x: Tensor, scale: float, eps: float, launch: Launch) -> tuple[Tensor, Tensor]:
     """(n, 1 / rms [rows] in fp32)."""
     dim = x.shape[-1]
-    rows = x.numel() // dim
+    rows, block = x.numel() // dim, triton.next_power_of_2(dim)
+    launch = launch.for_width(block)
     normed, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(x):
             _norm_kernel[(_programs(rows, launch.rows, x, launch.programs),)](
-                x, normed, inverse, rows, eps, scale, DIM=dim, BLOCK=triton.next_power_of_2(dim),
+                x, normed, inverse, rows, eps, scale, DIM=dim, BLOCK=block,
                 ROWS=launch.rows, num_warps=launch.warps, **pdl(x),
             )  # fmt: skip
     return normed, inverse
@@ -268,12 +273,14 @@ def norm_backward(
 ) -> Tensor:
     """The gradient of x, plus `through`."""
     dim, rows = normed.shape[-1], len(inverse)
+    block = triton.next_power_of_2(dim)
+    launch = launch.for_width(block)
     d_x = torch.empty_like(normed)
     if rows:
         with torch.cuda.device_of(normed):
             _norm_backward_kernel[(_programs(rows, launch.rows, normed, launch.programs),)](
                 d_normed, normed, inverse, normed if through is None else through, d_x, rows, scale, 1.0 / scale,
-                THROUGH=through is not None, DIM=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows,
+                THROUGH=through is not None, DIM=dim, BLOCK=block, ROWS=launch.rows,
                 num_warps=launch.warps, **pdl(normed),
             )  # fmt: skip
     return d_x

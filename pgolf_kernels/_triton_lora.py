@@ -315,7 +315,8 @@ def step_kernel(
     b0_ptr, b1_ptr, b2_ptr, b3_ptr, b_square0_ptr, b_square1_ptr, b_square2_ptr, b_square3_ptr,
     b_mean0_ptr, b_mean1_ptr, b_mean2_ptr, b_mean3_ptr, low_b0_ptr, low_b1_ptr, low_b2_ptr, low_b3_ptr,
     scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, scaled, rank0, rank1, rank2, rank3, width0, width1, width2, width3,
-    out0, out1, out2, out3, depth, first1, first2, first3, cu_ptr, step_ptr, factor_ptr, lr, beta1, beta2, eps, keep,
+    out0, out1, out2, out3, depth, first1, first2, first3, cu_ptr, step_ptr, factor_ptr,
+    lr, beta1, rest1, beta2, rest2, eps, keep,
     COUNT: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, STRIPS: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -392,7 +393,9 @@ def step_kernel(
             mean = gradient
             if MOMENT:
                 mean = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
-            p, square, mean = adamw(p, gradient, square, mean, inverse1, inverse2, lr, beta1, beta2, eps, keep, MOMENT)
+            p, square, mean = adamw(
+                p, gradient, square, mean, inverse1, inverse2, lr, beta1, rest1, beta2, rest2, eps, keep, MOMENT
+            )
             if MOMENT:
                 tl.store(mean_ptr + offsets, mean, mask=mask)
             tl.store(square_ptr + offsets, square, mask=mask)

@@ -172,6 +172,8 @@ def adapter_adamw(
         list(params), list(grads), list(exp_avg_sqs), list(exp_avgs or []), steps, reset, zeroed,
         float(lr), float(beta1), float(beta2), float(eps), float(weight_decay),
     )  # fmt: skip
+    for tensor in (*params, *exp_avg_sqs, *(exp_avgs or [])):
+        torch.autograd.graph.increment_version(tensor)  # a backward pass that has kept a parameter must notice
 
 
 def check_step(steps: torch.Tensor, beta1: float, beta2: float) -> None:

@@ -29,6 +29,7 @@ from pgolf_kernels._triton_op import compute_capability
 BACKENDS = ("auto", "fa3", "torch")
 _HEAD_SIZES = (64, 96, 128, 192, 256)  # that FlashAttention 3 has kernels for
 _DISABLED = "FLASHATTENTION_DISABLE_"
+_NO_MODULE = "needs flash_attn_interface, which does not import; `pgolf doctor` says how to get it"
 _forced = os.environ.get("PGOLF_ATTENTION", "auto")
 
 
@@ -103,9 +104,7 @@ def set_attention_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}, wanted one of {', '.join(BACKENDS)}")
     if name == "fa3" and _flash_attention_3() is None:
-        raise RuntimeError(
-            "name: 'fa3' needs flash_attn_interface, which does not import; `pgolf doctor` says how to get it"
-        )
+        raise RuntimeError(f"name: 'fa3' {_NO_MODULE}")
     _forced = name
 
 
@@ -118,6 +117,8 @@ def attention_backend(device: torch.device) -> str:
         return "cpu"
     if _forced not in BACKENDS:
         raise ValueError(f"PGOLF_ATTENTION: got {_forced!r}, wanted one of {', '.join(BACKENDS)}")
+    if _forced == "fa3" and _flash_attention_3() is None:
+        raise RuntimeError(f"PGOLF_ATTENTION: 'fa3' {_NO_MODULE}")
     if _forced != "auto":
         return _forced
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -408,9 +409,10 @@ class _AliasedKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float,
+        ctx: Any, q: Tensor, cu_q: Tensor, cu_k: Tensor | None, max_q: int, max_k: int, causal: bool, scale: float,
         *aliases: Tensor,
     ) -> Tensor:  # fmt: skip
+        cu_k = cu_q if cu_k is None else cu_k  # torch.compile takes no tensor twice
         k, v = aliases[0], aliases[len(aliases) // 2]
         out, lse = _forward_op(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
@@ -450,7 +452,8 @@ def varlen_attention(
     alias gets the gradient from the n-th query head of every group, which FlashAttention 3 computes faster so.
 
     The values of `cu_seqlens` are not read on the host (that would wait for the GPU): bounds outside the tensors are
-    the caller's error. Raises ValueError for shapes and devices, TypeError for dtypes.
+    the caller's error, and rows behind the last bound have no defined result. Raises ValueError for shapes and devices,
+    TypeError for dtypes.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
@@ -470,7 +473,8 @@ def varlen_attention(
     for name, aliases in (("k", keys), ("v", values)):
         if any((t.shape, t.dtype, t.device) != (aliases[0].shape, q.dtype, q.device) for t in aliases):
             raise ValueError(f"{name}: got tensors that differ in shape, dtype or device, wanted aliases of one tensor")
-    return _AliasedKeys.apply(q, *rest, *keys, *values)
+    cu_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+    return _AliasedKeys.apply(q, cu_seqlens_q, cu_k, *rest[2:], *keys, *values)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:

@@ -426,8 +426,9 @@ def batched_lora(
     with it several documents may share one, and some adapters may have none. Activations in bfloat16, float16, float32
     or float64; weight and adapters in the same dtype or float32 (cast inside). Returns [..., out] in x's dtype.
 
-    Raises ValueError for shapes and devices, TypeError for dtypes. The values of `cu_seqlens` and `adapter_index` are
-    not read on the host: out of range is the caller's error.
+    Raises ValueError for shapes and devices, TypeError for dtypes. The kernels do not read the values of `cu_seqlens`
+    and `adapter_index` on the host: out of range is the caller's error. Where PyTorch computes instead of them (a CPU;
+    on a GPU float32 and float64) it goes document by document, and has to read them.
     """
     return batched_lora_multi(
         x, [weight], [lora_a], [lora_b], scale=scale, residuals=[residual], cu_seqlens=cu_seqlens,
@@ -462,6 +463,10 @@ def batched_lora_multi(
         if a is not None and b is not None:
             adapted.append(_Projection(i, weight, a, b, residual))
         elif a is None and b is None and weight is not None:
+            if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+                raise ValueError(
+                    f"weight of projection {i}: got shape {tuple(weight.shape)}, wanted [out, {x.shape[-1]}]"
+                )
             y = F.linear(x, weight.to(x.dtype))
             outputs[i] = y if residual is None else y + residual
         else:
@@ -470,6 +475,11 @@ def batched_lora_multi(
         documents = _check_input(x, cu_seqlens, adapter_index)
         for projection in adapted:
             projection.check(x, adapter_index, documents)
+            if projection.a.shape[0] != adapted[0].a.shape[0]:
+                raise ValueError(
+                    f"lora_a of projection {projection.number}: got {projection.a.shape[0]} adapters, wanted "
+                    f"{adapted[0].a.shape[0]} as projection {adapted[0].number} has"
+                )
         flat = x.reshape(-1, x.shape[-1])
         bounds, index = (None if t is None else t.contiguous() for t in (cu_seqlens, adapter_index))
         shared = (bounds, index, x.shape[1] if cu_seqlens is None else 0, float(scale))

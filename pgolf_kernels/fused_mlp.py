@@ -136,7 +136,9 @@ def _backward_kernel(
     pre: torch.Tensor,
     slope: float,
     wanted: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
+    if not x.shape[0]:  # u may stand for the sign of an h that is empty, too
+        return tuple(t.new_zeros(t.shape if want else (0,)) for t, want in zip((x, w_up, w_down), wanted, strict=True))
     d_x, d_up, d_down = (x.new_empty(0, dtype=t.dtype) for t in (x, w_up, w_down))
     if wanted[2]:
         d_down = product_as(grad.t(), hidden, w_down.dtype)
@@ -230,7 +232,7 @@ class _AddMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[1:4])
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
         grads = _backward_op(flat, *ctx.saved_tensors, ctx.slope, wanted)
         return grad, *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
 
@@ -282,7 +284,7 @@ def fused_mlp(
                 f"in_place: got residual {found} and return_hidden={return_hidden}, "
                 "wanted a contiguous residual and no return_hidden"
             )
-        if x.numel() and residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        if not torch.compiler.is_compiling() and x.numel() and _share_memory(residual, x):  # no graph knows addresses
             raise ValueError("in_place: got a residual in x's memory, wanted one of its own: x is read once more")
         return _AddMlp.apply(residual, flat, w_up, w_down, float(negative_slope))
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
@@ -292,6 +294,10 @@ def fused_mlp(
         return y
     hidden = hidden.detach().view(*x.shape[:-1], hidden.shape[-1])
     return y, hidden if hidden_gain is None else hidden * hidden_gain.detach().to(hidden.dtype)
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _check(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float, gain: torch.Tensor | None) -> None:

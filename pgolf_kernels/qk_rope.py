@@ -380,6 +380,7 @@ def qkv_rope(
         raise ValueError(f"cos: got shape {tuple(cos.shape)}, wanted [{x.shape[-2]}, P] with 2 P at most {head_dim}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
+    _check_tables(x, gain=gain, cos=cos, sin=sin)
     flat = x.reshape(-1, x.shape[-1])
     results = _QkvRope.apply(flat, weight, gain, cos, sin, kv_heads, float(eps), key_readers, value_readers)
     q, *aliases = (t.view(*x.shape[:-1], *t.shape[1:]) for t in results)
@@ -453,8 +454,14 @@ def _check(q: torch.Tensor, k: torch.Tensor, gain: torch.Tensor, cos: torch.Tens
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")
     if k.dtype != q.dtype or not q.dtype.is_floating_point:
         raise TypeError(f"k: got {k.dtype} beside q's {q.dtype}, wanted one floating-point dtype")
-    for name, tensor in (("k", k), ("gain", gain), ("cos", cos), ("sin", sin)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: got device {tensor.device}, wanted q's {q.device}")
+    _check_tables(q, k=k, gain=gain, cos=cos, sin=sin)
+
+
+def _check_tables(like: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """What goes with activations is on their device and, as they are, of floating-point numbers."""
+    for name, tensor in tensors.items():
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wanted {like.device}, where the activations are")
+    for name, tensor in {"x": like, **tensors}.items():
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name}: got {tensor.dtype}, wanted a floating-point dtype")

@@ -36,6 +36,7 @@ from pgolf_kernels._native_op import register_op
 
 EPS = torch.finfo(torch.float32).eps  # what torch.nn.functional.rms_norm takes for eps=None, below fp64
 MAX_STREAMS = 8
+WIDTH = 512  # columns that launch shapes were measured with
 
 
 def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,12 @@ class Launch:
     rows: int
     warps: int
     programs: int
+
+    def for_width(self, columns: int) -> Launch:
+        """The same share of a tile for each thread where rows are wider than what it was measured with."""
+        rows = max(1, self.rows * WIDTH // max(columns, WIDTH))
+        more = max(1, rows * columns // (self.rows * WIDTH))
+        return Launch(rows, min(self.warps * more, 32), max(1, self.programs // more))
 
 
 @dataclass(frozen=True)
@@ -306,30 +313,39 @@ class _NormThrough(torch.autograd.Function):
 
 
 def combine_norm(
-    streams: Sequence[Tensor], coefficients: Tensor, *, scale: float = 1.0, with_total: bool = True
+    streams: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    scale: float = 1.0,
+    eps: float | None = None,
+    with_total: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(u, n, streams): the weighted sum of `streams`, `scale` times its RMSNorm, and the streams again.
 
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
-    in later uses: their gradients are then added within this function's backward kernel. Without `with_total` u is
-    empty, which saves a pass. Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for
+    in later uses: their gradients are then added within this function's backward kernel. `eps` is that of the norm
+    (None: 1.19e-7, for float64 2.2e-16, as PyTorch takes it). Without `with_total` u is empty, which saves a pass.
+    Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for
     integers. See the module's docstring for the formula.
     """
     _check(streams, coefficients)
-    total, normed, *again = _through(streams, coefficients, scale, with_total, True)
+    total, normed, *again = _through(streams, coefficients, scale, eps, with_total, True)
     return total, normed, tuple(again)
 
 
 def combine(streams: Sequence[Tensor], coefficients: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(u, streams), where no norm follows. Arguments and the returned streams as in :func:`combine_norm`."""
     _check(streams, coefficients)
-    total, _, *again = _through(streams, coefficients, 1.0, True, False)
+    total, _, *again = _through(streams, coefficients, 1.0, None, True, False)
     return total, tuple(again)
 
 
-def norm_residual(x: Tensor, *, scale: float = 1.0, overwritten: bool = False) -> tuple[Tensor, Tensor]:
+def norm_residual(
+    x: Tensor, *, scale: float = 1.0, eps: float | None = None, overwritten: bool = False
+) -> tuple[Tensor, Tensor]:
     """(n, x): `scale` times the RMSNorm of x [..., D], and x again for the residual connection around what reads n.
 
+    `eps` as in :func:`combine_norm`.
     The gradient that comes back through the returned x is added within the norm's backward kernel. With `overwritten`
     the returned x may be written to: nobody but the caller may need x as it was, and it may not be a leaf that requires
     a gradient. Raises ValueError for a scale of zero and TypeError for integers.
@@ -337,14 +353,19 @@ def norm_residual(x: Tensor, *, scale: float = 1.0, overwritten: bool = False) -
     _check_float("x", x)
     if scale == 0:
         raise ValueError("scale: got 0, wanted another number")
-    return _NormThrough.apply(x.contiguous(), float(scale), _eps(x), overwritten)
+    return _NormThrough.apply(x.contiguous(), float(scale), _eps(x) if eps is None else float(eps), overwritten)
 
 
 def _through(
-    streams: Sequence[Tensor], coefficients: Tensor, scale: float, with_total: bool, with_norm: bool
+    streams: Sequence[Tensor],
+    coefficients: Tensor,
+    scale: float,
+    eps: float | None,
+    with_total: bool,
+    with_norm: bool,
 ) -> tuple[Tensor, ...]:
     inputs = [s.contiguous() for s in streams]
-    eps = _eps(streams[0])
+    eps = _eps(streams[0]) if eps is None else float(eps)
     return _CombineNormThrough.apply(coefficients.contiguous(), float(scale), eps, with_total, with_norm, *inputs)
 
 
@@ -358,6 +379,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
 
 
 def _check(streams: Sequence[Tensor], coefficients: Tensor) -> None:
+    if any(stream.dim() < 1 for stream in streams):
+        raise ValueError("streams: got a scalar, wanted tensors [..., D]")
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"streams: got {len(streams)}, wanted 1 to {MAX_STREAMS}")
     _check_float("streams[0]", streams[0])

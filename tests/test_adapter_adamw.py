@@ -105,6 +105,26 @@ def test_wrong_arguments_are_named(change, error, message):
         adapter_adamw(**arguments)
 
 
+def test_a_backward_that_has_kept_a_parameter_notices_the_step():
+    p = torch.rand(1, 3, 4, requires_grad=True)
+    loss = p.square().sum()
+    adapter_adamw([p], [torch.rand(1, 3, 4)], [torch.zeros(1, 3, 4)], torch.ones(3, dtype=torch.long), lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def _assert_small_shares_of_a_gradient_count(device):
+    """The default beta2: 1 - 0.999 in fp32 would be off by 1e-5, far above fp32's rounding."""
+    p, g, v = (torch.zeros(1, 3, 4, device=device) for _ in range(3))
+    g.fill_(2.0)
+    adapter_adamw([p], [g], [v], torch.ones(3, dtype=torch.long, device=device), lr=0.0, beta2=0.999)
+    torch.testing.assert_close(v.double(), torch.full_like(v, 4 * (1 - 0.999), dtype=torch.float64), rtol=2e-7, atol=0)
+
+
+def test_small_shares_of_a_gradient_count():
+    _assert_small_shares_of_a_gradient_count("cpu")
+
+
 def test_op_contract():
     p, g, v = (torch.rand(2, 3, 4) for _ in range(3))
     arguments = ([p], [g], [v], [], torch.ones(3, dtype=torch.long), None, [False], 0.1, 0.0, 0.9, 1e-8, 0.0)
@@ -119,6 +139,7 @@ def test_triton_kernel_through_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_triton_kernel_on_a_gpu(beta1):
+    _assert_small_shares_of_a_gradient_count("cuda")
     _documents_apart(beta1, "cuda")
 
 

@@ -126,6 +126,27 @@ def test_aliases_get_the_gradients_of_their_heads():
         varlen_attention(q, [k, k, k], values, cu, 32)
 
 
+def test_aliases_compile_with_the_bounds_of_the_queries():
+    (q, k, v), (cu, _), grad = _case(SAME, torch.float32)
+
+    def gradient(function):
+        leaf = k.clone().requires_grad_()
+        return torch.autograd.grad(function(q, leaf, v, cu), leaf, grad)[0]
+
+    def attend(q, k, v, cu):
+        return varlen_attention(q, [k, k.view_as(k)], [v, v.view_as(v)], cu, 32)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), gradient(attend))
+
+
+def test_a_forced_backend_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("pgolf_kernels.attention._forced", "fa3")
+    monkeypatch.setattr("pgolf_kernels.attention._flash_attention_3", lambda: None)
+    with pytest.raises(RuntimeError, match="PGOLF_ATTENTION: 'fa3' needs flash_attn_interface"):
+        attention_backend(torch.device("cuda", 0))
+
+
 def test_op_contract():
     (q, k, v), (cu, _), grad = _case(SAME, torch.float32)
     out, lse = _forward_op(q, k, v, cu, cu, 32, 32, True, 0.3)

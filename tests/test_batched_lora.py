@@ -252,6 +252,16 @@ def test_wrong_arguments_are_named(change, error, message):
         batched_lora(**(_GOOD | change))
 
 
+def test_projections_that_do_not_fit_each_other_are_named():
+    x, weight = torch.randn(2, 3, 8), torch.randn(6, 8)
+    a, b = ([torch.randn(n, *shape) for n in (2, 3)] for shape in ((4, 8), (6, 4)))
+    index = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="lora_a of projection 1: got 3 adapters, wanted 2 as projection 0 has"):
+        batched_lora_multi(x, [weight, weight], a, b, adapter_index=index)
+    with pytest.raises(ValueError, match=r"weight of projection 1: got shape \(6, 7\), wanted \[out, 8\]"):
+        batched_lora_multi(x, [weight, torch.randn(6, 7)], [a[0], None], [b[0], None])
+
+
 @triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
     triton_aot.run_interpreted("tests.test_batched_lora")

@@ -143,7 +143,30 @@ def test_strided_and_empty_inputs():
     (_, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
     wide = torch.randn(4, 5, 48)[..., ::2]
     torch.testing.assert_close(fused_mlp(wide, w_up, w_down), reference(wide, w_up, w_down))
-    assert fused_mlp(torch.empty(0, 3, 24), w_up, w_down).shape == (0, 3, 16)
+    _assert_empty_has_gradients_of_zero(torch.float32)
+
+
+def _assert_empty_has_gradients_of_zero(dtype, device="cpu"):
+    leaves = [t.to(device, dtype).requires_grad_() for t in (torch.empty(0, 3, 24), *_case(SHAPES[0], dtype)[0][1:])]
+    y = fused_mlp(*leaves)
+    assert y.shape == (0, 3, 16)
+    for grad, leaf in zip(torch.autograd.grad(y, leaves, y), leaves, strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+def test_in_place_compiles_and_takes_any_upstream_gradient():
+    (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
+    total = torch.zeros(*x.shape[:-1], w_down.shape[0])
+    compiled = torch.compile(
+        lambda *tensors: fused_mlp(*tensors, residual=total + 1, in_place=True), fullgraph=True, backend="aot_eager"
+    )
+    weight = w_up.clone().requires_grad_()
+    found = compiled(x, weight, w_down)
+    torch.testing.assert_close(found, fused_mlp(x, w_up, w_down) + 1)
+    found.sum().backward()  # a gradient with strides of 0
+    other = w_up.clone().requires_grad_()
+    fused_mlp(x, other, w_down).backward(torch.ones_like(found))
+    torch.testing.assert_close(weight.grad, other.grad)
 
 
 def test_double_backward_raises():
@@ -182,6 +205,7 @@ def test_triton_kernels_through_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("wide_weights", [False, True])
 def test_triton_kernels_on_a_gpu(shape, dtype, wide_weights):
+    _assert_empty_has_gradients_of_zero(dtype, "cuda")
     _assert_no_worse_than_pytorch(shape, dtype, "cuda", torch.float32 if wide_weights else dtype)
 
 
@@ -276,6 +300,8 @@ def test_captures_into_a_graph():
 
 if __name__ == "__main__":
     with interpreting():
+        for precision in (torch.float32, torch.float16, torch.bfloat16):
+            _assert_empty_has_gradients_of_zero(precision)
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)

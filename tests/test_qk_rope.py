@@ -252,6 +252,28 @@ def test_wrong_arguments_are_named(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (
+            {"x": torch.ones(3, 8, dtype=torch.int64), "weight": torch.ones(64, 8, dtype=torch.int64)},
+            TypeError,
+            "x: got",
+        ),
+        ({"gain": torch.ones(4, dtype=torch.int64)}, TypeError, "gain: got torch.int64"),
+        ({"cos": torch.ones(3, 2, dtype=torch.int64)}, TypeError, "cos: got torch.int64"),
+        ({"sin": torch.empty(3, 2, device="meta")}, ValueError, "sin: got device meta, wanted cpu"),
+    ],
+)
+def test_wrong_arguments_of_the_projection_are_named(change, error, message):
+    arguments = {
+        "x": torch.randn(3, 8), "weight": torch.randn(64, 8), "gain": torch.ones(4), "cos": torch.randn(3, 2),
+        "sin": torch.randn(3, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        qkv_rope(**(arguments | change), kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
         ({"v": torch.randn(3, 4, 8)}, ValueError, r"v: got shape \(3, 4, 8\) on cpu, wanted k's \(3, 2, 8\)"),
         ({"v": torch.randn(3, 2, 8).half()}, TypeError, "v: got torch.float16, wanted k's torch.float32"),
         ({"value_readers": 0}, ValueError, "got 1 and 0, wanted at least 1"),

@@ -6,7 +6,7 @@ import torch
 from pgolf_kernels import combine, combine_norm, norm_residual
 from pgolf_kernels import residual as op_module
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.residual import EPS, reference
+from pgolf_kernels.residual import EPS, Launch, reference
 from tests import triton_aot
 
 SHAPES = [(3, (10, 64)), (8, (7, 48)), (1, (2, 5, 512)), (5, (33, 96))]
@@ -177,6 +177,21 @@ def test_strided_and_empty_inputs():
     torch.testing.assert_close(combine([wide[:, ::2]], coefficients)[0], wide[:, ::2] * coefficients[0])
     total, normed, _ = combine_norm([torch.empty(0, 16)], coefficients)
     assert total.shape == normed.shape == (0, 16)
+
+
+def test_the_epsilon_can_be_given():
+    x = torch.full((3, 16), 1e-3)
+    wanted = x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt()
+    torch.testing.assert_close(norm_residual(x, eps=0.01)[0], wanted)
+    torch.testing.assert_close(combine_norm([x], torch.ones(1, 16), eps=0.01)[1], wanted)
+
+
+def test_wide_rows_have_no_larger_share_for_a_thread():
+    for launch in (Launch(2, 2, 6), Launch(4, 2, 16), Launch(1, 4, 8)):
+        assert launch.for_width(256) == launch.for_width(512) == launch
+        for columns in (1024, 2048, 4096):
+            wide = launch.for_width(columns)
+            assert wide.rows * columns / wide.warps <= launch.rows * 512 / launch.warps
 
 
 def test_double_backward_raises():

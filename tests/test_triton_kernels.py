@@ -137,10 +137,14 @@ def xsa(module: ModuleType) -> None:
     module.backward(y, y, v, 1e-12)
 
 
-def residual(module: ModuleType, count: int) -> None:
+def document_map(module: ModuleType, documents: int) -> None:
+    module.tiles_of(empty(ROWS, WIDTH), Layout(0, empty(documents + 1, dtype=torch.int32), None))
+
+
+def residual(module: ModuleType, count: int, width: int) -> None:
     """`count` streams with their norm, all read again later or none; a sum without norm; the norm alone."""
-    streams = [empty(ROWS, WIDTH) for _ in range(count)]
-    coefficients = empty(count, WIDTH, dtype=FP32)
+    streams = [empty(ROWS, width) for _ in range(count)]
+    coefficients = empty(count, width, dtype=FP32)
     frozen = [False, *[True] * (len(streams) - 1), False]
     for through in ([None] * len(streams), streams):
         for wanted in ([True] * (len(streams) + 1), frozen):
@@ -174,6 +178,7 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (stepped_lora, (96, (512, 256, 256), True, True)),
         (stepped_lora, (96, (512,), True, False)),
         (stepped_lora, (2048, (512,), True, True)),
+        *((document_map, (documents,)) for documents in (600, 3000)),
     ],
     "embedding": [(embedding, (dtype, vocab)) for dtype, vocab in ((BF16, VOCAB), (FP32, VOCAB), (BF16, 65536))],
     "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],
@@ -183,7 +188,10 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         for shape in ((22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048), (1, 512, 128), (1, 33, 70))
     ],
     "qk_rope": [(qk_rope, ())],
-    "residual": [(residual, (count,)) for count in range(1, 9)],
+    "residual": [
+        *((residual, (count, WIDTH)) for count in range(1, 9)),
+        *((residual, shape) for shape in ((3, 768), (3, 2048), (8, 2048))),
+    ],
     "xsa": [(xsa, ())],
 }
 SLOW = ("batched_lora", "residual")
