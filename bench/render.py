@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench import real_runs
 from bench.headline import HEADLINE
+from bench.machine import given_to, text_of
 from bench.storage import RESULTS, Record, read_results
 from bench.table import DISTURBED, Row, commit_name, rate_text, significant
 
@@ -67,7 +68,8 @@ def machine_line(record: Record) -> str:
     environment, ceilings = record.environment, record.ceilings
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
     load = environment.get("load_at_start")
-    given = environment.get("given", {}) if any("given" in row.case for row in record.rows) else {}
+    used = {name for row in record.rows for name in given_to(row.suite, row.case)}
+    given = {name: value for name, value in environment.get("given", {}).items() if name in used}
     parts = [
         f"{environment['device']}, {environment['threads']} threads",
         torch,
@@ -113,7 +115,12 @@ def record_lines(record: Record) -> list[str]:
             )
         header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "host a call", "result"]
         part = suite.partition("/")[2].replace("_", " ")
-        lines += ["", ", ".join(filter(None, (part, case))), "", *table(header, cells)]
+        lines += [
+            "",
+            ", ".join(filter(None, (part, case, text_of(suite, record.environment)))),
+            "",
+            *table(header, cells),
+        ]
     return lines
 
 
@@ -130,14 +137,15 @@ def render_headline(results: Results) -> list[str]:
     """For each entry and machine: its case or the first, our time, the peer's of that run; then what has no record."""
     cells, missing = [], []
     for part, label, wanted, wanted_case in HEADLINE:
-        firsts: dict[str, tuple[str, list[Row]]] = {}
+        firsts: dict[str, tuple[str, str, list[Row]]] = {}
         for record in results.get(part.split("/")[0], []):
             for (suite, case), rows in groups_of(record.rows).items():
                 if suite == part and wanted_case in (None, case) and rows[0].seconds is not None:
-                    firsts.setdefault(record.environment["device"], (case, rows))
+                    text = text_of(suite, record.environment)
+                    firsts.setdefault(record.environment["device"], (case, text, rows))
         if not firsts:
             missing.append(label)
-        for device, (case, rows) in firsts.items():
+        for device, (case, text, rows) in firsts.items():
             ours = rows[0]
             peers = [row for row in rows[1:] if row.seconds and is_peer(row.provider)]
             named = [row for row in peers if wanted in (None, row.provider)]
@@ -145,7 +153,7 @@ def render_headline(results: Results) -> list[str]:
             cells.append(
                 [
                     label,
-                    f"{case}; {device}",
+                    "; ".join(filter(None, (case, text, device))),
                     outcome(ours),
                     f"{ours.of_floor:.0%}" if ours.of_floor else "",
                     f"{best.provider}: {outcome(best)}" if best else "",

@@ -23,7 +23,7 @@ from typing import Any
 from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import get_machine_id, safe_dumps
 
-from bench.machine import machine_name
+from bench.machine import Refused, machine_name, refuse_another, same_inputs
 from bench.table import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,6 +140,24 @@ def compare_options(results: Path, device: str) -> list[str]:
     ]
 
 
-def suites_on_record(results: Path, device: str) -> set[str]:
-    machine = machine_name(device)
-    return {suite for suite, records in read_results(results).items() if any(r.machine == machine for r in records)}
+def suites_on_record(results: Path, here: dict[str, Any]) -> set[str]:
+    """Suites with rows that can be compared in this environment. Raises Refused where no file is of this machine."""
+    machine, refused = machine_name(here["device"]), []
+    matching: list[tuple[str, Record]] = []
+    for suite, records in read_results(results).items():
+        for record in records:
+            if record.machine != machine:
+                continue
+            try:
+                refuse_another(record.environment, here)
+            except Refused as error:
+                refused.append(error)
+            else:
+                matching.append((suite, record))
+    if refused and not matching:
+        raise refused[0]
+    return {
+        suite
+        for suite, record in matching
+        if any(row.seconds and same_inputs(row.suite, row.case, record.environment, here) for row in record.rows)
+    }

@@ -47,6 +47,7 @@ def environment_line(environment: dict[str, Any], commit: dict[str, Any]) -> str
     return (
         f"{environment['device']}, {environment['threads']} threads, load {environment['load_at_start']}; "
         f"torch {environment['torch']}{cuda}; commit {commit_name(commit)}"
+        + "".join(f"; {name} {value[:12]}" for name, value in environment["given"].items())
     )
 
 
