@@ -142,7 +142,7 @@ class Runner:
             self.run["benchmarks"].append(benchmark)
         else:
             self.run["absent"].append(asdict(row))
-        for line in self.printer.lines(row):
+        for line in self.printer.lines(row, self.run["ceilings"]):
             self.say(line)
         if self.json_file is not None:
             storage.write(self.json_file, self.run)

@@ -271,8 +271,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if run.events is not None or not any(row.seconds for row in run.rows):
         return
     terminalreporter.section("kernels")
-    terminalreporter.write_line(table.ceilings_line(asdict(common.ceilings())))
+    ceilings = asdict(common.ceilings())
+    terminalreporter.write_line(table.ceilings_line(ceilings))
     printer = table.Printer()
     for row in run.rows:
-        for line in printer.lines(row):
+        for line in printer.lines(row, ceilings):
             terminalreporter.write_line(line)

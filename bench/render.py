@@ -19,13 +19,13 @@ from bench import real_runs
 from bench.headline import HEADLINE
 from bench.machine import given_to, text_of
 from bench.storage import RESULTS, Record, read_results
-from bench.table import DISTURBED, Row, commit_name, rate_text, significant
+from bench.table import DISTURBED, Row, commit_name, rate_text, share_text, shares, significant
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
 MARKED = re.compile(r"^(<!-- results:(\w+) -->\n).*?^(<!-- /results -->)", re.DOTALL | re.MULTILINE)
 NOT_RECORDED = "_not recorded_"
-TIMED = ("graph", "calls", "stream", "")  # what a row says of how it was timed when it has no result to tell
+TIMED = ("graph", "calls", "")  # what a row says of how it was timed when there is nothing to tell
 
 Results = dict[str, list[Record]]
 
@@ -54,7 +54,7 @@ def seconds(value: float) -> str:
 def result(row: Row) -> str:
     """What else came out, and whether the row was disturbed."""
     disturbed = f"others took {row.others:.1f} cores" if row.others >= DISTURBED else ""
-    return "; ".join(filter(None, ("" if row.how.split(" (")[0] in TIMED else row.how, disturbed)))
+    return "; ".join(filter(None, ("" if row.how in TIMED else row.how, disturbed)))
 
 
 def outcome(row: Row) -> str:
@@ -106,8 +106,8 @@ def record_lines(record: Record) -> list[str]:
                     row.provider,
                     seconds(row.seconds),
                     f"{row.seconds / ours:.2f}" if ours else "",
-                    rate_text(row),
-                    f"{row.of_floor:.0%}" if row.of_floor else "",
+                    rate_text(row, record.best),
+                    share_text(max(shares(row, record.best))),
                     f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
                     seconds(row.launch) if row.launch else "",
                     result(row),
@@ -137,15 +137,14 @@ def render_headline(results: Results) -> list[str]:
     """For each entry and machine: its case or the first, our time, the peer's of that run; then what has no record."""
     cells, missing = [], []
     for part, label, wanted, wanted_case in HEADLINE:
-        firsts: dict[str, tuple[str, str, list[Row]]] = {}
+        firsts: dict[str, tuple[Record, str, list[Row]]] = {}
         for record in results.get(part.split("/")[0], []):
             for (suite, case), rows in groups_of(record.rows).items():
                 if suite == part and wanted_case in (None, case) and rows[0].seconds is not None:
-                    text = text_of(suite, record.environment)
-                    firsts.setdefault(record.environment["device"], (case, text, rows))
+                    firsts.setdefault(record.environment["device"], (record, case, rows))
         if not firsts:
             missing.append(label)
-        for device, (case, text, rows) in firsts.items():
+        for device, (record, case, rows) in firsts.items():
             ours = rows[0]
             peers = [row for row in rows[1:] if row.seconds and is_peer(row.provider)]
             named = [row for row in peers if wanted in (None, row.provider)]
@@ -153,9 +152,9 @@ def render_headline(results: Results) -> list[str]:
             cells.append(
                 [
                     label,
-                    "; ".join(filter(None, (case, text, device))),
+                    "; ".join(filter(None, (case, text_of(part, record.environment), device))),
                     outcome(ours),
-                    f"{ours.of_floor:.0%}" if ours.of_floor else "",
+                    share_text(max(shares(ours, record.best))),
                     f"{best.provider}: {outcome(best)}" if best else "",
                     f"{best.seconds / ours.seconds:.2f}" if best and best.seconds and ours.seconds else "",
                 ]

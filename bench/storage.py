@@ -38,6 +38,7 @@ class Record:
     environment: dict[str, Any]
     commit: dict[str, Any]
     ceilings: dict[str, float]
+    best: dict[str, float]  # the best ceilings that any run on this machine has measured
     rows: list[Row]
 
 
@@ -108,15 +109,16 @@ def read_results(results: Path) -> dict[str, list[Record]]:
     """{suite: its records, by machine and age} of everything that is stored."""
     found: dict[str, list[Record]] = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        for file in _files(folder):
-            run = json.loads(file.read_text())
+        runs = [json.loads(file.read_text()) for file in _files(folder)]
+        best = {name: max(run["ceilings"][name] for run in runs) for name in (runs[0]["ceilings"] if runs else ())}
+        for run in runs:
             by_suite: dict[str, list[Row]] = {}
             for row in rows_of(run):
                 by_suite.setdefault(row.suite.split("/")[0], []).append(row)
             for suite, rows in by_suite.items():
                 if any(row.seconds is not None for row in rows):
                     record = Record(
-                        folder.name, run["machine_info"]["pgolf"], run["commit_info"], run["ceilings"], rows
+                        folder.name, run["machine_info"]["pgolf"], run["commit_info"], run["ceilings"], best, rows
                     )
                     found.setdefault(suite, []).append(record)
     return found

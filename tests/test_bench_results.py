@@ -7,7 +7,7 @@ import pytest
 
 from bench import __main__ as runner
 from bench import machine, render, storage
-from bench.table import Printer, Row
+from bench.table import Printer, Row, rate_text
 
 ENVIRONMENT = {
     "device": "NVIDIA H200",
@@ -18,6 +18,9 @@ ENVIRONMENT = {
     "cuda": "13.0",
     "command": "python -m bench",
 }
+
+
+CEILINGS = {"bytes_per_s": 4e12, "flop_per_s": 7e14}
 
 
 def benchmark(row):
@@ -34,7 +37,7 @@ def a_run(*rows):
         "commit_info": {"id": "0123456789abcdef", "dirty": True},
         "benchmarks": [benchmark(row) for row in rows if row.seconds is not None],
         "absent": [copy.copy(vars(row)) for row in rows if row.seconds is None],
-        "ceilings": {"bytes_per_s": 4e12, "flop_per_s": 7e14},
+        "ceilings": dict(CEILINGS),
     }
 
 
@@ -169,7 +172,7 @@ def test_tables_say_which_text(tmp_path):
 
 def test_a_printed_table():
     printer = Printer()
-    lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row)]
+    lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row, CEILINGS)]
     assert lines[0] == "ngram/stream  10 tokens"
     assert "1.000 ms" in lines[1] and "1.00x" in lines[1] and "50% of ceiling" in lines[1]
     assert lines[1].endswith("launched in 85.00 µs") and "launched" not in lines[2]
@@ -177,6 +180,41 @@ def test_a_printed_table():
     assert lines[3].endswith("absent: ImportError: other is not installed")
     assert lines[4] == "gptq/model  all"
     assert "500.000 ms" in lines[5] and "1.00x" in lines[5]
+
+
+def test_a_rate_is_in_the_unit_of_the_nearer_ceiling():
+    both = {"bytes_per_s": 3.8e12, "flop_per_s": 2e12}
+    assert rate_text(Row("a/b", "c", "d", 1.0, **both), CEILINGS) == "3800 GB/s"
+    assert rate_text(Row("a/b", "c", "d", 1.0, **(both | {"flop_per_s": 7e14})), CEILINGS) == "700 TFLOP/s"
+    assert rate_text(Row("a/b", "c", "d", 1.0), CEILINGS) == ""
+
+
+def test_shares_are_of_the_best_ceilings_on_record(tmp_path):
+    disturbed = a_run(*NGRAM)
+    disturbed["ceilings"] = {"bytes_per_s": 2e12, "flop_per_s": 8e14}
+    storage.save(tmp_path, disturbed, "first")
+    storage.save(tmp_path, a_run(*GPTQ), "second")
+    results = storage.read_results(tmp_path)
+    assert results["ngram"][0].best == {"bytes_per_s": 4e12, "flop_per_s": 8e14}
+    assert "| pgolf_kernels | 1.00 ms | 1.00 | 2000 GB/s | 50% |" in "".join(render.render_suite(results, "ngram"))
+    assert "| 1.00 ms | 50% |" in "".join(render.render_headline(results))
+
+
+@pytest.mark.parametrize(("rate", "cell"), [(1e9, ""), (3.9e10, "| 1% |")])
+def test_shares_that_round_to_nothing_are_blank(tmp_path, rate, cell):
+    storage.save(tmp_path, a_run(Row("gptq/model", "all", "pgolf_kernels", 0.5, bytes_per_s=rate)), "first")
+    text = "".join(render.render_suite(storage.read_results(tmp_path), "gptq"))
+    assert "%" not in text if not cell else cell in text
+
+
+def test_a_row_that_was_not_captured_says_so():
+    assert render.result(GPTQ[0]) == "stream (it waits)"
+    assert [render.result(Row("a/b", "c", "d", 1.0, how=how)) for how in ("", "graph", "calls", "8 bytes")] == [
+        "",
+        "",
+        "",
+        "8 bytes",
+    ]
 
 
 def test_a_page_is_filled_and_checked(tmp_path, capsys):
