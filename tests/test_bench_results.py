@@ -244,6 +244,12 @@ def test_committed_pages_are_up_to_date(capsys):
     assert status == 0, f"python -m bench.render mends this: {capsys.readouterr().out}"
 
 
+def test_every_suite_on_record_is_on_a_page():
+    pages = "".join(page.read_text() for pattern in render.PAGES for page in render.ROOT.glob(pattern))
+    shown = {match[2] for match in render.MARKED.finditer(pages)}
+    assert set(storage.read_results(storage.RESULTS)) <= shown
+
+
 def test_committed_results_say_where_they_come_from():
     found = storage.read_results(storage.RESULTS)
     assert found
