@@ -4,7 +4,7 @@ export PGOLF_VENV = $(VENV)
 PYTHON_BIN = $(VENV)/bin/python
 # Test processes. One on a GPU machine: the GPU tests measure what is queued on the device.
 JOBS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
 
 .PHONY: demo test check lint format bench bench-check setup setup-dev setup-bench clean
 

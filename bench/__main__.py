@@ -142,7 +142,7 @@ class Runner:
             self.run["benchmarks"].append(benchmark)
         else:
             self.run["absent"].append(asdict(row))
-        for line in self.printer.lines(row):
+        for line in self.printer.lines(row, self.run["ceilings"]):
             self.say(line)
         if self.json_file is not None:
             storage.write(self.json_file, self.run)
@@ -198,18 +198,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def check(files: dict[str, Path], names: Sequence[str], extra: list[str]) -> int:
     """A plain pytest with pytest-benchmark's comparison, on the suites that this machine has on record."""
-    from bench.machine import environment
+    from bench.machine import Refused, environment
 
-    device = environment([])["device"]
+    here = environment([])
     try:
-        options = storage.compare_options(storage.RESULTS, device)
-    except FileNotFoundError as error:
+        options = storage.compare_options(storage.RESULTS, here["device"])
+        known = storage.suites_on_record(storage.RESULTS, here)
+    except (FileNotFoundError, Refused) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
-    known = storage.suites_on_record(storage.RESULTS, device)
-    if missing := [name for name in names if name not in known]:
+    missing = [name for name in names if name not in known]
+    if missing or not known:
         print(
-            f"refused: {missing[0]}: not on record for {device}, there is: {', '.join(sorted(known))}", file=sys.stderr
+            f"refused: {', '.join(missing[:1]) or 'any suite'}: not on record for {here['device']} with this text and "
+            f"these codes, there is: {', '.join(sorted(known)) or 'nothing'}",
+            file=sys.stderr,
         )
         return 1
     paths = [str(files[name]) for name in names or files if name in known]

@@ -175,7 +175,7 @@ class Peer1727:
         return step
 
 
-PROVIDERS: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "1727": Peer1727}
+PROVIDERS: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "pull request 1727": Peer1727}
 
 
 @functools.lru_cache(maxsize=1)  # one at a time: the other's graphs and adapters would stay on the GPU

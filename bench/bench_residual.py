@@ -25,7 +25,8 @@ class Case:
     width: int = 512
 
     def __str__(self) -> str:
-        return f"{self.streams} streams, {self.rows}x{self.width} {str(DTYPE).removeprefix('torch.')}"
+        plural = "s" if self.streams > 1 else ""
+        return f"{self.streams} stream{plural}, {self.rows}x{self.width} {str(DTYPE).removeprefix('torch.')}"
 
 
 CASES = [Case(1), Case(3), Case(5)]

@@ -27,6 +27,8 @@ class Run:
 
     rows: list[table.Row] = field(default_factory=list)
     recorded: set[str] = field(default_factory=set)
+    refused: list[str] = field(default_factory=list)  # why files on record are not of this machine
+    matched: bool = False  # whether one is
     events: int | None = None
     peers: bool = False
 
@@ -223,14 +225,35 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
-    """Times of another GPU, CPU or number of threads are refused."""
+    """Leaves out a file of another machine, and rows that were measured on another text or other codes."""
+    run, here = config.stash[RUN], machine_info["pgolf"]
+    recorded = compared_benchmark["machine_info"].get("pgolf", {})
+    found, kept = compared_benchmark["benchmarks"], []
     try:
-        machine.refuse_another(compared_benchmark["machine_info"].get("pgolf", {}), machine_info["pgolf"])
+        machine.refuse_another(recorded, here)
     except machine.Refused as refused:
-        raise pytest.UsageError(f"refused: {refused}") from refused
-    config.stash[RUN].recorded.update(each["fullname"] for each in compared_benchmark["benchmarks"])
+        run.refused.append(str(refused))
+        benchmarksession.logger.info(f"Left out: {refused}")
+    else:
+        for each in found:
+            row = each["extra_info"]
+            if machine.same_inputs(row["suite"], row["case"], recorded, here):
+                kept.append(each)
+        if len(kept) < len(found):
+            count = f"{len(found) - len(kept)} of {len(found)} rows"
+            benchmarksession.logger.info(f"Left out: {count}, measured on another text or other codes")
+        run.matched = True
+    compared_benchmark["benchmarks"] = kept
+    run.recorded.update(each["fullname"] for each in kept)
     # pytest-benchmark's own hook comes next and would print both in full: the commands and loads always differ.
     compared_benchmark["machine_info"] = machine_info
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuses a comparison for which no file is of this machine; by now pytest-benchmark has loaded all of them."""
+    run = session.config.stash[RUN]
+    if run.refused and not run.matched:
+        raise pytest.UsageError(f"refused: {run.refused[0]}")
 
 
 @pytest.hookimpl(trylast=True)
@@ -248,8 +271,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if run.events is not None or not any(row.seconds for row in run.rows):
         return
     terminalreporter.section("kernels")
-    terminalreporter.write_line(table.ceilings_line(asdict(common.ceilings())))
+    ceilings = asdict(common.ceilings())
+    terminalreporter.write_line(table.ceilings_line(ceilings))
     printer = table.Printer()
     for row in run.rows:
-        for line in printer.lines(row):
+        for line in printer.lines(row, ceilings):
             terminalreporter.write_line(line)

@@ -15,7 +15,7 @@ class Headline(NamedTuple):
 HEADLINE = (
     Headline("softcap_ce/forward_backward", "softcap cross-entropy, forward and backward"),
     Headline("softcap_ce/one_pass", "softcap cross-entropy, loss and gradient in one pass"),
-    Headline("softcap_ce/forward", "softcap cross-entropy, scoring"),
+    Headline("softcap_ce/forward", "softcap cross-entropy, forward"),
     Headline("softcap_ce/head", "head and loss, forward and backward"),
     Headline("softcap_ce/adapters", "head and loss with an adapter a document"),
     Headline("fused_mlp/forward_backward", "fused MLP, forward and backward"),

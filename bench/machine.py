@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 
-# What two results must agree in for their times to be compared, where both say it.
-SAME = ("device", "cpu", "cpu_model", "threads")
+from pgolf_kernels.attention import attention_backend
+
+# What two results must agree in for their times to be compared, where both say it. A GPU's hosts differ in their number
+# of threads, which decides little there.
+SAME_CPU = ("device", "cpu", "cpu_model", "threads")
+SAME_GPU = ("device", "torch", "cuda", "attention")
 GIVEN = ("PGOLF_BENCH_TOKENS", "PGOLF_BENCH_TOKENIZER", "PGOLF_CODES")  # files that a run was given, see data.py
+ON_TOKENS = frozenset({"embedding", "evaluate", "train_step"})  # files that measure on data.tokens()
 
 
 class Refused(Exception):
@@ -44,6 +49,7 @@ def environment(arguments: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "cuda": torch.version.cuda if gpu else None,
+        "attention": attention_backend(torch.device("cuda" if gpu else "cpu")),
         "given": {name: _sha256(os.environ[name]) for name in GIVEN if os.environ.get(name)},
         "command": os.environ.get("PGOLF_BENCH_COMMAND") or shlex.join(["python", "-m", "pytest", *arguments]),
     }
@@ -62,9 +68,33 @@ def machine_name(device: str) -> str:
 
 def refuse_another(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises Refused where the recorded environment is not that of this machine."""
-    for name in SAME:
+    for name in SAME_GPU if here["cuda"] else SAME_CPU:
         if name in recorded and recorded[name] != here[name]:
             raise Refused(f"recorded with {name} {recorded[name]!r}, this machine has {here[name]!r}")
+
+
+def given_to(suite: str, case: str) -> tuple[str, ...]:
+    """Which of GIVEN decide what a row was measured on."""
+    if suite.split("/")[0] in ON_TOKENS:
+        return ("PGOLF_BENCH_TOKENS",)
+    if suite == "ngram/stream" and "given text" in case:
+        return ("PGOLF_BENCH_TOKENS", "PGOLF_BENCH_TOKENIZER")
+    return ("PGOLF_CODES",) if suite == "packing/codes" and case.startswith("given") else ()
+
+
+def text_of(suite: str, environment: Mapping[str, Any]) -> str:
+    """Where a suite's tokens come from, if its cases do not say so."""
+    if suite.split("/")[0] not in ON_TOKENS:
+        return ""
+    return "given text" if "PGOLF_BENCH_TOKENS" in environment.get("given", {}) else "bundled text"
+
+
+def same_inputs(suite: str, case: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether a recorded row was measured on the text or the codes that it would be measured on here."""
+    if suite == "packing/codes" and case.startswith("own run"):
+        return False  # the newest run of whoever measured
+    before, now = recorded.get("given", {}), here.get("given", {})
+    return all(before.get(name) == now.get(name) for name in given_to(suite, case))
 
 
 def _cpu() -> tuple[str, str]:

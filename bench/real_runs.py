@@ -1,6 +1,6 @@
 """Records of whole runs, which bench.render puts into the documentation.
 
-    python -m bench.real_runs RUN NAME    # keeps what a run's folder says as bench/runs/NAME.json, without paths
+    python -m bench.real_runs RUN NAME --note TEXT    # keeps what RUN's folder says as bench/runs/NAME.json; no paths
 
 `<!-- run:NAME,OTHER -->` ... `<!-- /run -->` in a page encloses a table with a column for each record.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def record_of(run: RunDir) -> Record:
     return {
         "preset": config.preset,
         "changed": {n: v for _, n, v in config.items() if v != preset[n] and n not in PLACES},
-        "machine": ", ".join(origin["gpus"]) or f"{origin['cpu']}, {origin['threads']} threads",
+        "machine": _machine(origin),
+        "command": _command(origin["command"], config.data.data_dir),
         "versions": {"python": origin["python"], "torch": origin["packages"]["torch"], "cuda": origin["cuda"]},
         "commit": origin["commit"],
         "data_sha256": origin["data_sha256"],
@@ -53,6 +55,25 @@ def record_of(run: RunDir) -> Record:
         "ttt_gain": result.get("ttt_gain"),
         "seconds": seconds,
     }
+
+
+def _machine(origin: dict[str, Any]) -> str:
+    """What the run's processes computed on, each on a GPU of its own where there are any."""
+    ranks = origin["world_size"]
+    one = origin["gpus"][0] if origin["gpus"] else f"{origin['cpu']}, {origin['threads']} threads"
+    return f"{ranks} x {one}" if ranks > 1 else one
+
+
+def _command(words: Sequence[str], data_dir: str) -> str:
+    """The command line; $CORPUS stands for a data folder given by its absolute path, no more than a name for others."""
+
+    def placed(word: str) -> str:
+        option, equals, value = word.rpartition("=")
+        if not value.startswith("/"):
+            return word
+        return option + equals + ("$CORPUS" if Path(value) == Path(data_dir) else Path(value).name)
+
+    return " ".join(word if "$CORPUS" in word else shlex.quote(word) for word in map(placed, words))
 
 
 def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,6 +143,7 @@ def table(names: Sequence[str], records: Sequence[Record]) -> list[str]:
         versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items() if value)
         parts = [record["machine"], versions, f"preset `{record['preset']}`" if record.get("preset") else ""]
         parts += [
+            f"`{record['command']}`" if record.get("command") else "",
             f"`{settings}`" if settings else "",
             f"data `{record['data_sha256'][:12]}`" if record.get("data_sha256") else "",
         ]
@@ -147,8 +169,9 @@ def main(arguments: list[str] | None = None, folder: Path = RECORDS) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.real_runs", description="Keep what a run's folder says.")
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--note", help="what else a reader must know of the run")
     options = parser.parse_args(arguments)
-    found = record_of(RunDir(options.run, writes=False))
+    found = record_of(RunDir(options.run, writes=False)) | ({"note": options.note} if options.note else {})
     (folder / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 
 from bench import real_runs
 from bench.headline import HEADLINE
+from bench.machine import given_to, text_of
 from bench.storage import RESULTS, Record, read_results
-from bench.table import DISTURBED, Row, commit_name, rate_text, significant
+from bench.table import DISTURBED, Row, commit_name, rate_text, share_text, shares, significant
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
 MARKED = re.compile(r"^(<!-- results:(\w+) -->\n).*?^(<!-- /results -->)", re.DOTALL | re.MULTILINE)
 NOT_RECORDED = "_not recorded_"
-TIMED = ("graph", "calls", "stream", "")  # what a row says of how it was timed when it has no result to tell
+TIMED = ("graph", "calls", "")  # what a row says of how it was timed when there is nothing to tell
 
 Results = dict[str, list[Record]]
 
@@ -53,7 +54,7 @@ def seconds(value: float) -> str:
 def result(row: Row) -> str:
     """What else came out, and whether the row was disturbed."""
     disturbed = f"others took {row.others:.1f} cores" if row.others >= DISTURBED else ""
-    return "; ".join(filter(None, ("" if row.how.split(" (")[0] in TIMED else row.how, disturbed)))
+    return "; ".join(filter(None, ("" if row.how in TIMED else row.how, disturbed)))
 
 
 def outcome(row: Row) -> str:
@@ -67,7 +68,8 @@ def machine_line(record: Record) -> str:
     environment, ceilings = record.environment, record.ceilings
     torch = f"torch {environment['torch']}" + (f", CUDA {environment['cuda']}" if environment["cuda"] else "")
     load = environment.get("load_at_start")
-    given = environment.get("given", {}) if any("given" in row.case for row in record.rows) else {}
+    used = {name for row in record.rows for name in given_to(row.suite, row.case)}
+    given = {name: value for name, value in environment.get("given", {}).items() if name in used}
     parts = [
         f"{environment['device']}, {environment['threads']} threads",
         torch,
@@ -104,8 +106,8 @@ def record_lines(record: Record) -> list[str]:
                     row.provider,
                     seconds(row.seconds),
                     f"{row.seconds / ours:.2f}" if ours else "",
-                    rate_text(row),
-                    f"{row.of_floor:.0%}" if row.of_floor else "",
+                    rate_text(row, record.best),
+                    share_text(max(shares(row, record.best))),
                     f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
                     seconds(row.launch) if row.launch else "",
                     result(row),
@@ -113,7 +115,12 @@ def record_lines(record: Record) -> list[str]:
             )
         header = ["", "time", "against ours", "rate", "of the ceiling", "memory beyond inputs", "host a call", "result"]
         part = suite.partition("/")[2].replace("_", " ")
-        lines += ["", ", ".join(filter(None, (part, case))), "", *table(header, cells)]
+        lines += [
+            "",
+            ", ".join(filter(None, (part, case, text_of(suite, record.environment)))),
+            "",
+            *table(header, cells),
+        ]
     return lines
 
 
@@ -130,14 +137,14 @@ def render_headline(results: Results) -> list[str]:
     """For each entry and machine: its case or the first, our time, the peer's of that run; then what has no record."""
     cells, missing = [], []
     for part, label, wanted, wanted_case in HEADLINE:
-        firsts: dict[str, tuple[str, list[Row]]] = {}
+        firsts: dict[str, tuple[Record, str, list[Row]]] = {}
         for record in results.get(part.split("/")[0], []):
             for (suite, case), rows in groups_of(record.rows).items():
                 if suite == part and wanted_case in (None, case) and rows[0].seconds is not None:
-                    firsts.setdefault(record.environment["device"], (case, rows))
+                    firsts.setdefault(record.environment["device"], (record, case, rows))
         if not firsts:
             missing.append(label)
-        for device, (case, rows) in firsts.items():
+        for device, (record, case, rows) in firsts.items():
             ours = rows[0]
             peers = [row for row in rows[1:] if row.seconds and is_peer(row.provider)]
             named = [row for row in peers if wanted in (None, row.provider)]
@@ -145,9 +152,9 @@ def render_headline(results: Results) -> list[str]:
             cells.append(
                 [
                     label,
-                    f"{case}; {device}",
+                    "; ".join(filter(None, (case, text_of(part, record.environment), device))),
                     outcome(ours),
-                    f"{ours.of_floor:.0%}" if ours.of_floor else "",
+                    share_text(max(shares(ours, record.best))),
                     f"{best.provider}: {outcome(best)}" if best else "",
                     f"{best.seconds / ours.seconds:.2f}" if best and best.seconds and ours.seconds else "",
                 ]

@@ -23,7 +23,7 @@ from typing import Any
 from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import get_machine_id, safe_dumps
 
-from bench.machine import machine_name
+from bench.machine import Refused, machine_name, refuse_another, same_inputs
 from bench.table import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,6 +38,7 @@ class Record:
     environment: dict[str, Any]
     commit: dict[str, Any]
     ceilings: dict[str, float]
+    best: dict[str, float]  # the best ceilings that any run on this machine has measured
     rows: list[Row]
 
 
@@ -108,15 +109,16 @@ def read_results(results: Path) -> dict[str, list[Record]]:
     """{suite: its records, by machine and age} of everything that is stored."""
     found: dict[str, list[Record]] = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        for file in _files(folder):
-            run = json.loads(file.read_text())
+        runs = [json.loads(file.read_text()) for file in _files(folder)]
+        best = {name: max(run["ceilings"][name] for run in runs) for name in (runs[0]["ceilings"] if runs else ())}
+        for run in runs:
             by_suite: dict[str, list[Row]] = {}
             for row in rows_of(run):
                 by_suite.setdefault(row.suite.split("/")[0], []).append(row)
             for suite, rows in by_suite.items():
                 if any(row.seconds is not None for row in rows):
                     record = Record(
-                        folder.name, run["machine_info"]["pgolf"], run["commit_info"], run["ceilings"], rows
+                        folder.name, run["machine_info"]["pgolf"], run["commit_info"], run["ceilings"], best, rows
                     )
                     found.setdefault(suite, []).append(record)
     return found
@@ -140,6 +142,24 @@ def compare_options(results: Path, device: str) -> list[str]:
     ]
 
 
-def suites_on_record(results: Path, device: str) -> set[str]:
-    machine = machine_name(device)
-    return {suite for suite, records in read_results(results).items() if any(r.machine == machine for r in records)}
+def suites_on_record(results: Path, here: dict[str, Any]) -> set[str]:
+    """Suites with rows that can be compared in this environment. Raises Refused where no file is of this machine."""
+    machine, refused = machine_name(here["device"]), []
+    matching: list[tuple[str, Record]] = []
+    for suite, records in read_results(results).items():
+        for record in records:
+            if record.machine != machine:
+                continue
+            try:
+                refuse_another(record.environment, here)
+            except Refused as error:
+                refused.append(error)
+            else:
+                matching.append((suite, record))
+    if refused and not matching:
+        raise refused[0]
+    return {
+        suite
+        for suite, record in matching
+        if any(row.seconds and same_inputs(row.suite, row.case, record.environment, here) for row in record.rows)
+    }

@@ -47,6 +47,7 @@ def environment_line(environment: dict[str, Any], commit: dict[str, Any]) -> str
     return (
         f"{environment['device']}, {environment['threads']} threads, load {environment['load_at_start']}; "
         f"torch {environment['torch']}{cuda}; commit {commit_name(commit)}"
+        + "".join(f"; {name} {value[:12]}" for name, value in environment["given"].items())
     )
 
 
@@ -68,11 +69,22 @@ def significant(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def rate_text(row: Row) -> str:
-    """In the unit of the ceiling: operations where there are any that count, else bytes."""
-    if row.flop_per_s:
+def shares(row: Row, ceilings: dict[str, float]) -> tuple[float, float]:
+    """How much of each ceiling the row reaches: bytes, operations."""
+    return row.bytes_per_s / ceilings["bytes_per_s"], row.flop_per_s / ceilings["flop_per_s"]
+
+
+def rate_text(row: Row, ceilings: dict[str, float]) -> str:
+    """In the unit of the ceiling that is nearer."""
+    of_copy, of_product = shares(row, ceilings)
+    if of_copy < of_product:
         return f"{significant(row.flop_per_s / 1e12)} TFLOP/s"
     return f"{significant(row.bytes_per_s / 1e9)} GB/s" if row.bytes_per_s else ""
+
+
+def share_text(share: float) -> str:
+    """In whole per cent; blank where that would be none."""
+    return f"{share:.0%}" if share >= 0.005 else ""
 
 
 class Printer:
@@ -82,7 +94,7 @@ class Printer:
         self.group = ""
         self.ours: dict[str, float] = {}
 
-    def lines(self, row: Row) -> Iterator[str]:
+    def lines(self, row: Row, ceilings: dict[str, float]) -> Iterator[str]:
         if row.group != self.group:
             self.group = row.group
             yield f"{row.suite}  {row.case}"
@@ -91,8 +103,8 @@ class Printer:
             return
         ratio = row.seconds / self.ours.setdefault(row.group, row.seconds)
         parts = [
-            rate_text(row),
-            f"{row.of_floor:.0%} of ceiling" if row.of_floor else "",
+            rate_text(row, ceilings),
+            f"{share_text(row.of_floor)} of ceiling" if share_text(row.of_floor) else "",
             f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
             row.how,
             f"launched in {seconds_text(row.launch).strip()}" if row.launch else "",

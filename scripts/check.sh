@@ -35,7 +35,8 @@ sanitizers() {
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
             ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=. \
             "$python_path" -m pytest -q --capture=sys -p no:cacheprovider -m "not long and not gpu" \
-            tests/test_softcap_ce.py tests/test_gptq.py tests/test_packing.py tests/test_ngram.py
+            tests/test_softcap_ce.py tests/test_gptq.py tests/test_packing.py tests/test_ngram.py \
+            tests/test_adapter_adamw.py
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
             ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=. \
             "$python_path" -m pytest -q --capture=sys -p no:cacheprovider tests/fuzz

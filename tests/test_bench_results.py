@@ -7,7 +7,7 @@ import pytest
 
 from bench import __main__ as runner
 from bench import machine, render, storage
-from bench.table import Printer, Row
+from bench.table import Printer, Row, rate_text
 
 ENVIRONMENT = {
     "device": "NVIDIA H200",
@@ -18,6 +18,9 @@ ENVIRONMENT = {
     "cuda": "13.0",
     "command": "python -m bench",
 }
+
+
+CEILINGS = {"bytes_per_s": 4e12, "flop_per_s": 7e14}
 
 
 def benchmark(row):
@@ -34,7 +37,7 @@ def a_run(*rows):
         "commit_info": {"id": "0123456789abcdef", "dirty": True},
         "benchmarks": [benchmark(row) for row in rows if row.seconds is not None],
         "absent": [copy.copy(vars(row)) for row in rows if row.seconds is None],
-        "ceilings": {"bytes_per_s": 4e12, "flop_per_s": 7e14},
+        "ceilings": dict(CEILINGS),
     }
 
 
@@ -68,11 +71,67 @@ def test_a_group_measured_again_leaves_its_older_file(tmp_path):
     assert [path for path in tmp_path.rglob("*") if "tmp" in path.name] == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("cpu", "Another CPU"), ("threads", 8), ("device", "NVIDIA H100")])
-def test_results_of_another_machine_are_refused(name, value):
-    machine.refuse_another(ENVIRONMENT, {**ENVIRONMENT, "cpu_model": "6/7/8"})  # what an old record does not say
+ON_CPU = {**ENVIRONMENT, "device": "Some CPU @ 2.0", "cuda": None}
+ON_GPU = {**ENVIRONMENT, "attention": "fa3"}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name", "value"),
+    [
+        (ON_CPU, "cpu", "Another CPU"),
+        (ON_CPU, "threads", 8),
+        (ON_GPU, "device", "NVIDIA H100"),
+        (ON_GPU, "torch", "2.12"),
+        (ON_GPU, "attention", "torch"),
+    ],
+)
+def test_results_of_another_machine_are_refused(recorded, name, value):
+    machine.refuse_another(recorded, {**recorded, "cpu_model": "6/7/8"})  # what an old record does not say
     with pytest.raises(machine.Refused, match=f"recorded with {name} .*, this machine has {value!r}"):
-        machine.refuse_another(ENVIRONMENT, {**ENVIRONMENT, name: value})
+        machine.refuse_another(recorded, {**recorded, name: value})
+
+
+def test_a_gpu_may_have_another_host():
+    machine.refuse_another(ON_GPU, {**ON_GPU, "threads": 64, "cpu": "Another CPU"})
+
+
+def test_each_machine_has_an_environment_that_all_its_files_can_be_compared_in():
+    for folder in sorted(storage.RESULTS.iterdir()):
+        found = [json.loads(file.read_text())["machine_info"]["pgolf"] for file in folder.glob("*/*.json")]
+        fullest = max(found, key=len)
+        for environment in found:
+            machine.refuse_another(environment, fullest)
+        here = {**fullest, "given": {}}
+        assert storage.suites_on_record(storage.RESULTS, here), folder.name
+
+
+def test_suites_that_measure_on_tokens():
+    sources = {name: file.read_text() for name, file in runner.bench_files().items()}
+    assert {name for name, source in sources.items() if "data.tokens()" in source} == machine.ON_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("suite", "case", "variable"),
+    [
+        ("train_step/step", "98304 tokens, loop on", "PGOLF_BENCH_TOKENS"),
+        ("embedding/forward_backward", "98304 tokens", "PGOLF_BENCH_TOKENS"),
+        ("evaluate/whole_set", "10 tokens", "PGOLF_BENCH_TOKENS"),
+        ("ngram/stream", "five orders, given text of 10 tokens", "PGOLF_BENCH_TOKENIZER"),
+        ("packing/codes", "given, 10 codes", "PGOLF_CODES"),
+    ],
+)
+def test_rows_of_another_text_are_not_compared(suite, case, variable):
+    given = {"given": {variable: "aa"}}
+    assert machine.same_inputs(suite, case, given, given)
+    assert not machine.same_inputs(suite, case, given, {"given": {variable: "bb"}})
+    assert not machine.same_inputs(suite, case, given, {})
+    assert not machine.same_inputs(suite, case, {}, given)
+
+
+def test_rows_that_need_no_given_file_are_compared_whatever_was_given():
+    given = {"given": dict.fromkeys(machine.GIVEN, "aa")}
+    for suite, case in (("gptq/model", "all"), ("ngram/stream", "five orders, bundled text of 10 tokens")):
+        assert machine.same_inputs(suite, case, given, {})
 
 
 def test_no_comparison_without_a_record(tmp_path):
@@ -80,12 +139,40 @@ def test_no_comparison_without_a_record(tmp_path):
         storage.compare_options(tmp_path, "NVIDIA H100")
     storage.save(tmp_path, a_run(*GPTQ), "first")
     assert f"--benchmark-compare-fail=median:{storage.MARGIN}%" in storage.compare_options(tmp_path, "NVIDIA H200")
-    assert storage.suites_on_record(tmp_path, "NVIDIA H200") == {"gptq"}
+
+
+def test_suites_that_can_be_compared(tmp_path):
+    run = a_run(*GPTQ, Row("train_step/step", "10 tokens", "pgolf", 1.0))
+    run["machine_info"]["pgolf"]["given"] = {"PGOLF_BENCH_TOKENS": "aa"}
+    storage.save(tmp_path, run, "first")
+    run = a_run(*NGRAM)
+    run["machine_info"]["pgolf"]["torch"] = "2.12"
+    storage.save(tmp_path, run, "second")
+    assert storage.suites_on_record(tmp_path, ENVIRONMENT) == {"gptq"}
+    assert storage.suites_on_record(tmp_path, {**ENVIRONMENT, "given": {"PGOLF_BENCH_TOKENS": "aa"}}) == {
+        "gptq",
+        "train_step",
+    }
+    with pytest.raises(machine.Refused, match=r"torch '2\.1."):
+        storage.suites_on_record(tmp_path, {**ENVIRONMENT, "torch": "2.13"})
+
+
+def test_tables_say_which_text(tmp_path):
+    run = a_run(Row("train_step/step", "10 tokens", "pgolf", 1.0))
+    storage.save(tmp_path / "bundled", run, "first")
+    run["machine_info"]["pgolf"]["given"] = {"PGOLF_BENCH_TOKENS": "a" * 64}
+    storage.save(tmp_path / "given", run, "first")
+    for name in ("bundled", "given"):
+        results = storage.read_results(tmp_path / name)
+        lines = render.render_suite(results, "train_step")
+        assert f"step, 10 tokens, {name} text" in lines
+        assert ("PGOLF_BENCH_TOKENS sha256 aaaa" in lines[0]) == (name == "given")
+        assert f"| 10 tokens; {name} text; NVIDIA H200 |" in "".join(render.render_headline(results))
 
 
 def test_a_printed_table():
     printer = Printer()
-    lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row)]
+    lines = [line for row in (*NGRAM, *GPTQ) for line in printer.lines(row, CEILINGS)]
     assert lines[0] == "ngram/stream  10 tokens"
     assert "1.000 ms" in lines[1] and "1.00x" in lines[1] and "50% of ceiling" in lines[1]
     assert lines[1].endswith("launched in 85.00 µs") and "launched" not in lines[2]
@@ -93,6 +180,41 @@ def test_a_printed_table():
     assert lines[3].endswith("absent: ImportError: other is not installed")
     assert lines[4] == "gptq/model  all"
     assert "500.000 ms" in lines[5] and "1.00x" in lines[5]
+
+
+def test_a_rate_is_in_the_unit_of_the_nearer_ceiling():
+    both = {"bytes_per_s": 3.8e12, "flop_per_s": 2e12}
+    assert rate_text(Row("a/b", "c", "d", 1.0, **both), CEILINGS) == "3800 GB/s"
+    assert rate_text(Row("a/b", "c", "d", 1.0, **(both | {"flop_per_s": 7e14})), CEILINGS) == "700 TFLOP/s"
+    assert rate_text(Row("a/b", "c", "d", 1.0), CEILINGS) == ""
+
+
+def test_shares_are_of_the_best_ceilings_on_record(tmp_path):
+    disturbed = a_run(*NGRAM)
+    disturbed["ceilings"] = {"bytes_per_s": 2e12, "flop_per_s": 8e14}
+    storage.save(tmp_path, disturbed, "first")
+    storage.save(tmp_path, a_run(*GPTQ), "second")
+    results = storage.read_results(tmp_path)
+    assert results["ngram"][0].best == {"bytes_per_s": 4e12, "flop_per_s": 8e14}
+    assert "| pgolf_kernels | 1.00 ms | 1.00 | 2000 GB/s | 50% |" in "".join(render.render_suite(results, "ngram"))
+    assert "| 1.00 ms | 50% |" in "".join(render.render_headline(results))
+
+
+@pytest.mark.parametrize(("rate", "cell"), [(1e9, ""), (3.9e10, "| 1% |")])
+def test_shares_that_round_to_nothing_are_blank(tmp_path, rate, cell):
+    storage.save(tmp_path, a_run(Row("gptq/model", "all", "pgolf_kernels", 0.5, bytes_per_s=rate)), "first")
+    text = "".join(render.render_suite(storage.read_results(tmp_path), "gptq"))
+    assert "%" not in text if not cell else cell in text
+
+
+def test_a_row_that_was_not_captured_says_so():
+    assert render.result(GPTQ[0]) == "stream (it waits)"
+    assert [render.result(Row("a/b", "c", "d", 1.0, how=how)) for how in ("", "graph", "calls", "8 bytes")] == [
+        "",
+        "",
+        "",
+        "8 bytes",
+    ]
 
 
 def test_a_page_is_filled_and_checked(tmp_path, capsys):
@@ -120,6 +242,12 @@ def test_a_page_is_filled_and_checked(tmp_path, capsys):
 def test_committed_pages_are_up_to_date(capsys):
     status = render.main(["--check"])
     assert status == 0, f"python -m bench.render mends this: {capsys.readouterr().out}"
+
+
+def test_every_suite_on_record_is_on_a_page():
+    pages = "".join(page.read_text() for pattern in render.PAGES for page in render.ROOT.glob(pattern))
+    shown = {match[2] for match in render.MARKED.finditer(pages)}
+    assert set(storage.read_results(storage.RESULTS)) <= shown
 
 
 def test_committed_results_say_where_they_come_from():

@@ -117,13 +117,30 @@ def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
     monkeypatch.delenv("TOY_SECONDS")
 
     (file,) = (tmp_path / "results").glob("*/*/0001_toy.json")
-    record["machine_info"]["pgolf"]["cpu"] = "Another CPU"
+    cpu, record["machine_info"]["pgolf"]["cpu"] = record["machine_info"]["pgolf"]["cpu"], "Another CPU"
     file.write_text(json.dumps(record))
     refused = run_toy(pytester, toy, *options)
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     assert "refused: recorded with cpu 'Another CPU'" in refused.stderr.str()
 
-    record["machine_info"]["pgolf"].pop("cpu")
+    other = file.with_name("0002_toy.json")
+    other.write_text(json.dumps(record | {"machine_info": json.loads(file.read_text())["machine_info"]}))
+    record["machine_info"]["pgolf"]["cpu"] = cpu
+    file.write_text(json.dumps(record))
+    beside = run_toy(pytester, toy, *options)
+    assert beside.ret == 0, beside.stderr.str()  # the file of another machine is left out
+    assert "Left out: recorded with cpu 'Another CPU'" in beside.stderr.str()
+    other.unlink()
+
+    row = record["benchmarks"][0]["extra_info"]
+    record["benchmarks"][0]["extra_info"] = {**row, "suite": "evaluate/whole_set"}
+    record["machine_info"]["pgolf"]["given"] = {"PGOLF_BENCH_TOKENS": "aa"}
+    file.write_text(json.dumps(record))
+    another_text = run_toy(pytester, toy, *options)
+    assert another_text.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "1 of 1 rows, measured on another text" in another_text.stderr.str()
+
+    record["benchmarks"][0]["extra_info"] = row
     record["benchmarks"][0]["fullname"] = "bench/bench_other.py::test_part"
     file.write_text(json.dumps(record))
     assert run_toy(pytester, toy, *options).ret != 0  # nothing was compared

@@ -206,16 +206,34 @@ def test_runs_that_differ_by_seed_are_one_group(run, tmp_path):
 
 
 def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
-    real_runs.main([str(run), "tiny"], tmp_path)
+    real_runs.main([str(run), "tiny", "--note", "a remark"], tmp_path)
     text = (tmp_path / "tiny.json").read_text()
     record = json.loads(text)
+    assert record["note"] == "a remark" and record["command"]
     assert str(run.parent) not in text and not {"run_dir", "data_dir", "run_id"} & set(record["changed"])
     loaded = load_run(run)
     assert record["bpb"] == {mode: round(value, 5) for mode, value in loaded.bpb.items()}
     assert record["changed"]["vocab_size"] == 400 and record["artifact"]["bytes"] == loaded.artifact.size
     page = real_runs.rendered("a\n<!-- run:tiny,tiny -->\nold\n<!-- /run -->\nb\n", tmp_path)
     assert page.startswith("a\n<!-- run:tiny,tiny -->\n") and page.endswith("<!-- /run -->\nb\n") and "old" not in page
+    assert f"`{record['command']}`; " in page and "; a remark." in page
     assert "| bits per byte, lora_ttt | {0} | {0} |".format(f"{loaded.bpb['lora_ttt']:.5f}") in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "machine"),
+    [({}, "A GPU"), ({"world_size": 2}, "2 x A GPU"), ({"gpus": []}, "A CPU, 2 threads")],
+)
+def test_a_record_says_what_ran_and_on_how_much(run, tmp_path, changes, machine):
+    copied = copy_run(run, tmp_path / "copy")
+    data = RunDir(copied).config().data.data_dir
+    words = ["pgolf", "train", "pr1530", "--data-dir", data, "--run-dir", "/home/somebody/here", "seed=1"]
+    origin = {"command": words, "gpus": ["A GPU", "A GPU"], "world_size": 1, "cpu": "A CPU", "threads": 2, **changes}
+    file = copied / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | origin))
+    record = real_runs.record_of(RunDir(copied, writes=False))
+    assert record["machine"] == machine
+    assert record["command"] == "pgolf train pr1530 --data-dir $CORPUS --run-dir here seed=1"
 
 
 def test_a_later_stage_leaves_where_the_run_began(run, tmp_path, monkeypatch):
