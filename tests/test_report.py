@@ -265,6 +265,36 @@ def test_a_gain_below_the_threshold_is_no_record(run, tmp_path):
     assert "demo B is not shown to be better than demo A by at least 0.005 nats" in page.text
 
 
+def test_scores_that_are_not_legal_are_marked_and_make_no_record(run, tmp_path):
+    shifts = {1: 0.0, 2: 0.02, 3: 0.01}
+    a = [copy_run(run, tmp_path / f"a{seed}", seed=seed, shift=shift) for seed, shift in shifts.items()]
+    b = [copy_run(run, tmp_path / f"b{seed}", seed=seed, shift=s - 0.3, matrix_lr=0.5) for seed, s in shifts.items()]
+    clean = comparison(*a, *b)
+    assert "not legal" not in clean.text and "is better than demo A" in clean.text
+    result = json.loads((b[1] / "result.json").read_text())
+    result["evaluation"]["lora_ttt"]["legal"] = False
+    (b[1] / "result.json").write_text(json.dumps(result))
+    page = comparison(*a, *b)
+    assert "1 of 3 not legal" in page.text and "not legal: lora_ttt (the evaluation says so)" in page.text
+    (lora,) = (part for part in page.text.split("Score: ") if part.startswith("lora_ttt"))
+    (plain,) = (part for part in page.text.split("Score: ") if part.startswith("plain"))
+    assert "better than demo A by" not in lora and "better than demo A by" in plain
+    assert "is not said: not every score is legal (b2: the evaluation says so)" in lora
+    assert "bits per byte, lora_ttt, not a legal score" in report(b[1]).text
+    assert "not a legal score" not in report(b[0]).text
+
+
+@pytest.mark.parametrize("label", ["own", "lora-ttt"])
+def test_what_the_verifier_fails_is_not_legal(run, tmp_path, label):
+    copied = copy_run(run, tmp_path / "copy", seed=5)
+    assert load_run(copied).objections("lora_ttt") == []
+    checks = [Check("causality", FAIL, "1 of 9 scores changed"), Check("normalisation", PASS, "")]
+    (copied / f"verify_{label}.json").write_text(Report(checks).to_json())
+    assert load_run(copied).objections("lora_ttt") == ["pgolf verify: causality"]
+    assert load_run(copied).objections("plain") == []
+    assert "not legal: lora_ttt (pgolf verify: causality)" in comparison(run, copied).text
+
+
 def test_single_runs_are_compared_without_a_test(run, tmp_path):
     other = copy_run(run, tmp_path / "other", shift=-0.1, matrix_lr=0.5)
     page = report(run, other, out=tmp_path / "report.html")
@@ -317,6 +347,8 @@ def test_an_evaluation_that_is_not_a_legal_score(run, tmp_path, damage, word):
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     np.savez(copied / "ledger_plain.npz", **arrays)
     assert word in report(copied).text
+    reason = "its ledger is unfinished" if damage == "cut off" else "scores tokens twice"
+    assert load_run(copied).objections("plain") == [reason]
 
 
 @pytest.mark.parametrize(

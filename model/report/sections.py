@@ -65,7 +65,8 @@ def _machine(run: Run) -> str:
 def _headline(run: Run) -> Iterator[tuple[str, str]]:
     mode = run.final_mode
     if mode is not None:
-        yield f"bits per byte, {mode}", f"{run.bpb[mode]:.4f}"
+        mark = tag("span", ", not a legal score", class_="bad") if run.objections(mode) else ""
+        yield join([f"bits per byte, {mode}", mark]), f"{run.bpb[mode]:.4f}"
     if mode in run.nats:
         yield f"nats per token, {mode}", f"{run.nats[mode]:.4f}"
     if run.artifact is not None:
