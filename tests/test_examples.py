@@ -34,6 +34,21 @@ def test_packed_codes_are_smaller_than_their_bits():
     assert error < 0.15
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_not_called_are_left_alone(dtype):
+    """nn.MultiheadAttention multiplies by out_proj's weight without calling it, so that its Hessian stays unknown."""
+    example = runpy.run_path(str(EXAMPLES / "quantise_any_model.py"))
+    torch.manual_seed(0)
+    model = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True).to(dtype).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    packed, scales = example["quantise_and_pack"](model, [torch.randn(4, 64, 32, dtype=dtype)], bits=6)
+    example["load_packed"](model, packed, scales)
+    assert list(scales) == ["linear1", "linear2"]
+    for name, value in model.state_dict().items():
+        error = ((value - before[name]).norm() / before[name].norm().clamp(min=1)).item()
+        assert 0 < error < 0.3 if name in ("linear1.weight", "linear2.weight") else error == 0, name
+
+
 def test_every_document_learns_its_own_map():
     before, after = main_of("lora_per_document")()
     assert before > 0.5
