@@ -27,7 +27,7 @@ from model.data.text import SAMPLE, read_documents
 from model.errors import ArtifactError, ConfigError, LegalityError, PgolfError
 from model.pipeline import run_pipeline
 from model.presets import get_preset
-from model.report import write_report
+from model.report import sections, write_report
 from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
@@ -36,6 +36,17 @@ from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
 SPECIAL = "if (a < b && c > d) { return \"<script>alert('x')</script>\"; }\n日本語 😀 é\n"
+
+
+CODE = 98_765
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_script():
+    """A packed script of CODE bytes: making the real one takes seconds (tests/test_pack.py does)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "code_size", lambda config: CODE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +136,23 @@ def test_the_page_is_in_the_runs_folder_and_says_what_the_run_says(run, page):
         assert title in page.text
     seconds = result["seconds"]["train"] + result["seconds"]["calibrate"]
     words = [image["alt"] for image in page.images]
-    assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0] and "of 16 MB" in words[0]
+    assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0]
+    size = (run / "model.pgolf").stat().st_size + CODE
+    assert f"; artifact and code {size / 1e6:.2f} of 16 MB" in words[0]
     assert not any("calibrate" in text for text in words)  # it is a part of "quantize"
     gain = result["bpb"]["lora_ttt"] - result["bpb"]["plain"]
     assert f"{gain:+.5f}" in page.text
     assert page.text.count("legal") >= 2 and "not a legal score" not in page.text
+
+
+def test_code_that_cannot_be_packed_is_not_counted_and_said_so(run, tmp_path, monkeypatch):
+    def no_sources(config):
+        raise PgolfError("csrc/ngram: not there")
+
+    monkeypatch.setattr(sections, "code_size", no_sources)
+    page = report(run, out=tmp_path / "report.html")
+    assert f"; artifact {(run / 'model.pgolf').stat().st_size / 1e6:.2f} of 16 MB" in page.images[0]["alt"]
+    assert "not counted here (csrc/ngram: not there)" in page.text
 
 
 def test_parts_of_the_artifact_add_up(run):
