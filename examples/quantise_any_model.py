@@ -1,34 +1,42 @@
 """Quantises and packs the nn.Linear layers of any model: GPTQ codes of 6 bits, coded near their entropy."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pgolf_kernels import GptqRecipe, decode_codes, encode_codes, gptq_quantize_many
 
 
-def quantise_and_pack(model: nn.Module, batches: list[Tensor], bits: int) -> tuple[bytes, list[Tensor]]:
-    """(the packed codes, a scale for each row of each matrix); batches are typical inputs of the model."""
-    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)}
+def quantise_and_pack(model: nn.Module, batches: list[Tensor], bits: int) -> tuple[bytes, dict[str, Tensor]]:
+    """(the packed codes, the row scales of each matrix by its layer's name); batches are typical inputs of the model.
+
+    Layers that are never called (nn.MultiheadAttention reads its out_proj's weight itself) stay as they are.
+    """
+    hessians: dict[nn.Module, Tensor] = {}
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if layer in hessians:
-            x = inputs[0].flatten(0, -2)
-            hessians[layer].addmm_(x.T, x)
+        x = inputs[0].flatten(0, -2).float()
+        hessians.setdefault(layer, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
-    with torch.no_grad(), register_module_forward_pre_hook(add):
+    with torch.no_grad(), ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_pre_hook(add))
         for batch in batches:
             model(batch)
-    found = gptq_quantize_many([m.weight.detach() for m in hessians], list(hessians.values()), GptqRecipe(bits=bits))
-    return encode_codes([codes.numpy() for codes, _ in found]), [scales for _, scales in found]
+    layers = {name: layer for name, layer in model.named_modules() if layer in hessians}
+    weights = [layer.weight.detach() for layer in layers.values()]
+    found = gptq_quantize_many(weights, [hessians[layer] for layer in layers.values()], GptqRecipe(bits=bits))
+    packed = encode_codes([codes.cpu().numpy() for codes, _ in found])
+    return packed, {name: scales for name, (_, scales) in zip(layers, found, strict=True)}
 
 
-def load_packed(model: nn.Module, packed: bytes, scales: list[Tensor]) -> None:
+def load_packed(model: nn.Module, packed: bytes, scales: dict[str, Tensor]) -> None:
     """Puts the packed matrices into a model of the same layers."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad():
-        for layer, codes, scale in zip(layers, decode_codes(packed), scales, strict=True):
-            layer.weight.copy_(torch.from_numpy(codes) * scale.float()[:, None])
+        for (name, scale), codes in zip(scales.items(), decode_codes(packed), strict=True):
+            model.get_submodule(name).weight.copy_(torch.from_numpy(codes).to(scale.device) * scale.float()[:, None])
 
 
 def main() -> tuple[float, float]:

@@ -117,28 +117,39 @@ def _native(*, has_gpu: bool) -> Iterator[Finding]:
         yield Finding("native module", "broken", _reason(error), _rebuild())
         return
     openmp = "OpenMP" if native.has_openmp() else "no OpenMP (one thread)"
-    try:
-        _check_kernel()
-    except Exception as error:
-        yield Finding("native module", "broken", f"{native.__file__}: {_reason(error)}", _rebuild())
-        return
     cuda = native.has_cuda()
+    for device in _devices(cuda=cuda):
+        try:
+            _check_kernel(device)
+        except Exception as error:
+            fix = _rebuild("" if device == "cpu" else "1")
+            if "driver version is insufficient" in str(error):
+                fix = f"update NVIDIA's driver to CUDA 13's (580 or newer), or build without CUDA: {_rebuild('0')}"
+            yield Finding("native module", "broken", f"{native.__file__} on {device}: {_reason(error)}", fix)
+            return
     text = f"{'CUDA and CPU' if cuda else 'CPU only'}, instruction set {native.isa()}, {openmp}"
     if has_gpu and not cuda:
-        fix = _rebuild(cuda=True)
+        fix = _rebuild("1")
         yield Finding("native module", "note", f"{text}: on the GPU its kernels run as PyTorch references", fix)
     else:
         yield Finding("native module", "ok", text)
 
 
-def _check_kernel() -> None:
+def _devices(*, cuda: bool) -> list[str]:
+    """Where the native module has kernels to run."""
+    import torch
+
+    return ["cpu", "cuda"] if cuda and torch.cuda.is_available() else ["cpu"]
+
+
+def _check_kernel(device: str) -> None:
     """Runs one native kernel on eight numbers: a module that imports may still be one of another machine."""
     import torch
 
     from pgolf_kernels import softcap_ce
 
-    logits = torch.linspace(-40, 40, 8).view(2, 4)
-    targets = torch.tensor([1, 2])
+    logits = torch.linspace(-40, 40, 8, device=device).view(2, 4)
+    targets = torch.tensor([1, 2], device=device)
     got = softcap_ce.softcap_cross_entropy(logits, targets, softcap=30.0)
     capped = 30.0 * torch.tanh(logits / 30.0)
     want = torch.nn.functional.cross_entropy(capped, targets)
@@ -207,13 +218,13 @@ def _driver_gpus() -> list[str]:
     )
 
 
-def _rebuild(*, cuda: bool = False) -> str:
-    """The command that builds the native module again, with NVIDIA's compiler packages where nvcc is missing."""
+def _rebuild(cuda: Literal["", "0", "1"] = "") -> str:
+    """The command that builds the native module again; for "1" (with CUDA) it brings nvcc along where there is none."""
     editable = (CHECKOUT / "setup.py").is_file()
     where = f"cd {shlex.quote(str(CHECKOUT))} && " if editable else "in a checkout of pgolf_kernels: "
     build = f"{PIP} --force-reinstall --no-deps {'-e ' if editable else ''}."
-    if not cuda:
-        return where + build
+    if cuda != "1":
+        return f"{where}{'PGOLF_CUDA=0 ' if cuda else ''}{build}"
     nvcc = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").is_file()
     compiler = "" if nvcc else f"{PIP} {' '.join(f'{name}==13.0.*' for name in NVIDIA_COMPILER)} && "
     return f"{where}{compiler}PGOLF_CUDA=1 {build}"

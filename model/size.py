@@ -95,12 +95,18 @@ def size_report(path: str | os.PathLike[str], *, code: bool = True) -> SizeRepor
     else:
         artifact = read_artifact(artifact_path)
         header, quantized = artifact.header, artifact.quantized
-    code_bytes = 0
-    if code:
-        from model.pack import entry_script, uses_ngram
-
-        code_bytes = len(entry_script(ngram=uses_ngram(header.config)))
+    code_bytes = code_size(header.config) if code else 0
     return SizeReport(tuple(size_rows(quantized, header)), predicted, header.file_size, code_bytes)
+
+
+def code_size(config: Config) -> int:
+    """Bytes of the entry script that `pgolf pack` would ship with a run of this configuration; takes seconds, once.
+
+    Raises PgolfError where the sources of the n-gram hints are wanted and not installed.
+    """
+    from model.pack import entry_script, uses_ngram
+
+    return len(entry_script(ngram=uses_ngram(config)))
 
 
 def size_rows(quantized: QuantizedModel, header: Header) -> list[SizeRow]:
@@ -144,9 +150,12 @@ def _bytes_by_class(quantized: QuantizedModel, header: Header, information: dict
 def print_table(report: SizeReport, budget: int = BUDGET) -> Table:
     """The report as a table: classes, then tensors, then the totals against the budget. Entropy and what is stored
     (scales included) are bits a weight."""
-    table = Table(title="predicted from the weights" if report.predicted else None, box=None, pad_edge=False)
-    for title in ("tensor", "class", "shape", "bits", "entropy", "stored", "bytes", "share"):
-        table.add_column(title, justify="left" if title in ("tensor", "class") else "right")
+    title = "predicted from the weights" if report.predicted else None
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # fits 80 columns
+    table.add_column("tensor", min_width=18, overflow="fold")  # cut short, the names of q and o look alike
+    table.add_column("class")
+    for title in ("shape", "bits", "entropy", "stored", "bytes", "share"):
+        table.add_column(title, justify="right")
     classes = report.classes()
     for rows in (classes, report.rows):
         for row in rows:
@@ -160,7 +169,8 @@ def print_table(report: SizeReport, budget: int = BUDGET) -> Table:
     if report.code_bytes:
         table.add_row("code", "", "", "", "", "", f"{report.code_bytes:,}", "")
     left = budget - report.total
-    table.add_row("total", "", "", "", "", "", f"{report.total:,}", f"{abs(left):,} {'left' if left >= 0 else 'over'}")
+    table.add_row("total", "", "", "", "", "", f"{report.total:,}", "")
+    table.add_row("left" if left >= 0 else "over", "", "", "", "", "", f"{abs(left):,}", "")
     return table
 
 

@@ -1,6 +1,8 @@
 """What the documentation says, held against the code: links, commands, flags, files, variables and figures."""
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 import tomllib
@@ -9,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+import pgolf_kernels
 from model import cli
 from model.environment import known_variables
 
@@ -170,6 +173,19 @@ def test_measured_figures_come_from_records(page):
     """Times and rates stand between the markers that bench.render fills, and nowhere else."""
     text = re.sub(r"<!-- (?:results|run):.*?<!-- /(?:results|run) -->", "", page.read_text(), flags=re.S)
     assert set(MEASURED.findall(text)) <= CONSTANTS, page.name
+
+
+def test_the_picture_names_the_functions_that_the_model_calls():
+    """docs/flow.svg has every exported function that model/ imports, and no other; files of others apart."""
+    functions = {name for name in pgolf_kernels.__all__ if inspect.isfunction(getattr(pgolf_kernels, name))}
+    imported = set()
+    for path in ROOT.glob("model/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgolf_kernels"):
+                imported |= {alias.name for alias in node.names}
+    picture = set(re.findall(r"\w+", (ROOT / "docs/flow.svg").read_text()))
+    apart = {"byte_unshuffle", "attention_backend_info"}  # reads public files; asked by `pgolf doctor`
+    assert picture & functions == imported & functions - apart
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])

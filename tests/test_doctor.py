@@ -66,6 +66,43 @@ def test_native_module_that_computes_wrongly(native, monkeypatch):
     assert "gave 1.000000" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [("no kernel image is available", "PGOLF_CUDA=1"), ("CUDA driver version is insufficient for it", "PGOLF_CUDA=0")],
+)
+def test_native_module_that_fails_on_the_gpu(native, monkeypatch, error, words):
+    native(fake_native(cuda=True))
+    monkeypatch.setattr(doctor, "_devices", lambda *, cuda: ["cpu", "cuda"] if cuda else ["cpu"])
+    asked = []
+
+    def check(device):
+        asked.append(device)
+        if device == "cuda":
+            raise RuntimeError(f"softcap: {error}")
+
+    monkeypatch.setattr(doctor, "_check_kernel", check)
+    (finding,) = doctor._native(has_gpu=True)
+    assert asked == ["cpu", "cuda"]
+    assert finding.status == "broken"
+    assert finding.text == f"_native.so on cuda: RuntimeError: softcap: {error}"
+    assert words in finding.fix and ("580" in finding.fix) == ("driver" in error)
+
+
+def test_the_check_runs_where_it_is_told_to(monkeypatch):
+    seen = []
+
+    def reference(logits, targets, softcap):
+        seen.append((logits.device.type, targets.device.type))
+        return torch.empty((), device=logits.device)
+
+    monkeypatch.setattr("pgolf_kernels.softcap_ce.softcap_cross_entropy", reference)
+    with pytest.raises(Exception, match="meta"):  # a device without values, in the place of a GPU
+        doctor._check_kernel("meta")
+    assert seen == [("meta", "meta")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (doctor._devices(cuda=True), doctor._devices(cuda=False)) == (["cpu", "cuda"], ["cpu"])
+
+
 def test_gpu_without_native_cuda_names_the_build_command(native, monkeypatch):
     native(fake_native(cuda=False))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvcc")
@@ -85,8 +122,9 @@ def test_gpu_without_nvcc_names_nvidias_packages(native, monkeypatch, tmp_path):
         assert f"{package}==13.0.*" in finding.fix
 
 
-def test_native_cuda_without_a_gpu_is_fine(native):
+def test_native_cuda_without_a_gpu_is_fine(native, monkeypatch):
     native(fake_native(cuda=True))
+    monkeypatch.setattr(doctor, "_devices", lambda *, cuda: ["cpu"])
     (finding,) = doctor._native(has_gpu=False)
     assert (finding.status, finding.fix) == ("ok", "")
     assert finding.text.startswith("CUDA and CPU, instruction set avx2")

@@ -35,7 +35,7 @@ from model.pack import (
 from model.pipeline import run_pipeline
 from model.presets import get_preset
 from model.run import RunDir
-from model.size import print_table, size_report
+from model.size import SizeReport, SizeRow, code_size, print_table, size_report
 from pgolf_kernels import ngram_hints
 from tests.artifacts import same
 from tests.tiny import tiny_config, tiny_data
@@ -58,9 +58,23 @@ def test_the_sizes_of_an_artifact_are_its_bytes(run: RunDir) -> None:
     assert sum(row.bytes for row in report.classes()) == pytest.approx(report.artifact_bytes)
     names = {row.name for row in report.rows}
     assert {"tok_emb", "blocks.0.attn.q", "resid_mix", "header"} <= names
-    console = Console(width=120, record=True)
-    console.print(print_table(report, budget=report.total - 1))
-    assert "1 over" in console.export_text()
+    for budget, last in ((report.total - 1, ["over", "1"]), (report.total + 20, ["left", "20"])):
+        console = Console(width=120, record=True)
+        console.print(print_table(report, budget=budget))
+        assert console.export_text().splitlines()[-1].split() == last
+
+
+def test_the_sizes_of_a_full_model_fit_a_narrow_terminal() -> None:
+    shapes = {"tok_emb": (8192, 512), "blocks.10.attn.q": (512, 512), "blocks.10.mlp.down": (512, 2048)}
+    rows = [SizeRow(name, "embed", shape, 6, 3.211, 1_234_567.0) for name, shape in shapes.items()]
+    rows.append(SizeRow("a_name_of_more_characters_than_fit", "other", (), 32, 32.0, 4.0))
+    console = Console(width=80, record=True)
+    console.print(print_table(SizeReport(tuple(rows), False, 15_662_323, 98_403)))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    for name, shape in shapes.items():
+        assert [name, "embed", *" x ".join(map(str, shape)).split()] in [line[:5] for line in lines]
+    assert ["a_name_of_more_character"] in [line[:1] for line in lines] and ["s_than_fit"] in lines
+    assert ["total", "15,760,726"] in lines
 
 
 def test_the_predicted_size_is_near_the_real_one(run: RunDir) -> None:
@@ -86,6 +100,8 @@ def test_the_packed_modules_are_complete_and_need_nothing_else() -> None:
     modules = reachable_modules(ROOT_MODULES)
     assert {"model.packed_entry", "model.gpt", "model.evaluate.lora_ttt", "model.train"} <= set(modules)
     assert not {"model.report", "model.demo", "model.doctor", "pgolf_kernels._native"} & set(modules)
+    assert code_size(get_preset("pr1727")) == len(entry_script())
+    assert code_size(get_preset("pr1514")) == len(entry_script(ngram=True))
     assert len(entry_script()) <= 100_000 and len(entry_script(ngram=True)) <= 110_000  # docs/artifact.md
 
 

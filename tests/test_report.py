@@ -27,7 +27,7 @@ from model.data.text import SAMPLE, read_documents
 from model.errors import ArtifactError, ConfigError, LegalityError, PgolfError
 from model.pipeline import run_pipeline
 from model.presets import get_preset
-from model.report import write_report
+from model.report import sections, write_report
 from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
@@ -36,6 +36,17 @@ from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
 SPECIAL = "if (a < b && c > d) { return \"<script>alert('x')</script>\"; }\n日本語 😀 é\n"
+
+
+CODE = 98_765
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_script():
+    """A packed script of CODE bytes: making the real one takes seconds (tests/test_pack.py does)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "code_size", lambda config: CODE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +136,23 @@ def test_the_page_is_in_the_runs_folder_and_says_what_the_run_says(run, page):
         assert title in page.text
     seconds = result["seconds"]["train"] + result["seconds"]["calibrate"]
     words = [image["alt"] for image in page.images]
-    assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0] and "of 16 MB" in words[0]
+    assert f"Budgets: training {seconds:,.1f} of 600 s; evaluation" in words[0]
+    size = (run / "model.pgolf").stat().st_size + CODE
+    assert f"; artifact and code {size / 1e6:.2f} of 16 MB" in words[0]
     assert not any("calibrate" in text for text in words)  # it is a part of "quantize"
     gain = result["bpb"]["lora_ttt"] - result["bpb"]["plain"]
     assert f"{gain:+.5f}" in page.text
     assert page.text.count("legal") >= 2 and "not a legal score" not in page.text
+
+
+def test_code_that_cannot_be_packed_is_not_counted_and_said_so(run, tmp_path, monkeypatch):
+    def no_sources(config):
+        raise PgolfError("csrc/ngram: not there")
+
+    monkeypatch.setattr(sections, "code_size", no_sources)
+    page = report(run, out=tmp_path / "report.html")
+    assert f"; artifact {(run / 'model.pgolf').stat().st_size / 1e6:.2f} of 16 MB" in page.images[0]["alt"]
+    assert "not counted here (csrc/ngram: not there)" in page.text
 
 
 def test_parts_of_the_artifact_add_up(run):
@@ -283,6 +306,36 @@ def test_a_gain_below_the_threshold_is_no_record(run, tmp_path):
     assert "demo B is not shown to be better than demo A by at least 0.005 nats" in page.text
 
 
+def test_scores_that_are_not_legal_are_marked_and_make_no_record(run, tmp_path):
+    shifts = {1: 0.0, 2: 0.02, 3: 0.01}
+    a = [copy_run(run, tmp_path / f"a{seed}", seed=seed, shift=shift) for seed, shift in shifts.items()]
+    b = [copy_run(run, tmp_path / f"b{seed}", seed=seed, shift=s - 0.3, matrix_lr=0.5) for seed, s in shifts.items()]
+    clean = comparison(*a, *b)
+    assert "not legal" not in clean.text and "is better than demo A" in clean.text
+    result = json.loads((b[1] / "result.json").read_text())
+    result["evaluation"]["lora_ttt"]["legal"] = False
+    (b[1] / "result.json").write_text(json.dumps(result))
+    page = comparison(*a, *b)
+    assert "1 of 3 not legal" in page.text and "not legal: lora_ttt (the evaluation says so)" in page.text
+    (lora,) = (part for part in page.text.split("Score: ") if part.startswith("lora_ttt"))
+    (plain,) = (part for part in page.text.split("Score: ") if part.startswith("plain"))
+    assert "better than demo A by" not in lora and "better than demo A by" in plain
+    assert "is not said: not every score is legal (b2: the evaluation says so)" in lora
+    assert "bits per byte, lora_ttt, not a legal score" in report(b[1]).text
+    assert "not a legal score" not in report(b[0]).text
+
+
+@pytest.mark.parametrize("label", ["own", "lora-ttt"])
+def test_what_the_verifier_fails_is_not_legal(run, tmp_path, label):
+    copied = copy_run(run, tmp_path / "copy", seed=5)
+    assert load_run(copied).objections("lora_ttt") == []
+    checks = [Check("causality", FAIL, "1 of 9 scores changed"), Check("normalisation", PASS, "")]
+    (copied / f"verify_{label}.json").write_text(Report(checks).to_json())
+    assert load_run(copied).objections("lora_ttt") == ["pgolf verify: causality"]
+    assert load_run(copied).objections("plain") == []
+    assert "not legal: lora_ttt (pgolf verify: causality)" in comparison(run, copied).text
+
+
 def test_single_runs_are_compared_without_a_test(run, tmp_path):
     other = copy_run(run, tmp_path / "other", shift=-0.1, matrix_lr=0.5)
     page = report(run, other, out=tmp_path / "report.html")
@@ -335,6 +388,8 @@ def test_an_evaluation_that_is_not_a_legal_score(run, tmp_path, damage, word):
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     np.savez(copied / "ledger_plain.npz", **arrays)
     assert word in report(copied).text
+    reason = "its ledger is unfinished" if damage == "cut off" else "scores tokens twice"
+    assert load_run(copied).objections("plain") == [reason]
 
 
 @pytest.mark.parametrize(
@@ -380,6 +435,11 @@ def test_a_browser_shows_it_all(run, page, tmp_path):
                 )
                 assert len(sizes) >= 7 and all(natural > 100 and shown > 100 for natural, shown in sizes)
                 assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+                # An artifact of the full size has this many characters, the tiny run's has fewer.
+                assert browser.evaluate(
+                    "[...document.querySelectorAll('.tile b')].every("
+                    "b => (b.textContent = '15,662,323', b.scrollWidth <= b.clientWidth))"
+                )
                 assert browser.complaints == []
                 outside = [url for url in browser.requests if not url.startswith("data:")]
                 assert [unquote(url) for url in outside] == [f"file://{path}"]

@@ -96,6 +96,7 @@ def _compare_mode(groups: dict[str, list[Run]], mode: str, looks: dict[str, plot
     bpb = {name: [run.bpb[mode] for run in members if mode in run.bpb] for name, members in groups.items()}
     nats = {name: [run.nats[mode] for run in members if mode in run.nats] for name, members in groups.items()}
     bpb = {name: values for name, values in bpb.items() if values}
+    objections = {name: _objections(groups[name], mode) for name in bpb}
     yield pictures(
         figure(
             plots.strip(bpb, "bits per byte (less is better)", looks),
@@ -109,26 +110,46 @@ def _compare_mode(groups: dict[str, list[Run]], mode: str, looks: dict[str, plot
     for name, values in bpb.items():
         row = [name, len(values), _mean(values), _mean(nats[name])]
         others = [] if name == first else [(values, bpb[first]), (nats[name], nats[first])]
-        rows.append(row + ([_difference(*pair) for pair in others] or ["", ""]))
+        row += [_difference(*pair) for pair in others] or ["", ""]
+        rows.append([*row, _legality(len(objections[name]), len(values))])
     yield tag("p", "Mean ± sample standard deviation over the seeds; differences are of means.", class_="soft")
-    yield table(columns, rows, numbers=range(1, len(columns)))
-    yield from _tests(bpb, nats, first)
+    yield table([*columns, "legality"], rows, numbers=range(1, len(columns)))
+    yield from _tests(bpb, nats, first, objections)
 
 
-def _tests(bpb: dict[str, list[float]], nats: dict[str, list[float]], first: str) -> Iterator[Markup]:
-    """Welch's test of each group against the first, and whether it would be a record over it."""
+def _objections(members: list[Run], mode: str) -> list[str]:
+    """A sentence part for each run whose score of this mode is not a legal one."""
+    found = {run.name: run.objections(mode) for run in members if mode in run.bpb}
+    return [f"{name}: {'; '.join(reasons)}" for name, reasons in found.items() if reasons]
+
+
+def _legality(illegal: int, runs: int) -> Markup:
+    word = f"{illegal} of {runs} not legal" if illegal else "nothing against it"
+    return tag("span", word, class_="bad" if illegal else "soft")
+
+
+def _tests(
+    bpb: dict[str, list[float]], nats: dict[str, list[float]], first: str, objections: dict[str, list[str]]
+) -> Iterator[Markup]:
+    """Welch's test of each group against the first, and whether it would be a record over it: said of legal scores."""
     rows, verdicts = [], []
     for name in bpb:
         test = welch(bpb[name], bpb[first]) if name != first else None
         if test is None:
             continue
-        record = welch(nats[name], nats[first], -RECORD_NATS, one_sided=True) if nats[name] and nats[first] else None
+        against = objections[first] + objections[name]
+        comparable = nats[name] and nats[first] and not against
+        record = welch(nats[name], nats[first], -RECORD_NATS, one_sided=True) if comparable else None
         rows.append([name, f"{test.t:.2f}", f"{test.df:.1f}", _p(test.p), _p(record.p) if record else ""])
         if record is not None:
             better = record.p < RECORD_P
             word = tag("span", "is" if better else "is not shown to be", class_="good" if better else "bad")
             line = f" better than {first} by at least {RECORD_NATS} nats per token (p < {RECORD_P})."
             verdicts.append(tag("p", join([name, " ", word, line])))
+        elif against:
+            why = f"not every score is legal ({', '.join(against)})"
+            words = f"Whether {name} is a record over {first} is not said: {why}."
+            verdicts.append(tag("p", words))
     if rows:
         columns = [
             f"Welch's test against {first}",
@@ -159,9 +180,12 @@ def _run_table(groups: dict[str, list[Run]]) -> Markup:
             row = [run.name, name.replace(" ", "\u00a0"), run.seed, f"{train['steps']:,}" if "steps" in train else ""]
             row.append("" if seconds is None else f"{seconds:,.1f}")
             row += [f"{run.bpb[mode]:.5f}" if mode in run.bpb else "" for mode in modes]
-            rows.append([*row, f"{run.artifact.size:,}" if run.artifact else ""])
+            row.append(f"{run.artifact.size:,}" if run.artifact else "")
+            illegal = [f"{mode} ({'; '.join(run.objections(mode))})" for mode in run.bpb if run.objections(mode)]
+            words = f"not legal: {', '.join(illegal)}" if illegal else "nothing against it"
+            rows.append([*row, tag("span", words, class_="bad" if illegal else "soft")])
     columns = ["run", "group", "seed", "steps", "train s", *(f"bpb {mode}" for mode in modes), "artifact bytes"]
-    return table(columns, rows, numbers=range(2, len(columns)))
+    return table([*columns, "legality"], rows, numbers=range(2, len(columns)))
 
 
 def _mean(values: list[float]) -> str:

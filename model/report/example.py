@@ -107,7 +107,7 @@ def _key() -> Markup:
     keys = []
     below = 0.0
     for top, colour in _SCALE:
-        label = f"{below:g} to {top:g} bits" if math.isfinite(top) else f"over {below:g}"
+        label = f"{below:g} to {top:g} bits" if math.isfinite(top) else f"over {below:g} bits"
         keys.append(tag("span", join([tag("i", "", style=f"background:{colour}"), label]), class_="key"))
         below = top
     return tag("p", join(keys))

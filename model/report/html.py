@@ -28,9 +28,9 @@ p { margin: .4rem 0 .9rem; max-width: 44rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 a { color: var(--accent); }
 nav { margin: 1rem 0 0; font-size: .93rem; display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .tile { background: var(--tint); border-radius: .5rem; padding: .75rem .9rem; }
-.tile b { display: block; font-size: 1.4rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.3rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .83rem; }
 figure { margin: 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.4rem 1.6rem;

@@ -111,6 +111,22 @@ class Run:
         wanted = self.config.eval.eval_mode.replace("-", "_").replace("+", "_")
         return wanted if wanted in self.bpb else next(reversed(self.bpb), None)
 
+    def objections(self, mode: str) -> list[str]:
+        """What speaks against this mode's score being a legal one, in words; empty where nothing does."""
+        facts = self.result.get("evaluation", {}).get(mode, {})
+        ledger = self.ledgers.get(mode)
+        found = list(ledger.defects if ledger is not None else facts.get("defects", []))
+        if not found and facts.get("legal") is False:
+            found.append("the evaluation says so")
+        if ledger is not None and not np.isfinite(ledger.nll[1:]).all():
+            found.append("its ledger is unfinished")
+        own = self.config.eval.eval_mode
+        for name, report in self.verified.items():
+            if (own if name == "own" else name).replace("-", "_").replace("+", "_") == mode and not report["legal"]:
+                failed = [check["name"] for check in report["checks"] if check["status"] == "fail"]
+                found.append(f"pgolf verify: {', '.join(failed) or 'not legal'}")
+        return found
+
     @property
     def signature(self) -> tuple[tuple[str, Any], ...]:
         """Equal for runs that differ by their seed (and their place) alone."""
