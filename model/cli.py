@@ -204,7 +204,7 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any
 @click.option("--data", "data_dir", type=FOLDER, help="Data set [default: the one it was trained on].")
 @click.option("--label", help="Name of the result in result.json [default: the mode].")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation of the run.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation, from its ledger.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("eval")
 def evaluate_command(
@@ -217,9 +217,10 @@ def evaluate_command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Score an artifact, or the artifact of a run, on the validation text.
+    """Score an artifact, or that of a run or a packed submission, on the validation text.
 
-    For a run the results are merged into its result.json, and its ledgers are kept for `pgolf verify`.
+    For a run the results are merged into its result.json, and its ledgers are kept in its folder for `pgolf verify`.
+    Otherwise the ledger lies beside PATH, as PATH.ledger_MODE.npz.
 
     \b
     pgolf eval runs/NAME --mode plain --mode sliding --eval-stride 128

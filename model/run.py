@@ -160,7 +160,8 @@ class RunDir:
         for name in ("val_loss", "val_bpb", "ttt_gain"):
             result.pop(name, None)
         self._write_json("result.json", result)
-        for pattern in ("ledger_*.npz", ".ledger_*.npz", "verify_*.json"):  # the second: the other ranks' parts
+        # Ledgers of the run, of model.pgolf as a file (model/score.py), and the parts of either that ranks have left.
+        for pattern in ("*ledger_*.npz", "verify_*.json"):
             for file in self.path.glob(pattern):
                 file.unlink()
 
