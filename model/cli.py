@@ -173,8 +173,9 @@ cli.add_command(Deferred("train", "model.pipeline", "train_command", "Train, qua
     "--weights", help="Start from these instead of the run's model.safetensors: a run, a checkpoint or a file."
 )
 @click.option("--data", "data_dir", type=FOLDER, help="Data set for the calibration [default: the run's].")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("quant")
-def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any) -> None:
+def quantize(run: Path, weights: str | None, data_dir: Path | None, quiet: bool, **flags: Any) -> None:
     """Quantise the weights of a run into its artifact, RUN/model.pgolf.
 
     Without flags with the run's own settings. Scores the unquantised weights on the way.
@@ -189,7 +190,7 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any
         changes["data_dir"] = str(data_dir)
     config = RunDir(run).config().replace(**changes)
     with distributed(None, config.train.timeout_seconds) as ranks:
-        run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights)
+        run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights, quiet=quiet)
 
 
 @cli.command("eval")

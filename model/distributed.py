@@ -51,6 +51,12 @@ class Dist:
         if self.world > 1:
             dist.barrier(group=self.host_group)
 
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a rank gives up waiting for the others after so long."""
+        if self.world > 1:
+            for group in (None, self.host_group):  # None: the default one
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     def agree_max(self, *values: float) -> tuple[float, ...]:
         """Each value's maximum over the ranks, the same bits everywhere; does not touch a GPU."""
         if self.world == 1:

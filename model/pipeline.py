@@ -29,13 +29,14 @@ from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
 from model.distributed import Dist, Terminated, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
-from model.evaluate import EvalResult, evaluate, parse_mode
+from model.evaluate import EvalResult, parse_mode
 from model.evaluate.observe import hash_weights
 from model.files import sha256_bytes, sha256_file
 from model.gpt import GPT
 from model.quantize import collect_hessians, quantize_with_hessians
 from model.run import FREE_ON_RESUME, RunDir
 from model.schedule import budget_seconds
+from model.score import PATIENCE_SECONDS, ledger_path, mode_name, score_mode
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
 from model.train import check_dataset, train
 
@@ -59,13 +60,15 @@ def run_pipeline(
     weights: str | os.PathLike[str] | None = None,
     resume: bool = False,
     started: float | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs `stages` in the folder `run_dir/run_id` and returns the merged result.json.
 
     `weights` takes the place of training: a run's folder or checkpoint, model.safetensors, or a state dict of a public
     script. With `resume` training goes on from the newest checkpoint of that folder and evaluating from its ledgers;
     training and quantising are left out where they are finished. Without "train" and `weights`, quantising starts from
-    the folder's model.safetensors; without "quantize", evaluating reads its artifact.
+    the folder's model.safetensors; without "quantize", evaluating reads its artifact. `quiet` shows no progress of
+    evaluations.
 
     Raises PgolfError and its kinds, on every rank; Interrupted after a signal.
     """
@@ -95,6 +98,7 @@ def run_pipeline(
     if trained:
         run.say(f"training is finished: {run.model_path}")
     elif training:
+        ranks.set_timeout(config.train.timeout_seconds)
         result = train(config, dataset, run, ranks, resume=resume, started=started)
         if result.interrupted:
             raise Interrupted(result.interrupted, config.train.run_id)
@@ -103,6 +107,7 @@ def run_pipeline(
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # what recorded graphs held
     ranks.barrier()  # every rank reads what the main one has written
+    ranks.set_timeout(max(PATIENCE_SECONDS, config.train.timeout_seconds))
     if "quantize" in stages:
         if model is None:
             model = load_weights(weights or run.model_path, config, ranks.device)
@@ -111,9 +116,9 @@ def run_pipeline(
         if resume and ranks.gather_json(_is_quantized(run, made_from))[0]:
             run.say(f"quantising is finished: {run.artifact_path}")
         else:
-            _quantize(model, config, dataset, run, ranks, made_from)
+            _quantize(model, config, dataset, run, ranks, made_from=made_from, quiet=quiet)
     if "evaluate" in stages:
-        _evaluate(config, dataset, run, ranks, resume=resume)
+        _evaluate(config, dataset, run, ranks, resume=resume, quiet=quiet)
     return run.result()
 
 
@@ -215,10 +220,12 @@ def artifact_source(model: GPT, config: Config, dataset: Dataset) -> str:
     return sha256_bytes(json.dumps([hash_weights(model), dataset.fingerprint, settings], sort_keys=True).encode())
 
 
-def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist, made_from: str) -> None:
+def _quantize(
+    model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, made_from: str, quiet: bool
+) -> None:
     """Scores the weights as they are, quantises them and writes the artifact."""
     with run.timed("evaluate_float"):
-        _record(run, "float", evaluate(model, dataset, "plain", config, device=ranks.device))
+        _record(run, "float", score_mode(model, dataset, "plain", config, ranks, name="float", quiet=quiet))
     with run.timed("quantize"):
         with run.timed("calibrate"):  # up to the last training token that is read
             batches = calibration_batches(config, dataset, ranks)
@@ -257,20 +264,22 @@ def _portable(model: GPT, config: Config) -> Config:
     )
 
 
-def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, resume: bool) -> None:
+def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, resume: bool, quiet: bool) -> None:
     """Scores the artifact plainly and in the preset's mode."""
     started = time.monotonic()
     model = load_model(run.artifact_path, ranks.device)
     opening = time.monotonic() - started
     for mode in dict.fromkeys(("plain", config.eval.eval_mode)):
         name = mode_name(mode)
-        result = evaluate(
+        result = score_mode(
             model,
             dataset,
             mode,
             config,
-            device=ranks.device,
-            ledger_path=run.path / f"ledger_{name}.npz",
+            ranks,
+            name=name,
+            quiet=quiet,
+            ledger_path=ledger_path(run.path, name),
             resume=resume,
             opening_seconds=opening,
         )
@@ -278,11 +287,6 @@ def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, res
         run.merge_result({"seconds": {f"evaluate_{name}": result.seconds}})  # those before an interruption too
     final = run.result()["evaluation"][mode_name(config.eval.eval_mode)] if ranks.is_main else {}
     run.merge_result({"val_loss": final.get("val_loss"), "val_bpb": final.get("bpb")})
-
-
-def mode_name(mode: str) -> str:
-    """An evaluation mode as a key of result.json: "lora-ttt" -> "lora_ttt"."""
-    return mode.replace("-", "_").replace("+", "_")
 
 
 def _record(run: RunDir, name: str, result: EvalResult) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.artifact import Header, load_model, read_header
+from model.config import Config
 from model.data.dataset import Dataset, open_dataset
 from model.data.progress import progress
 from model.distributed import Dist, distributed
@@ -22,7 +23,7 @@ from model.evaluate import EvalResult, evaluate, parse_mode
 from model.evaluate.bpb import Score
 from model.evaluate.session import Progress
 from model.files import sha256_bytes
-from model.pipeline import mode_name
+from model.gpt import GPT
 from model.run import RunDir
 
 PACKED_SCRIPT = "train_gpt.py"  # in the folder of a packed submission, of which every file counts
@@ -84,18 +85,18 @@ def _score(
     results = {}
     for mode in modes:
         name = label or mode_name(mode)
-        with shown(name, len(dataset.valid_tokens) - 1, quiet=quiet or not ranks.is_main) as show:
-            result = evaluate(
-                model,
-                dataset,
-                mode,
-                config,
-                device=ranks.device,
-                progress=show,
-                ledger_path=ledger_path(path, name) if ledgers else None,
-                resume=resume,
-                opening_seconds=opening,
-            )
+        result = score_mode(
+            model,
+            dataset,
+            mode,
+            config,
+            ranks,
+            name=name,
+            quiet=quiet,
+            ledger_path=ledger_path(path, name) if ledgers else None,
+            resume=resume,
+            opening_seconds=opening,
+        )
         results[name] = result
         if run:
             run.merge_result(
@@ -106,6 +107,19 @@ def _score(
                 }
             )
     return results
+
+
+def score_mode(
+    model: GPT, dataset: Dataset, mode: str, config: Config, ranks: Dist, *, name: str, quiet: bool, **options: Any
+) -> EvalResult:
+    """`evaluate` (and its `options`) on all ranks; the first shows its progress under `name`, unless `quiet`."""
+    with shown(name, len(dataset.valid_tokens) - 1, quiet=quiet or not ranks.is_main) as show:
+        return evaluate(model, dataset, mode, config, device=ranks.device, progress=show, **options)
+
+
+def mode_name(mode: str) -> str:
+    """An evaluation mode as a key of result.json: "lora-ttt" -> "lora_ttt"."""
+    return mode.replace("-", "_").replace("+", "_")
 
 
 def is_run(path: Path) -> bool:
