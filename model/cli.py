@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from model.errors import PgolfError
 from model.settings import given_flags, section_options
+from model.signals import terminate_by_exception
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -385,9 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch loads OpenMP: by default its threads spin for milliseconds at each barrier, which on two cores that
     # something else uses too made a training step of 0.8 s take 2 to 8 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, _leave)
+    terminate_by_exception()  # as silently as by default
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -415,11 +412,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         # An interrupted training says which signal it was.
         status = 128 + error.number if hasattr(error, "number") else 1
     sys.exit(status)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends the process through its `finally` blocks, so that nothing half-written stays, and as silently as before."""
-    raise SystemExit(128 + number)
 
 
 def _describe(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ from model.config import Config
 from model.convert import from_reference
 from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
-from model.distributed import Dist, Terminated, distributed, local_micro_batches
+from model.distributed import Dist, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
 from model.evaluate import EvalResult, parse_mode
 from model.evaluate.observe import hash_weights
@@ -38,6 +39,7 @@ from model.run import FREE_ON_RESUME, RunDir
 from model.schedule import budget_seconds
 from model.score import PATIENCE_SECONDS, ledger_path, mode_name, score_mode
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
+from model.signals import Terminated, terminate_by_exception
 from model.train import check_dataset, train
 
 STAGES = ("train", "quantize", "evaluate")
@@ -370,6 +372,8 @@ def _summarise(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """`python -m model.train`: errors are one line on stderr, an interruption is 128 + the signal's number."""
+    terminate_by_exception()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     status = 1
     try:
         train_command.main(standalone_mode=False)
@@ -383,9 +387,12 @@ def main() -> None:
         _say_error(str(error))
         status = 128 + error.number
     except (click.exceptions.Abort, KeyboardInterrupt):
+        _say_error("stopped by Ctrl-C")
         status = 130
     except Terminated as request:
         status = int(request.code or 0)
+        if not several:  # torchrun ends ranks because of another one, whose message stands already
+            _say_error(f"stopped by {signal.Signals(status - 128).name}")
     except (PgolfError, OSError) as error:
         _say_error(str(error))
         status = 1
@@ -394,7 +401,7 @@ def main() -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status and several:
         # Groups are not torn down after an error, and their threads would not survive an interpreter that ends.
         os._exit(status)
     sys.exit(status)
