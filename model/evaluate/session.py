@@ -180,9 +180,14 @@ class Session:
             signal.raise_signal(number)  # to the handler from before the block
             raise Terminated(128 + number)  # that one went on
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal waits for the next pause."""
+        return self._received[0] != 0
+
     def pause(self, *, last: bool = False) -> None:
         """A point where nothing is half done: reports progress, saves this rank's ledger when it is time, may stop."""
-        if self._received[0]:
+        if self.asked_to_stop:
             raise _Stop
         now = time.monotonic()
         if self.progress is not None and (last or now >= self._next_report):
