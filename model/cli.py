@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from model.errors import PgolfError
 from model.settings import given_flags, section_options
+from model.signals import terminate_by_exception
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -174,8 +173,9 @@ cli.add_command(Deferred("train", "model.pipeline", "train_command", "Train, qua
     "--weights", help="Start from these instead of the run's model.safetensors: a run, a checkpoint or a file."
 )
 @click.option("--data", "data_dir", type=FOLDER, help="Data set for the calibration [default: the run's].")
+@click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("quant")
-def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any) -> None:
+def quantize(run: Path, weights: str | None, data_dir: Path | None, quiet: bool, **flags: Any) -> None:
     """Quantise the weights of a run into its artifact, RUN/model.pgolf.
 
     Without flags with the run's own settings. Scores the unquantised weights on the way.
@@ -190,7 +190,7 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any
         changes["data_dir"] = str(data_dir)
     config = RunDir(run).config().replace(**changes)
     with distributed(None, config.train.timeout_seconds) as ranks:
-        run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights)
+        run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights, quiet=quiet)
 
 
 @cli.command("eval")
@@ -205,7 +205,7 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, **flags: Any
 @click.option("--data", "data_dir", type=FOLDER, help="Data set [default: the one it was trained on].")
 @click.option("--label", help="Name of the result in result.json [default: the mode].")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation of the run.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation, from its ledger.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("eval")
 def evaluate_command(
@@ -218,9 +218,10 @@ def evaluate_command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Score an artifact, or the artifact of a run, on the validation text.
+    """Score an artifact, or that of a run or a packed submission, on the validation text.
 
-    For a run the results are merged into its result.json, and its ledgers are kept for `pgolf verify`.
+    For a run the results are merged into its result.json, and its ledgers are kept in its folder for `pgolf verify`.
+    Otherwise the ledger lies beside PATH, as PATH.ledger_MODE.npz.
 
     \b
     pgolf eval runs/NAME --mode plain --mode sliding --eval-stride 128
@@ -384,9 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch loads OpenMP: by default its threads spin for milliseconds at each barrier, which on two cores that
     # something else uses too made a training step of 0.8 s take 2 to 8 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, _leave)
+    terminate_by_exception()  # as silently as by default
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -414,11 +413,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         # An interrupted training says which signal it was.
         status = 128 + error.number if hasattr(error, "number") else 1
     sys.exit(status)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends the process through its `finally` blocks, so that nothing half-written stays, and as silently as before."""
-    raise SystemExit(128 + number)
 
 
 def _describe(error: Exception) -> str:

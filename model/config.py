@@ -159,7 +159,7 @@ class TrainConfig:
     val_loss_every: int = 4000  # steps, and after the last; 0: only then
     checkpoint_every: int = 0  # steps; 0: when interrupted, and once a minute under torchrun --max-restarts
     keep_checkpoints: int = 2  # newest checkpoints that are kept
-    timeout_seconds: float = 600.0  # after which a rank gives up waiting for the others
+    timeout_seconds: float = 600.0  # after which a rank gives up waiting for the others in training
     run_dir: str = "runs"
     run_id: str = ""  # empty: made from the preset, the seed and the time
 

@@ -58,7 +58,7 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
             build_sample(config, quiet=quiet)
             dataset = open_dataset(config.data.data_dir)
         run.say("2/5  training, quantising, packing")
-        _train(config, dataset)
+        _train(config, dataset, quiet=quiet)
         run.say("3/5  scoring the artifact in a fresh process")
         _evaluate_in_fresh_processes(run, quiet=quiet)
         run.say("4/5  general compressors on the same text")
@@ -79,10 +79,10 @@ def run_demo(runs: Path, *, seed: int | None = None, steps: int | None = None, q
     return run
 
 
-def _train(config: Config, dataset: Dataset) -> None:
+def _train(config: Config, dataset: Dataset, *, quiet: bool) -> None:
     """The stages that the large presets run in one process, too."""
     try:
-        run_pipeline(config, stages=("train", "quantize"), dataset=dataset)
+        run_pipeline(config, stages=("train", "quantize"), dataset=dataset, quiet=quiet)
     except Interrupted as error:
         # Training has ended by itself and saved a checkpoint, but the demo starts anew: it has no --resume.
         if error.number == signal.SIGINT:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.errors import PgolfError, TrainError
+from model.signals import Terminated, terminate
 
 # torch 2.13 renamed these two; 2.11 has the old names alone.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -50,6 +50,12 @@ class Dist:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.host_group)
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a rank gives up waiting for the others after so long."""
+        if self.world > 1:
+            for group in (None, self.host_group):  # None: the default one
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def agree_max(self, *values: float) -> tuple[float, ...]:
         """Each value's maximum over the ranks, the same bits everywhere; does not touch a GPU."""
@@ -118,10 +124,6 @@ class Dist:
                 raise TrainError(f"{what}: rank {rank} failed: {message}")
 
 
-class Terminated(SystemExit):
-    """SIGTERM, as an exception: what a rank has open is closed, and it can say which other rank failed."""
-
-
 @contextmanager
 def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> Iterator[Dist]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without it.
@@ -158,7 +160,7 @@ def distributed(device: str | None = None, timeout_seconds: float = 600.0) -> It
         device_id=target if on_gpu else None,
     )
     host_group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield Dist(rank, world, local_rank, target, host_group)
     except (Exception, Terminated) as error:
@@ -183,10 +185,6 @@ def _own_gpu(local_rank: int, local_world: int) -> torch.device:
             f"wanted --nproc_per_node={torch.cuda.device_count()} or less"
         )
     return torch.device("cuda", local_rank)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated(128 + number)
 
 
 _FAILURE = "failure"  # the store's key for the message of the first rank that failed

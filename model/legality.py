@@ -38,10 +38,9 @@ from model.evaluate.documents import find_documents
 from model.evaluate.ledger import ARTIFACT_STATE, Ledger, Rows
 from model.files import atomic_write
 from model.gpt import GPT
-from model.pipeline import mode_name
 from model.probe import resolve
 from model.run import RunDir
-from model.score import check_tokenizer, shown, time_left
+from model.score import check_tokenizer, mode_name, shown, time_left
 from model.settings import given_flags, section_options
 from model.verify import FAIL, PASS, SKIPPED, Check, Report, Sample, check_scorer, planned_tokens
 

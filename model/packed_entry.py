@@ -38,6 +38,8 @@ def _score(artifact: Path, arguments: list[str]) -> None:
 
     from model.score import print_scores, score_artifact
 
-    results = score_artifact(artifact, options.mode, data_dir=options.data, device=options.device, quiet=True)
+    results = score_artifact(
+        artifact, options.mode, data_dir=options.data, device=options.device, quiet=True, ledgers=False
+    )
     print_scores(results)
     print(json.dumps({"bpb": {name: result.bpb for name, result in results.items()}}))

@@ -7,7 +7,9 @@ Each stage reads what the one before left in the run's folder, so that any of th
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -26,15 +28,18 @@ from model.config import Config
 from model.convert import from_reference
 from model.data.dataset import Dataset, open_dataset
 from model.data.loaders import LOADERS, Batch, Loader
-from model.distributed import Dist, Terminated, distributed, local_micro_batches
+from model.distributed import Dist, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
-from model.evaluate import EvalResult, evaluate, parse_mode
-from model.files import sha256_bytes
+from model.evaluate import EvalResult, parse_mode
+from model.evaluate.observe import hash_weights
+from model.files import sha256_bytes, sha256_file
 from model.gpt import GPT
 from model.quantize import collect_hessians, quantize_with_hessians
-from model.run import RunDir
+from model.run import FREE_ON_RESUME, RunDir
 from model.schedule import budget_seconds
+from model.score import PATIENCE_SECONDS, ledger_path, mode_name, score_mode
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
+from model.signals import Terminated, terminate_by_exception
 from model.train import check_dataset, train
 
 STAGES = ("train", "quantize", "evaluate")
@@ -57,13 +62,15 @@ def run_pipeline(
     weights: str | os.PathLike[str] | None = None,
     resume: bool = False,
     started: float | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs `stages` in the folder `run_dir/run_id` and returns the merged result.json.
 
     `weights` takes the place of training: a run's folder or checkpoint, model.safetensors, or a state dict of a public
-    script. With `resume` training goes on from the newest checkpoint of that folder, and is left out where it is
-    finished. Without "train" and `weights`, quantising starts from the folder's model.safetensors; without "quantize",
-    evaluating reads its artifact.
+    script. With `resume` training goes on from the newest checkpoint of that folder and evaluating from its ledgers;
+    training and quantising are left out where they are finished. Without "train" and `weights`, quantising starts from
+    the folder's model.safetensors; without "quantize", evaluating reads its artifact. `quiet` shows no progress of
+    evaluations.
 
     Raises PgolfError and its kinds, on every rank; Interrupted after a signal.
     """
@@ -93,6 +100,7 @@ def run_pipeline(
     if trained:
         run.say(f"training is finished: {run.model_path}")
     elif training:
+        ranks.set_timeout(config.train.timeout_seconds)
         result = train(config, dataset, run, ranks, resume=resume, started=started)
         if result.interrupted:
             raise Interrupted(result.interrupted, config.train.run_id)
@@ -101,13 +109,18 @@ def run_pipeline(
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # what recorded graphs held
     ranks.barrier()  # every rank reads what the main one has written
+    ranks.set_timeout(max(PATIENCE_SECONDS, config.train.timeout_seconds))
     if "quantize" in stages:
         if model is None:
             model = load_weights(weights or run.model_path, config, ranks.device)
         model = without_unused_loop(model, config, run)
-        _quantize(model, config, dataset, run, ranks)
+        made_from = artifact_source(model, config, dataset)
+        if resume and ranks.gather_json(_is_quantized(run, made_from))[0]:
+            run.say(f"quantising is finished: {run.artifact_path}")
+        else:
+            _quantize(model, config, dataset, run, ranks, made_from=made_from, quiet=quiet)
     if "evaluate" in stages:
-        _evaluate(config, dataset, run, ranks)
+        _evaluate(config, dataset, run, ranks, resume=resume, quiet=quiet)
     return run.result()
 
 
@@ -116,6 +129,14 @@ def _is_trained(folder: Path, config: Config) -> bool:
     if not (folder / "model.safetensors").is_file():
         return False
     return RunDir(folder, writes=False).config().train.max_wallclock_seconds == config.train.max_wallclock_seconds
+
+
+def _is_quantized(run: RunDir, made_from: str) -> bool:
+    """Whether the run's artifact is the one that was made from this (`artifact_source`), byte for byte."""
+    record = run.result().get("artifact", {})
+    if record.get("made_from") != made_from or not run.artifact_path.is_file():
+        return False
+    return bool(record["sha256"] == sha256_file(run.artifact_path))
 
 
 def agree_run_id(config: Config, ranks: Dist) -> str:
@@ -195,10 +216,18 @@ def calibration_batches(config: Config, dataset: Dataset, ranks: Dist) -> Iterat
         loader.close()
 
 
-def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
+def artifact_source(model: GPT, config: Config, dataset: Dataset) -> str:
+    """A digest of what an artifact is made from: weights, data and settings, without those that may change in a run."""
+    settings = {name: value for _, name, value in _portable(model, config).items() if name not in FREE_ON_RESUME}
+    return sha256_bytes(json.dumps([hash_weights(model), dataset.fingerprint, settings], sort_keys=True).encode())
+
+
+def _quantize(
+    model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, made_from: str, quiet: bool
+) -> None:
     """Scores the weights as they are, quantises them and writes the artifact."""
     with run.timed("evaluate_float"):
-        _record(run, "float", evaluate(model, dataset, "plain", config, device=ranks.device))
+        _record(run, "float", score_mode(model, dataset, "plain", config, ranks, name="float", quiet=quiet))
     with run.timed("quantize"):
         with run.timed("calibrate"):  # up to the last training token that is read
             batches = calibration_batches(config, dataset, ranks)
@@ -211,43 +240,55 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
             header = write_artifact(
                 run.artifact_path,
                 quantized,
-                _portable(dataclasses.replace(config, model=model.config)),
+                _portable(model, config),
                 {"seed": config.train.seed, "data_sha256": dataset.fingerprint},
                 tokenizer_sha256=sha256_bytes(dataset.tokenizer.model),
             )
             weights = sum(parameter.numel() for parameter in model.parameters())
-            size = header.file_size
-            run.merge_result({"artifact": {"bytes": size, "bits_per_weight": 8 * size / weights, "weights": weights}})
-            run.forget_scores()
+            size, digest = header.file_size, sha256_file(run.artifact_path)
+            # Scores of other bytes go before the record names the new ones: an interruption between the two must not
+            # leave both.
+            if run.result().get("artifact", {}).get("sha256") != digest:
+                run.forget_scores()
+            record = {"bytes": size, "bits_per_weight": 8 * size / weights, "weights": weights}
+            run.merge_result({"artifact": {**record, "sha256": digest, "made_from": made_from}})
             run.say(f"artifact: {size:,} bytes, {8 * size / weights:.3f} bits a weight, {run.artifact_path}")
 
 
-def _portable(config: Config) -> Config:
-    """`config` without the paths and the name of this run: the same weights give the same artifact, byte for byte."""
+def _portable(model: GPT, config: Config) -> Config:
+    """The configuration that an artifact of `model` holds.
+
+    Without the paths and the name of this run: the same weights give the same artifact, byte for byte.
+    """
     defaults = Config()
-    return config.replace(data_dir=defaults.data.data_dir, run_dir=defaults.train.run_dir, run_id="")
+    return dataclasses.replace(config, model=model.config).replace(
+        data_dir=defaults.data.data_dir, run_dir=defaults.train.run_dir, run_id=""
+    )
 
 
-def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist) -> None:
+def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, resume: bool, quiet: bool) -> None:
     """Scores the artifact plainly and in the preset's mode."""
     started = time.monotonic()
     model = load_model(run.artifact_path, ranks.device)
     opening = time.monotonic() - started
     for mode in dict.fromkeys(("plain", config.eval.eval_mode)):
         name = mode_name(mode)
-        with run.timed(f"evaluate_{name}"):
-            ledger = run.path / f"ledger_{name}.npz"
-            result = evaluate(
-                model, dataset, mode, config, device=ranks.device, ledger_path=ledger, opening_seconds=opening
-            )
-            _record(run, name, result)
+        result = score_mode(
+            model,
+            dataset,
+            mode,
+            config,
+            ranks,
+            name=name,
+            quiet=quiet,
+            ledger_path=ledger_path(run.path, name),
+            resume=resume,
+            opening_seconds=opening,
+        )
+        _record(run, name, result)
+        run.merge_result({"seconds": {f"evaluate_{name}": result.seconds}})  # those before an interruption too
     final = run.result()["evaluation"][mode_name(config.eval.eval_mode)] if ranks.is_main else {}
     run.merge_result({"val_loss": final.get("val_loss"), "val_bpb": final.get("bpb")})
-
-
-def mode_name(mode: str) -> str:
-    """An evaluation mode as a key of result.json: "lora-ttt" -> "lora_ttt"."""
-    return mode.replace("-", "_").replace("+", "_")
 
 
 def _record(run: RunDir, name: str, result: EvalResult) -> None:
@@ -262,7 +303,7 @@ def _record(run: RunDir, name: str, result: EvalResult) -> None:
 
 
 @click.command("train", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run's folder.")
+@click.option("--resume", is_flag=True, help="Go on where the run stopped: newest checkpoint, ledgers.")
 @click.option("--skip", type=click.Choice(STAGES), multiple=True, help="Leave a stage out; may be repeated.")
 @click.option("--weights", help="Weights to quantise and evaluate instead of training.")
 @click.option("--seeds", metavar="N,N,...", help="Run the pipeline once for each of these seeds.")
@@ -331,6 +372,8 @@ def _summarise(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """`python -m model.train`: errors are one line on stderr, an interruption is 128 + the signal's number."""
+    terminate_by_exception()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     status = 1
     try:
         train_command.main(standalone_mode=False)
@@ -344,9 +387,12 @@ def main() -> None:
         _say_error(str(error))
         status = 128 + error.number
     except (click.exceptions.Abort, KeyboardInterrupt):
+        _say_error("stopped by Ctrl-C")
         status = 130
     except Terminated as request:
         status = int(request.code or 0)
+        if not several:  # torchrun ends ranks because of another one, whose message stands already
+            _say_error(f"stopped by {signal.Signals(status - 128).name}")
     except (PgolfError, OSError) as error:
         _say_error(str(error))
         status = 1
@@ -355,7 +401,7 @@ def main() -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status and several:
         # Groups are not torn down after an error, and their threads would not survive an interpreter that ends.
         os._exit(status)
     sys.exit(status)

@@ -43,8 +43,8 @@ _SOURCES = ("model", "pgolf_kernels", "csrc")
 _SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inl"}
 _PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors", "brotli", "pgolf_kernels")
 _ZIP_TIME = (2020, 1, 1, 0, 0, 0)  # fixed, so that equal sources give equal archives
-# Settings that may change when a run goes on from a checkpoint: none of them changes what a training step does.
-_FREE_ON_RESUME = frozenset(
+# Settings that may change when a run goes on: none of them changes what a training step does, or an artifact's weights.
+FREE_ON_RESUME = frozenset(
     {"data_dir", "run_dir", "run_id", "train_log_every", "val_loss_every", "checkpoint_every", "keep_checkpoints"}
     | {"max_wallclock_seconds", "cuda_graphs", "timeout_seconds"}
 )
@@ -160,7 +160,8 @@ class RunDir:
         for name in ("val_loss", "val_bpb", "ttt_gain"):
             result.pop(name, None)
         self._write_json("result.json", result)
-        for pattern in ("ledger_*.npz", "verify_*.json"):
+        # Ledgers of the run, of model.pgolf as a file (model/score.py), and the parts of either that ranks have left.
+        for pattern in ("*ledger_*.npz", "verify_*.json"):
             for file in self.path.glob(pattern):
                 file.unlink()
 
@@ -196,7 +197,7 @@ def check_same_run(before: Config, now: Config) -> None:
     """Raises ConfigError naming settings of network, data and training that differ, where that would matter."""
     old = {name: value for section, name, value in before.items() if section in ("model", "data", "train")}
     new = {name: value for section, name, value in now.items() if section in ("model", "data", "train")}
-    changed = [name for name in old if old[name] != new[name] and name not in _FREE_ON_RESUME]
+    changed = [name for name in old if old[name] != new[name] and name not in FREE_ON_RESUME]
     if changed:
         described = "; ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in changed)
         raise ConfigError(f"this run was started with other settings ({described}), wanted the same or another run_id")

@@ -14,17 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from model.artifact import Header, load_model, read_header
+from model.config import Config
 from model.data.dataset import Dataset, open_dataset
 from model.data.progress import progress
 from model.distributed import Dist, distributed
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from model.evaluate import EvalResult, evaluate, parse_mode
 from model.evaluate.bpb import Score
 from model.evaluate.session import Progress
 from model.files import sha256_bytes
-from model.pipeline import mode_name
+from model.gpt import GPT
 from model.run import RunDir
 
+PACKED_SCRIPT = "train_gpt.py"  # in the folder of a packed submission, of which every file counts
 PATIENCE_SECONDS = 3600.0  # for the slowest rank: documents are dealt by an estimate of their cost
 
 
@@ -37,20 +39,22 @@ def score_artifact(
     device: str | None = None,
     resume: bool = False,
     quiet: bool = False,
+    ledgers: bool = True,
     **changes: Any,
 ) -> dict[str, EvalResult]:
-    """Scores the artifact `path`, or that of the run in the folder `path`, in `modes` (default: the configuration's).
+    """Scores the artifact `path`, or that of the run or packed submission in the folder `path`.
 
-    The configuration is the artifact's with `changes` (fields of EvalConfig). For a run, results go into its
-    result.json under the mode's name (or `label`), and ledgers into its folder; with `resume` an interrupted
-    evaluation goes on from its ledger. Returns the results by that name, on every rank. Each evaluation's time counts
-    from opening the artifact.
+    In `modes` (default: the configuration's). The configuration is the artifact's with `changes` (fields of
+    EvalConfig). For a run, results go into its result.json under the mode's name (or `label`). A ledger is kept for
+    each (`ledger_path`) unless `ledgers` is False; with `resume` an interrupted evaluation goes on from it. Returns the
+    results by that name, on every rank. Each evaluation's time counts from opening the artifact.
 
     Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
     than GPUs.
     """
+    options: dict[str, Any] = {"data_dir": data_dir, "label": label, "resume": resume, "quiet": quiet}
     with distributed(device, timeout_seconds=PATIENCE_SECONDS) as ranks:
-        return _score(path, modes, ranks, data_dir=data_dir, label=label, resume=resume, quiet=quiet, changes=changes)
+        return _score(path, modes, ranks, ledgers=ledgers, changes=changes, **options)
 
 
 def _score(
@@ -62,10 +66,11 @@ def _score(
     label: str | None,
     resume: bool,
     quiet: bool,
+    ledgers: bool,
     changes: dict[str, Any],
 ) -> dict[str, EvalResult]:
-    run = RunDir(path, writes=ranks.is_main) if path.is_dir() else None
-    artifact = run.artifact_path if run else path
+    run = RunDir(path, writes=ranks.is_main) if is_run(path) else None
+    artifact = path / "model.pgolf" if path.is_dir() else path
     header = read_header(artifact)
     config = header.config.replace(**changes)
     modes = modes or (config.eval.eval_mode,)
@@ -73,25 +78,25 @@ def _score(
         parse_mode(mode)
     dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
     check_tokenizer(header, dataset)
+    ledgers = ledgers and (run is not None or _can_keep(path, ranks, resume=resume))
     started = time.monotonic()
     model = load_model(artifact, ranks.device)
     opening = time.monotonic() - started
     results = {}
     for mode in modes:
         name = label or mode_name(mode)
-        ledger = run.path / f"ledger_{name}.npz" if run else None
-        with shown(name, len(dataset.valid_tokens) - 1, quiet=quiet or not ranks.is_main) as show:
-            result = evaluate(
-                model,
-                dataset,
-                mode,
-                config,
-                device=ranks.device,
-                progress=show,
-                ledger_path=ledger,
-                resume=resume,
-                opening_seconds=opening,
-            )
+        result = score_mode(
+            model,
+            dataset,
+            mode,
+            config,
+            ranks,
+            name=name,
+            quiet=quiet,
+            ledger_path=ledger_path(path, name) if ledgers else None,
+            resume=resume,
+            opening_seconds=opening,
+        )
         results[name] = result
         if run:
             run.merge_result(
@@ -102,6 +107,49 @@ def _score(
                 }
             )
     return results
+
+
+def score_mode(
+    model: GPT, dataset: Dataset, mode: str, config: Config, ranks: Dist, *, name: str, quiet: bool, **options: Any
+) -> EvalResult:
+    """`evaluate` (and its `options`) on all ranks; the first shows its progress under `name`, unless `quiet`."""
+    with shown(name, len(dataset.valid_tokens) - 1, quiet=quiet or not ranks.is_main) as show:
+        return evaluate(model, dataset, mode, config, device=ranks.device, progress=show, **options)
+
+
+def mode_name(mode: str) -> str:
+    """An evaluation mode as a key of result.json: "lora-ttt" -> "lora_ttt"."""
+    return mode.replace("-", "_").replace("+", "_")
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run's folder, which results and ledgers go into, and not a packed submission's."""
+    return (path / "config.json").is_file()
+
+
+def ledger_path(path: Path, name: str) -> Path:
+    """Where the ledger of the result `name` of `path` is kept: in a run's folder, otherwise beside the artifact.
+
+    For a packed submission beside its folder: every file in there counts.
+    """
+    if is_run(path):
+        return path / f"ledger_{name}.npz"
+    path = Path(os.path.abspath(path))  # "." has no name to put something beside
+    if (path.parent / PACKED_SCRIPT).is_file():
+        path = path.parent
+    return path.with_name(f"{path.name}.ledger_{name}.npz")
+
+
+def _can_keep(path: Path, ranks: Dist, *, resume: bool) -> bool:
+    """Whether ledgers can be written, the same on every rank. Raises ConfigError where one was to be gone on with."""
+    folder = ledger_path(path, "").parent
+    if all(ranks.gather_json(os.access(folder, os.W_OK))):
+        return True
+    if resume:
+        raise ConfigError(f"resume: {folder} cannot be written, wanted a folder in which the ledger can be kept")
+    if ranks.is_main:
+        print(f"no ledger is kept: {folder} cannot be written", file=sys.stderr)
+    return False
 
 
 def check_tokenizer(header: Header, dataset: Dataset) -> None:

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +38,7 @@ from model.monitor import InFlight, Monitor, StepRecord
 from model.optim import Optimizer, WeightAverage
 from model.run import RunDir
 from model.schedule import StepSettings
+from model.signals import stop_signals
 
 RESTART_SECONDS = 60.0  # between checkpoints where torchrun replaces workers and `checkpoint_every` says nothing
 RECORDED_BUCKETS = range(1, 5)  # cu_seqlens lengths recorded before the first step, as in pull request 1530's warm-up
@@ -450,27 +449,6 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
     torch.set_rng_state(decoded["cpu"])
     if device.type == "cuda" and "cuda" in decoded:
         torch.cuda.set_rng_state(decoded["cuda"], device)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C put their number into the list; a second one of them ends the process as usual."""
-    received = [0]
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received[0]:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-        received[0] = number
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
 
 
 if __name__ == "__main__":

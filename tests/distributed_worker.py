@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,20 @@ def agreement(folder: Path, ranks: Dist) -> None:
     except PgolfError as error:
         message = str(error)
     assert message == ("door 1 is locked" if ranks.rank == 1 else "opening a door: rank 1 failed: door 1 is locked")
+    ranks.set_timeout(0.5)
+    ranks.set_timeout(100.0)
+    time.sleep(1.5 * ranks.rank)
+    ranks.barrier()
+    ranks.set_timeout(0.5)
+    gave_up = False
+    if ranks.rank == 0:
+        try:
+            ranks.barrier()
+        except RuntimeError:
+            gave_up = True
+    else:
+        time.sleep(3)
+    assert gave_up == (ranks.rank == 0)
 
 
 def weights(folder: Path, ranks: Dist) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -380,6 +381,31 @@ def test_a_resumed_evaluation_takes_the_time_of_all_its_parts(mode: str, tmp_pat
     finished = Ledger.load(path)
     assert finished.missing() == 0 and 900.0 < finished.seconds <= result.seconds
     assert finished.seconds <= score(0.0).seconds < 950.0
+
+
+@pytest.mark.parametrize("mode", ["plain", "sgd-ttt", "lora-ttt", "phased", "sliding-cache"])
+def test_a_signal_stops_an_evaluation_that_goes_on_later(mode: str, tmp_path, monkeypatch) -> None:
+    path, data = tmp_path / "ledger.npz", dataset(stream(40, 9, 50, 33, 60, 20, 70))
+    whole = evaluate(small.model(), data, mode, CONFIG, device="cpu")
+    losses, calls = Session.losses, 0
+
+    def press(self: Session, *inputs, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "losses", press)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(small.model(), data, mode, CONFIG, device="cpu", ledger_path=path)
+    left = Ledger.load(path)
+    assert 0 < left.missing() < left.num_tokens - 1
+    result = evaluate(small.model(), data, mode, CONFIG, device="cpu", ledger_path=path, resume=True)
+    assert np.array_equal(result.ledger.nll[~np.isnan(left.nll)], left.nll[~np.isnan(left.nll)])
+    tolerance = 2e-6 if mode in ("lora-ttt", "phased") else 0.0
+    assert np.allclose(result.ledger.nll[1:], whole.ledger.nll[1:], rtol=0, atol=tolerance)
 
 
 def test_a_compatible_evaluation_starts_over(tmp_path) -> None:

@@ -27,6 +27,7 @@ from model.pipeline import (
 )
 from model.presets import get_preset
 from model.run import RunDir
+from model.score import PATIENCE_SECONDS
 from model.settings import Settings
 from model.train import Trainer
 from tests.systems import PUBLISHED
@@ -73,6 +74,28 @@ def test_stages_can_be_run_one_by_one(finished, data, tmp_path):
     assert "sliding" not in RunDir(folder(config)).result()["bpb"]
     result = run_pipeline(config, stages=("evaluate",))
     assert result["bpb"] == whole["bpb"]
+
+
+def test_evaluations_show_their_progress(data, tmp_path, capsys):
+    config = tiny_config(data, tmp_path)
+    run_pipeline(config)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines if line.endswith(" bpb")] == [
+        "evaluating float",
+        "evaluating plain",
+        "evaluating sliding",
+    ]
+    run_pipeline(config, stages=("quantize", "evaluate"), quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_wait_longer_for_each_other_after_training(data, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(Dist, "set_timeout", lambda self, seconds: waits.append(seconds))
+    run_pipeline(tiny_config(data, tmp_path, timeout_seconds=60.0), stages=("train",))
+    assert waits == [60.0, PATIENCE_SECONDS]
+    run_pipeline(tiny_config(data, tmp_path, timeout_seconds=9000.0), stages=("quantize",))
+    assert waits[2:] == [9000.0]
 
 
 def test_a_finished_run_is_not_overwritten(finished):

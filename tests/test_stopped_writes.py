@@ -55,7 +55,7 @@ def arguments_of(job: str, folder: Path, data: Path) -> list[object]:
             "--allow-overlap",
         ],
         "train": ["train-tiny", folder, data],
-        "quantize": ["quantize", run, "--matrix-bits", "4"],
+        "quantize": ["quantize", run, "--matrix-bits", "4", "--quiet"],
         "eval": ["eval", run, "--mode", "plain", "--quiet"],
         "report": ["report", run],
     }[job]

@@ -20,7 +20,8 @@ from model.monitor import InFlight, StepRecord
 from model.presets import get_preset
 from model.run import RunDir
 from model.schedule import StepSettings
-from model.train import Trainer, attention_pairs, more_micro_batches, stop_signals, train
+from model.signals import stop_signals
+from model.train import Trainer, attention_pairs, more_micro_batches, train
 from tests.tiny import tiny_config, tiny_data
 
 

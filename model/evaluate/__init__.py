@@ -102,9 +102,10 @@ def evaluate(
 
     The model is left as it came; on a GPU an fp32 model computes in bfloat16. `progress` is called now and then (see
     Session). With `ledger_path` the ledger is saved there about once a minute and at the end; with `resume` an
-    evaluation that was interrupted goes on from it, on any number of ranks, and its time counts on. `scorer` scores in
-    the place of the mode, which then is only its name; `tokens` stand in for the data set's stream. `opening_seconds`,
-    what it took to open the artifact, count as part of the evaluation.
+    evaluation that was interrupted goes on from it, on any number of ranks, and its time counts on; SIGTERM and Ctrl-C
+    then wait until it is saved (`Session.stoppable`). `scorer` scores in the place of the mode, which then is only its
+    name; `tokens` stand in for the data set's stream. `opening_seconds`, what it took to open the artifact, count as
+    part of the evaluation.
 
     Raises ConfigError for a mode or a ledger that does not fit, DataError for a stream that does not fit the model,
     LegalityError where a rule would be broken.
@@ -140,10 +141,11 @@ def evaluate(
         if opening_seconds:
             session.seconds["opening"] = opening_seconds
         if session.ledger.missing():
-            if scorer is None:
-                run_mode(session, mode, train_shards=dataset.train_shards)
-            else:
-                scorer(session)
+            with session.stoppable():
+                if scorer is None:
+                    run_mode(session, mode, train_shards=dataset.train_shards)
+                else:
+                    scorer(session)
         session.exchange()
         session.ledger.finish()
         session.pause(last=True)

@@ -164,7 +164,7 @@ class DocumentTrainer:
         for number, step in enumerate(self._plan(self._open(part)), start=1):
             states[step.new] = state
             self._run(step, states)
-            if number % PAUSE_STEPS == 0:
+            if number % PAUSE_STEPS == 0 or self.session.asked_to_stop:
                 self.session.pause()
         self.session.pause()
 

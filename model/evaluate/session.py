@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +25,16 @@ from model.evaluate.documents import document_boundaries, pad_boundaries, ranges
 from model.evaluate.ledger import Ledger
 from model.evaluate.ngram_tilt import Tilt
 from model.gpt import GPT, Tail
+from model.signals import Terminated, stop_signals
 
 Progress = Callable[[Score, int, int], None]
 SAVE_SECONDS = 60.0
 REPORT_SECONDS = 0.5
 CU_SEQLENS_MULTIPLE = 64
+
+
+class _Stop(Exception):
+    """Leaves a mode at a pause, after a signal."""
 
 
 @dataclass
@@ -73,6 +80,7 @@ class Session:
         self.target_ids = self.input_ids
         if self.targets is not None:
             self.target_ids = torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
+        self._received = [0]  # the number of a signal that asks to stop
         self._saved = time.monotonic()
         self._next_report = self._saved + REPORT_SECONDS
 
@@ -152,8 +160,35 @@ class Session:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the block at its next pause, with the ledger saved; a second one ends it at once.
+
+        One of several ranks does not wait for a pause: another rank may be gone for which it would wait in vain, and
+        what it saved last is there to go on from.
+        """
+        if self.ledger_path is None or self.world > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        try:
+            with stop_signals() as self._received:
+                yield
+        except _Stop:
+            pass
+        if number := self._received[0]:
+            self._save(self.ledger_path)
+            signal.raise_signal(number)  # to the handler from before the block
+            raise Terminated(128 + number)  # that one went on
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal waits for the next pause."""
+        return self._received[0] != 0
+
     def pause(self, *, last: bool = False) -> None:
-        """A point where nothing is half done: reports progress and saves this rank's ledger when it is time."""
+        """A point where nothing is half done: reports progress, saves this rank's ledger when it is time, may stop."""
+        if self.asked_to_stop:
+            raise _Stop
         now = time.monotonic()
         if self.progress is not None and (last or now >= self._next_report):
             ledger, total = self.ledger, self.num_tokens - 1
