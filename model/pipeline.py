@@ -24,7 +24,7 @@ from model.artifact import build_model, load_model, write_artifact
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import Config
 from model.convert import from_reference
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.data.loaders import LOADERS, Batch, Loader
 from model.distributed import Dist, Terminated, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
@@ -74,8 +74,9 @@ def run_pipeline(
     ranks = ranks or Dist.single("cuda" if torch.cuda.is_available() else "cpu")
     config = config.replace(run_id=agree_run_id(config, ranks))
     with ranks.together("opening the data set"):
-        dataset = dataset or open_dataset(config.data.data_dir)
+        dataset = dataset or dataset_of(config)
         check_dataset(config, dataset)
+    config = config.replace(variant=dataset.variant)  # the run keeps it, whatever its folder holds later
     folder = Path(config.train.run_dir) / config.train.run_id
     training = "train" in stages and weights is None
     if training:

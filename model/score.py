@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.artifact import Header, load_model, read_header
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.data.progress import progress
 from model.distributed import Dist, distributed
 from model.errors import DataError
@@ -33,6 +33,7 @@ def score_artifact(
     modes: Sequence[str],
     *,
     data_dir: str | None = None,
+    variant: str | None = None,
     label: str | None = None,
     device: str | None = None,
     resume: bool = False,
@@ -41,6 +42,7 @@ def score_artifact(
 ) -> dict[str, EvalResult]:
     """Scores the artifact `path`, or that of the run in the folder `path`, in `modes` (default: the configuration's).
 
+    The data set is the run's or the artifact's, or that in `data_dir` or of another `variant`.
     The configuration is the artifact's with `changes` (fields of EvalConfig). For a run, results go into its
     result.json under the mode's name (or `label`), and ledgers into its folder; with `resume` an interrupted
     evaluation goes on from its ledger. Returns the results by that name, on every rank. Each evaluation's time counts
@@ -49,8 +51,9 @@ def score_artifact(
     Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
     than GPUs.
     """
+    places = {"data_dir": data_dir, "variant": variant}
     with distributed(device, timeout_seconds=PATIENCE_SECONDS) as ranks:
-        return _score(path, modes, ranks, data_dir=data_dir, label=label, resume=resume, quiet=quiet, changes=changes)
+        return _score(path, modes, ranks, places=places, label=label, resume=resume, quiet=quiet, changes=changes)
 
 
 def _score(
@@ -58,7 +61,7 @@ def _score(
     modes: Sequence[str],
     ranks: Dist,
     *,
-    data_dir: str | None,
+    places: dict[str, str | None],
     label: str | None,
     resume: bool,
     quiet: bool,
@@ -71,7 +74,7 @@ def _score(
     modes = modes or (config.eval.eval_mode,)
     for mode in modes:
         parse_mode(mode)
-    dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
+    dataset = dataset_of(run.config() if run else config, **places)
     check_tokenizer(header, dataset)
     started = time.monotonic()
     model = load_model(artifact, ranks.device)
