@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from model.errors import ArtifactError, ConfigError, PgolfError
 from model.evaluate import EvalResult, evaluate, parse_mode
 from model.files import sha256_bytes
 from model.gpt import GPT
+from model.memory import lower, memory_for
 from model.quantize import collect_hessians, quantize_with_hessians
 from model.run import RunDir
 from model.schedule import budget_seconds
@@ -201,12 +203,17 @@ def _quantize(model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: 
     with run.timed("evaluate_float"):
         _record(run, "float", evaluate(model, dataset, "plain", config, device=ranks.device))
     with run.timed("quantize"):
-        with run.timed("calibrate"):  # up to the last training token that is read
+        smaller = partial(lower, "calibration_tokens", config.quant.calibration_tokens, config.data.train_seq_len or 1)
+        with (
+            run.timed("calibrate"),  # up to the last training token that is read
+            memory_for("while collecting Hessians", ranks.device, smaller),
+        ):
             batches = calibration_batches(config, dataset, ranks)
             hessians = collect_hessians(model, batches, per_token=config.quant.quant_recipe == "pr1499")
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize(ranks.device)
-        quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
+        with memory_for("in GPTQ", ranks.device):
+            quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
     with run.timed("artifact"), ranks.together("writing the artifact"):
         if ranks.is_main:
             header = write_artifact(
