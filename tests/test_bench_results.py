@@ -4,9 +4,10 @@ import copy
 import json
 
 import pytest
+import torch
 
 from bench import __main__ as runner
-from bench import machine, render, storage
+from bench import common, machine, render, storage
 from bench.table import Printer, Row
 
 ENVIRONMENT = {
@@ -93,6 +94,27 @@ def test_a_printed_table():
     assert lines[3].endswith("absent: ImportError: other is not installed")
     assert lines[4] == "gptq/model  all"
     assert "500.000 ms" in lines[5] and "1.00x" in lines[5]
+
+
+@pytest.mark.parametrize(
+    ("suite", "graph_bytes", "shown"),
+    [("gptq/model", None, "161 MB"), ("train_step/step", None, ""), ("train_step/step", 150_000_000, "161 MB")],
+)
+def test_memory_without_that_of_graphs_is_not_shown(suite, graph_bytes, shown):
+    row = Row(suite, "all", "pgolf", 1.0, peak_bytes=161_000_000, graph_bytes=graph_bytes)
+    assert render.memory(row) == shown
+
+
+def test_private_pools_of_graphs_are_counted(monkeypatch):
+    segments = [
+        {"total_size": 5, "segment_pool_id": (0, 0)},
+        {"total_size": 7, "segment_pool_id": (0, 1)},
+        {"total_size": 9, "segment_pool_id": (1, 0)},
+    ]
+    assert common.DEVICE.type == "cuda" or common.graph_bytes() == 0
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert common.graph_bytes() == 16
 
 
 def test_a_page_is_filled_and_checked(tmp_path, capsys):
