@@ -6,6 +6,7 @@
 `<!-- results:SUITE -->` ... `<!-- /results -->` encloses a suite's tables, one for each machine in bench/results;
 `<!-- results:headline -->` the README's table, made of HEADLINE;
 `<!-- run:NAME,OTHER -->` ... `<!-- /run -->` whole runs side by side (real_runs.py).
+A page that shows losses.svg gets it drawn beside it (loss_curves.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import real_runs
+from bench import loss_curves, real_runs
 from bench.headline import HEADLINE
 from bench.storage import RESULTS, Record, read_results
 from bench.table import DISTURBED, Row, commit_name, rate_text, significant
@@ -175,6 +176,14 @@ def rendered(text: str, results: Results) -> str:
     return MARKED.sub(fill, text)
 
 
+def stale_picture(file: Path) -> dict[Path, str]:
+    """The picture of losses for `file`, unless it is there as it should be."""
+    curves = loss_curves.read_curves()
+    if file.is_file() and loss_curves.is_current(file.read_text(), curves):
+        return {}
+    return {file: loss_curves.picture(curves)}
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description="Write recorded results into README.md and docs/.")
     parser.add_argument(
@@ -185,12 +194,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = R
     for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
         before = page.read_text()
         after = real_runs.rendered(rendered(before, results))
-        if after == before:
-            continue
-        stale.append(page)
-        if not options.check:
-            page.write_text(after)
-        print(f"{page.relative_to(root)}: {'out of date' if options.check else 'written'}")
+        made = {page: after} if after != before else {}
+        if f"({loss_curves.PICTURE})" in after:
+            made |= stale_picture(page.with_name(loss_curves.PICTURE))
+        for file, text in made.items():
+            stale.append(file)
+            if not options.check:
+                file.write_text(text)
+            print(f"{file.relative_to(root)}: {'out of date' if options.check else 'written'}")
     return 1 if options.check and stale else 0
 
 
