@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from bench import expressions
-from bench.bench_train_step import CASES, DEVICE, GPU, config, our_micro_steps, setup
+from bench.bench_train_step import CASES, DEVICE, GPU, MICRO_STEP_WEIGHT, config, our_model, setup
 from bench.common import Call, elapsed, first_line
 from bench.machine import environment
 from bench.real_runs import RECORDS, ablated
@@ -109,7 +109,7 @@ def applied(variant: Variant, model: GPT, **compiler: Any) -> Iterator[None]:
 
 def micro_step_of(model: GPT, variant: Variant, batch: Batch) -> tuple[MicroStep, str]:
     """One that has run, and why it is not recorded although the variant would be."""
-    options: dict[str, Any] = {"weight": our_micro_steps().weight, "max_seqlen": batch.max_seqlen}
+    options: dict[str, Any] = {"weight": MICRO_STEP_WEIGHT, "max_seqlen": batch.max_seqlen}
     eager = MicroStep(model, **options, record=False)
     eager(batch, loop=CASE.loop)
     if not (GPU and variant.record):
@@ -140,7 +140,7 @@ def measure(variant: Variant, batch: Batch) -> tuple[float, str]:
     gc.collect()  # the graph of the variant before, with its memory
     if GPU:
         torch.cuda.empty_cache()
-    model = our_micro_steps().model
+    model = our_model()
     with applied(variant, model):
         micro_step, remark = micro_step_of(model, variant, batch)
         return median_seconds(lambda: micro_step(batch, loop=CASE.loop)), remark

@@ -203,3 +203,11 @@ def peak_bytes(call: Call) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def graph_bytes() -> int:
+    """What the private pools of all CUDA graphs hold: a replay works there and allocates nothing that would be seen."""
+    if DEVICE.type == "cpu":
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))

@@ -178,12 +178,16 @@ def bench(request: pytest.FixtureRequest, recording: Any) -> Iterator[Callable[.
             def draw() -> common.Call:
                 return providers[provider](case, setup(case, common.DEVICE))
 
+            graphs_before = common.graph_bytes()
             calls = [draw()]
             once = common.seconds_once(calls[0])
+            graph_bytes = common.graph_bytes() - graphs_before
             calls += [draw() for _ in range(common.rotations(amount, once) - 1)]
             for call in calls[1:]:
                 call()
-            recorder.row.peak_bytes = common.peak_bytes(calls[0])
+            peak_bytes = common.peak_bytes(calls[0])
+            if peak_bytes is not None:
+                recorder.row.peak_bytes, recorder.row.graph_bytes = peak_bytes + graph_bytes, graph_bytes
             timed = common.timed(calls, once * len(calls))
             recorder.row.how = timed.how
             if timed.how == "graph":

@@ -6,6 +6,7 @@
 `<!-- results:SUITE -->` ... `<!-- /results -->` encloses a suite's tables, one for each machine in bench/results;
 `<!-- results:headline -->` the README's table, made of HEADLINE;
 `<!-- run:NAME,OTHER -->` ... `<!-- /run -->` whole runs side by side (real_runs.py).
+A page that shows losses.svg gets it drawn beside it (loss_curves.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import real_runs
+from bench import loss_curves, real_runs
 from bench.headline import HEADLINE
 from bench.machine import given_to, text_of
 from bench.storage import RESULTS, Record, read_results
@@ -24,6 +25,7 @@ from bench.table import DISTURBED, Row, commit_name, rate_text, share_text, shar
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/*.md")
 MARKED = re.compile(r"^(<!-- results:(\w+) -->\n).*?^(<!-- /results -->)", re.DOTALL | re.MULTILINE)
+RECORDS_GRAPHS = "train_step/"  # a suite whose provider here records graphs before the call that is measured
 NOT_RECORDED = "_not recorded_"
 TIMED = ("graph", "calls", "")  # what a row says of how it was timed when there is nothing to tell
 
@@ -55,6 +57,13 @@ def result(row: Row) -> str:
     """What else came out, and whether the row was disturbed."""
     disturbed = f"others took {row.others:.1f} cores" if row.others >= DISTURBED else ""
     return "; ".join(filter(None, ("" if row.how in TIMED else row.how, disturbed)))
+
+
+def memory(row: Row) -> str:
+    """Nothing for calls that replay graphs of their own, on records from before the graphs' pools were counted."""
+    if row.peak_bytes is None or (row.graph_bytes is None and row.suite.startswith(RECORDS_GRAPHS)):
+        return ""
+    return f"{row.peak_bytes / 1e6:.0f} MB"
 
 
 def outcome(row: Row) -> str:
@@ -108,7 +117,7 @@ def record_lines(record: Record) -> list[str]:
                     f"{row.seconds / ours:.2f}" if ours else "",
                     rate_text(row, record.best),
                     share_text(max(shares(row, record.best))),
-                    f"{row.peak_bytes / 1e6:.0f} MB" if row.peak_bytes is not None else "",
+                    memory(row),
                     seconds(row.launch) if row.launch else "",
                     result(row),
                 ]
@@ -174,6 +183,14 @@ def rendered(text: str, results: Results) -> str:
     return MARKED.sub(fill, text)
 
 
+def stale_picture(file: Path) -> dict[Path, str]:
+    """The picture of losses for `file`, unless it is there as it should be."""
+    curves = loss_curves.read_curves()
+    if file.is_file() and loss_curves.is_current(file.read_text(), curves):
+        return {}
+    return {file: loss_curves.picture(curves)}
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description="Write recorded results into README.md and docs/.")
     parser.add_argument(
@@ -184,12 +201,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT, folder: Path = R
     for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
         before = page.read_text()
         after = real_runs.rendered(rendered(before, results))
-        if after == before:
-            continue
-        stale.append(page)
-        if not options.check:
-            page.write_text(after)
-        print(f"{page.relative_to(root)}: {'out of date' if options.check else 'written'}")
+        made = {page: after} if after != before else {}
+        if f"({loss_curves.PICTURE})" in after:
+            made |= stale_picture(page.with_name(loss_curves.PICTURE))
+        for file, text in made.items():
+            stale.append(file)
+            if not options.check:
+                file.write_text(text)
+            print(f"{file.relative_to(root)}: {'out of date' if options.check else 'written'}")
     return 1 if options.check and stale else 0
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.bench_train_step import CASES, DEVICE, config, our_micro_step, our_micro_steps, setup
+from bench.bench_train_step import CASES, DEVICE, config, our_micro_step, our_model, setup
 from bench.real_runs import RECORDS
 from model.distributed import Dist
 from model.optim import Optimizer, WeightAverage
@@ -91,7 +91,7 @@ def main() -> None:
     if DEVICE.type != "cuda":
         raise SystemExit("step_breakdown: needs an NVIDIA GPU")
     console = Console()
-    model = our_micro_steps().model
+    model = our_model()
     params = dict(model.named_parameters())
     optimizer = Optimizer(params, config().train, Dist.single(DEVICE))
     average = WeightAverage(params, config().train)

@@ -18,7 +18,8 @@ class Row:
     provider: str
     seconds: float | None = None
     how: str = ""
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # memory during a call beyond its inputs, graph_bytes included
+    graph_bytes: int | None = None  # of it the pools of graphs that the provider had recorded; None: not counted
     bytes_per_s: float = 0.0
     flop_per_s: float = 0.0
     of_floor: float = 0.0

@@ -30,6 +30,7 @@ from model.config import Config
 from model.errors import ArtifactError, ConfigError
 from model.files import atomic_write
 from model.gpt import GPT
+from model.memory import memory_for
 from model.planes import (
     FILTERS,
     best_filter,
@@ -231,8 +232,9 @@ def build_model(config: Config, state_dict: dict[str, Tensor], device: torch.dev
     unknown = sorted(set(state_dict) - {name for name, _ in model.named_parameters()})
     if unknown:
         raise ArtifactError(f"tensors: no parameter {unknown[0]!r} in this configuration")
-    model = model.to_empty(device=device)
-    model.load_state_dict(state_dict)
+    with memory_for("while loading the network", device):
+        model = model.to_empty(device=device)
+        model.load_state_dict(state_dict)
     if device.type == "cuda" and config.train.dtype == "bfloat16":
         model.compute_dtype = torch.bfloat16
     return model.eval()

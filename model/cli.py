@@ -126,7 +126,7 @@ def data_build(inputs: tuple[Path, ...], out: Path, **options: Any) -> None:
 
 @data.command("verify")
 @click.argument("folder", type=FOLDER)
-@click.option("--variant", help="Which data set of the public layout [default: sp8192, or the only one].")
+@click.option("--variant", default="", help="Which data set of the public layout [default: the only one].")
 @click.option("--threads", type=click.IntRange(1), help="Threads for decoding [default: all cores].")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def data_verify(folder: Path, **options: Any) -> None:
@@ -173,9 +173,12 @@ cli.add_command(Deferred("train", "model.pipeline", "train_command", "Train, qua
     "--weights", help="Start from these instead of the run's model.safetensors: a run, a checkpoint or a file."
 )
 @click.option("--data", "data_dir", type=FOLDER, help="Data set for the calibration [default: the run's].")
+@click.option("--variant", help="Which data set of the public layout [default: the run's].")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @section_options("quant")
-def quantize(run: Path, weights: str | None, data_dir: Path | None, quiet: bool, **flags: Any) -> None:
+def quantize(
+    run: Path, weights: str | None, data_dir: Path | None, variant: str | None, quiet: bool, **flags: Any
+) -> None:
     """Quantise the weights of a run into its artifact, RUN/model.pgolf.
 
     Without flags with the run's own settings. Scores the unquantised weights on the way.
@@ -188,6 +191,8 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, quiet: bool,
     changes = {**given_flags(flags), "run_dir": str(run.parent), "run_id": run.name}
     if data_dir:
         changes["data_dir"] = str(data_dir)
+    if variant is not None:
+        changes["variant"] = variant
     config = RunDir(run).config().replace(**changes)
     with distributed(None, config.train.timeout_seconds) as ranks:
         run_pipeline(config, ranks=ranks, stages=("quantize",), weights=weights, quiet=quiet)
@@ -203,6 +208,7 @@ def quantize(run: Path, weights: str | None, data_dir: Path | None, quiet: bool,
     "repeated [default: the artifact's own].",
 )
 @click.option("--data", "data_dir", type=FOLDER, help="Data set [default: the one it was trained on].")
+@click.option("--variant", help="Which data set of the public layout [default: the one it was trained on].")
 @click.option("--label", help="Name of the result in result.json [default: the mode].")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted evaluation, from its ledger.")
@@ -212,6 +218,7 @@ def evaluate_command(
     path: Path,
     modes: tuple[str, ...],
     data_dir: Path | None,
+    variant: str | None,
     label: str | None,
     device: str | None,
     resume: bool,
@@ -234,6 +241,7 @@ def evaluate_command(
         path,
         modes,
         data_dir=str(data_dir) if data_dir else None,
+        variant=variant,
         label=label,
         device=device,
         resume=resume,

@@ -114,6 +114,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     data_dir: str = "data"  # a folder with manifest.json, or the public layout's root
+    variant: str = ""  # which data set of the public layout, such as sp8192; empty: vocab_size's, or the only one
     train_seq_len: int = 2048
     loader: Literal["documents", "shuffled", "stream"] = "documents"
     cu_bucket_size: int = 64  # cu_seqlens are padded to a multiple of this, so that few shapes occur

@@ -3,13 +3,16 @@
 Their published commands run unchanged with `-m model.train --preset prNNNN` in place of their script. A variable sets
 fields (`_FIELDS`, `_SPECIAL`), takes part in choosing the evaluation (`_evaluation`), belongs to the launcher (RANK,
 WORLD_SIZE, LOCAL_RANK: model/distributed.py), or was dead in the published runs (`_DEAD`): then it is accepted at its
-default and refused otherwise.
+default and refused otherwise. Variables that say where the data lie may not contradict each other (`_places`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from model.config import Config, field_types
@@ -44,7 +47,10 @@ def read_environment(config: Config, environ: Mapping[str, str]) -> Environment:
             changed = mappers[name](name, environ[name], values)
             changes |= changed
             values |= changed
-            taken[name] = ", ".join(f"{key}={value}" for key, value in changed.items()) or "as it is"
+            taken[name] = _described(changed) or "as it is"
+    for name, changed in _places(environ).items():
+        changes |= changed
+        taken[name] = _described(changed)
     for name, dead in _DEAD.items():
         if name in environ:
             dead.check(name, environ[name])
@@ -53,11 +59,15 @@ def read_environment(config: Config, environ: Mapping[str, str]) -> Environment:
     if switches:
         changed = _evaluation(switches, config)
         changes |= changed
-        taken |= dict.fromkeys(switches, ", ".join(f"{key}={value}" for key, value in changed.items()))
+        taken |= dict.fromkeys(switches, _described(changed))
     weights = environ.get("EVAL_ONLY_PATH") or None
     if weights is not None:
         taken["EVAL_ONLY_PATH"] = "no training"
     return Environment(changes, taken, weights)
+
+
+def _described(changed: Values) -> str:
+    return ", ".join(f"{field}={value}" for field, value in changed.items())
 
 
 def _refuse(name: str, text: str, wanted: str) -> ConfigError:
@@ -136,21 +146,6 @@ def _embedding_dim(name: str, text: str, values: Values) -> Values:
     return {}
 
 
-def _data_path(name: str, text: str, values: Values) -> Values:
-    folder, _, tail = text.rstrip("/").rpartition("/datasets/")
-    if not tail or "/" in tail:
-        raise _refuse(name, text, "DATA_DIR/datasets/NAME")
-    return {"data_dir": folder}
-
-
-def _tokenizer_path(name: str, text: str, values: Values) -> Values:
-    """The tokenizer lies where the data set says; any other would not fit the shards."""
-    folder, found, _ = text.rpartition("/tokenizers/")
-    if not found:
-        raise _refuse(name, text, "DATA_DIR/tokenizers/NAME")
-    return {"data_dir": folder}
-
-
 _FIELDS: dict[str, tuple[str, ...]] = {
     "ADAM_EPS": ("adam_eps",),
     "ADAM_WD": ("adam_wd",),
@@ -161,7 +156,6 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "BIGRAM_DIM": ("bigram_dim",),
     "BIGRAM_VOCAB_SIZE": ("bigram_vocab_size",),
     "COMPRESSOR": ("codec",),
-    "DATA_DIR": ("data_dir",),
     "DEPTH_RECUR_END": ("loop_end",),
     "DEPTH_RECUR_START": ("loop_start",),
     "DEPTH_RECUR_START_STEP": ("loop_start_step",),
@@ -266,18 +260,54 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "XSA_LAYERS": ("xsa_last_n",),
 }
 _SPECIAL: dict[str, Mapper] = {
-    "DATA_PATH": _data_path,
     "DEPTH_RECUR_COUNT": _loop_count,
     "EMA_ENABLED": _average,
     "EMBEDDING_DIM": _embedding_dim,
     "FP16_KEEP_NAME_PATTERNS": _kept_tensors,
     "MATRIX_CLIP_SIGMAS": _matrix_clip,
     "SKIP_GATES_ENABLED": _skip_gates,
-    "TOKENIZER_PATH": _tokenizer_path,
     "TTT_LR": _test_time_lr,
     "VAL_BATCH_SIZE": _validation_batch,
     "VAL_BATCH_TOKENS": _validation_batch,
 }
+
+# Variables that say where the data lie.
+
+_PLACES = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
+
+
+def _places(environ: Mapping[str, str]) -> dict[str, Values]:
+    """What each of them sets. Two that do not say the same are refused, also beside VOCAB_SIZE, as the scripts do."""
+    given = {name: environ[name] for name in _PLACES if name in environ}
+    said = {
+        name: {"data_dir": text} if name == "DATA_DIR" else _public_path(name, text) for name, text in given.items()
+    }
+    whole = dict(said)
+    if "VOCAB_SIZE" in environ:
+        whole["VOCAB_SIZE"] = {"variant": f"sp{_number('VOCAB_SIZE', environ['VOCAB_SIZE'], int)}"}
+    for one, other in combinations(whole, 2):
+        for field in whole[one].keys() & whole[other].keys():
+            if _resolved(field, whole[one][field]) != _resolved(field, whole[other][field]):
+                raise ConfigError(
+                    f"environment variables {one} and {other}: got {environ[one]!r} and {environ[other]!r}, wanted "
+                    f"{'one folder' if field == 'data_dir' else 'one data set, with its own tokenizer'}"
+                )
+    return said
+
+
+def _public_path(name: str, text: str) -> Values:
+    """The folder and the variant that a path of the public layout is made of."""
+    path = Path(text)
+    wanted = "datasets/fineweb10B_spN" if name == "DATA_PATH" else "tokenizers/fineweb_N_bpe.model"
+    match = re.fullmatch(re.escape(wanted).replace("N", r"(\d+)"), f"{path.parent.name}/{path.name}")
+    if match is None:
+        raise _refuse(name, text, f"DATA_DIR/{wanted}")
+    return {"data_dir": str(path.parent.parent), "variant": f"sp{match[1]}"}
+
+
+def _resolved(field: str, value: str) -> Path | str:
+    return Path(value).resolve() if field == "data_dir" else value
+
 
 # Variables that choose the evaluation.
 
@@ -398,4 +428,4 @@ LAUNCHER_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 
 def known_variables() -> set[str]:
     """Every variable that is read here or by the launcher."""
-    return {*_FIELDS, *_SPECIAL, *_DEAD, *_EVALUATION_SWITCHES, *LAUNCHER_VARIABLES, "EVAL_ONLY_PATH"}
+    return {*_FIELDS, *_SPECIAL, *_PLACES, *_DEAD, *_EVALUATION_SWITCHES, *LAUNCHER_VARIABLES, "EVAL_ONLY_PATH"}

@@ -22,4 +22,8 @@ class LegalityError(PgolfError):
 
 
 class TrainError(PgolfError):
-    """Training that cannot go on: a loss that is not finite, a batch that does not divide, out of memory."""
+    """Training that cannot go on: a loss that is not finite, a batch that does not divide."""
+
+
+class DeviceMemoryError(PgolfError):
+    """A GPU that has too little memory for a stage (see model/memory.py)."""

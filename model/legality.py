@@ -28,7 +28,7 @@ import torch
 
 from model.artifact import load_model, read_header
 from model.config import Config
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.data.progress import progress
 from model.data.shards import read_shard, write_shard
 from model.errors import DataError, LegalityError
@@ -58,6 +58,7 @@ def verify_artifact(
     path: Path,
     *,
     data_dir: str | None = None,
+    variant: str | None = None,
     mode: str | None = None,
     evaluator: str | None = None,
     device: str | None = None,
@@ -79,7 +80,7 @@ def verify_artifact(
     run = RunDir(path, writes=False) if (path / "config.json").is_file() else None
     header = read_header(artifact)
     config = header.config.replace(**changes)
-    dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
+    dataset = dataset_of(run.config() if run else config, data_dir, variant=variant)
     check_tokenizer(header, dataset)
     mode = mode or config.eval.eval_mode
     model = load_model(artifact, "cpu")
@@ -123,6 +124,7 @@ def verify_artifact(
 @click.option("--mode", help="As for `pgolf eval`, a single one [default: the artifact's own].")
 @click.option("--evaluator", metavar="MODULE:FUNCTION", help="A scorer of your own, a function of a Session.")
 @click.option("--data", "data_dir", type=click.Path(exists=True, file_okay=False), help="[default: the run's]")
+@click.option("--variant", help="Which data set of the public layout [default: the run's].")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is one]")
 @click.option(
     "--whole",
@@ -148,7 +150,7 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
     The exit status is 1 when the score is not legal. For a run the outcome is kept in RUN/verify_MODE.json.
     """
     flags = given_flags(options)
-    names = ("data_dir", "mode", "evaluator", "device", "whole", "candidates", "seed", "quiet")
+    names = ("data_dir", "variant", "mode", "evaluator", "device", "whole", "candidates", "seed", "quiet")
     kept = {name: options[name] for name in names}
     report = verify_artifact(path, **{**flags, **kept})
     click.echo(report.to_json() if as_json else "\n".join(report.lines()))

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from model.artifact import build_model, load_model, write_artifact
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import Config
 from model.convert import from_reference
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.data.loaders import LOADERS, Batch, Loader
 from model.distributed import Dist, distributed, local_micro_batches
 from model.errors import ArtifactError, ConfigError, PgolfError
@@ -34,6 +35,7 @@ from model.evaluate import EvalResult, parse_mode
 from model.evaluate.observe import hash_weights
 from model.files import sha256_bytes, sha256_file
 from model.gpt import GPT
+from model.memory import lower, memory_for
 from model.quantize import collect_hessians, quantize_with_hessians
 from model.run import FREE_ON_RESUME, RunDir
 from model.schedule import budget_seconds
@@ -81,8 +83,9 @@ def run_pipeline(
     ranks = ranks or Dist.single("cuda" if torch.cuda.is_available() else "cpu")
     config = config.replace(run_id=agree_run_id(config, ranks))
     with ranks.together("opening the data set"):
-        dataset = dataset or open_dataset(config.data.data_dir)
+        dataset = dataset or dataset_of(config)
         check_dataset(config, dataset)
+    config = config.replace(variant=dataset.variant)  # the run keeps it, whatever its folder holds later
     folder = Path(config.train.run_dir) / config.train.run_id
     training = "train" in stages and weights is None
     if training:
@@ -229,12 +232,17 @@ def _quantize(
     with run.timed("evaluate_float"):
         _record(run, "float", score_mode(model, dataset, "plain", config, ranks, name="float", quiet=quiet))
     with run.timed("quantize"):
-        with run.timed("calibrate"):  # up to the last training token that is read
+        smaller = partial(lower, "calibration_tokens", config.quant.calibration_tokens, config.data.train_seq_len or 1)
+        with (
+            run.timed("calibrate"),  # up to the last training token that is read
+            memory_for("while collecting Hessians", ranks.device, smaller),
+        ):
             batches = calibration_batches(config, dataset, ranks)
             hessians = collect_hessians(model, batches, per_token=config.quant.quant_recipe == "pr1499")
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize(ranks.device)
-        quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
+        with memory_for("in GPTQ", ranks.device):
+            quantized = quantize_with_hessians(model, config.quant, hessians, ranks.device)
     with run.timed("artifact"), ranks.together("writing the artifact"):
         if ranks.is_main:
             header = write_artifact(

@@ -45,7 +45,16 @@ _PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors", "brotli
 _ZIP_TIME = (2020, 1, 1, 0, 0, 0)  # fixed, so that equal sources give equal archives
 # Settings that may change when a run goes on: none of them changes what a training step does, or an artifact's weights.
 FREE_ON_RESUME = frozenset(
-    {"data_dir", "run_dir", "run_id", "train_log_every", "val_loss_every", "checkpoint_every", "keep_checkpoints"}
+    {
+        "data_dir",
+        "variant",
+        "run_dir",
+        "run_id",
+        "train_log_every",
+        "val_loss_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    }
     | {"max_wallclock_seconds", "cuda_graphs", "timeout_seconds"}
 )
 

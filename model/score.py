@@ -15,7 +15,7 @@ from rich.table import Table
 
 from model.artifact import Header, load_model, read_header
 from model.config import Config
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.data.progress import progress
 from model.distributed import Dist, distributed
 from model.errors import ConfigError, DataError
@@ -35,6 +35,7 @@ def score_artifact(
     modes: Sequence[str],
     *,
     data_dir: str | None = None,
+    variant: str | None = None,
     label: str | None = None,
     device: str | None = None,
     resume: bool = False,
@@ -44,15 +45,17 @@ def score_artifact(
 ) -> dict[str, EvalResult]:
     """Scores the artifact `path`, or that of the run or packed submission in the folder `path`.
 
-    In `modes` (default: the configuration's). The configuration is the artifact's with `changes` (fields of
-    EvalConfig). For a run, results go into its result.json under the mode's name (or `label`). A ledger is kept for
-    each (`ledger_path`) unless `ledgers` is False; with `resume` an interrupted evaluation goes on from it. Returns the
-    results by that name, on every rank. Each evaluation's time counts from opening the artifact.
+    In `modes` (default: the configuration's). The data set is the run's or the artifact's, or that in `data_dir` or of
+    another `variant`. The configuration is the artifact's with `changes` (fields of EvalConfig). For a run, results go
+    into its result.json under the mode's name (or `label`). A ledger is kept for each (`ledger_path`) unless `ledgers`
+    is False; with `resume` an interrupted evaluation goes on from it. Returns the results by that name, on every rank.
+    Each evaluation's time counts from opening the artifact.
 
     Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
     than GPUs.
     """
-    options: dict[str, Any] = {"data_dir": data_dir, "label": label, "resume": resume, "quiet": quiet}
+    places = {"data_dir": data_dir, "variant": variant}
+    options: dict[str, Any] = {"places": places, "label": label, "resume": resume, "quiet": quiet}
     with distributed(device, timeout_seconds=PATIENCE_SECONDS) as ranks:
         return _score(path, modes, ranks, ledgers=ledgers, changes=changes, **options)
 
@@ -62,7 +65,7 @@ def _score(
     modes: Sequence[str],
     ranks: Dist,
     *,
-    data_dir: str | None,
+    places: dict[str, str | None],
     label: str | None,
     resume: bool,
     quiet: bool,
@@ -76,7 +79,7 @@ def _score(
     modes = modes or (config.eval.eval_mode,)
     for mode in modes:
         parse_mode(mode)
-    dataset = open_dataset(data_dir or (run.config() if run else config).data.data_dir)
+    dataset = dataset_of(run.config() if run else config, **places)
     check_tokenizer(header, dataset)
     ledgers = ledgers and (run is not None or _can_keep(path, ranks, resume=resume))
     started = time.monotonic()

@@ -16,9 +16,9 @@ import base64
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from model.distributed import Dist, local_micro_batches, restarts_workers
 from model.errors import ArtifactError, DataError, TrainError
 from model.files import atomic_write
 from model.gpt import GPT
+from model.memory import lower, memory_for
 from model.micro_step import MicroStep
 from model.monitor import InFlight, Monitor, StepRecord
 from model.optim import Optimizer, WeightAverage
@@ -64,9 +65,12 @@ def train(
 
     With `resume` it goes on from the newest whole checkpoint there, or starts anew where there is none. `started` is
     the `time.perf_counter()` from which "time to first step" counts. Raises TrainError (a loss that is not finite, a
-    batch that does not divide, out of memory), DataError and ConfigError; always on every rank.
+    batch that does not divide), DeviceMemoryError, DataError and ConfigError; always on every rank.
     """
-    trainer = Trainer(config, dataset, run, ranks)
+    unit = config.model.num_heads * max(config.model.rope_dims, 2)
+    smaller = partial(lower, "model_dim", config.model.model_dim, unit)
+    with memory_for("while building the network and its optimiser", ranks.device, smaller):
+        trainer = Trainer(config, dataset, run, ranks)
     try:
         if resume:
             trainer.resume()
@@ -135,7 +139,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Records the micro-steps, then runs the preset's warm-up steps and undoes them completely."""
-        with self._out_of_memory():
+        with self._memory("while recording micro-steps"):
             self._record()
         if not self._resumed:
             self.run_dir.forget_metrics()  # of an attempt that left no checkpoint
@@ -183,7 +187,7 @@ class Trainer:
         for loop in [False, True] if self.has_loop else [False]:
             for step in range(steps):
                 momentum = schedule.muon_momentum(self.config.train, step)
-                with self._out_of_memory():
+                with self._memory("in the warm-up"):
                     self.train_step(StepSettings(0.0, 1.0, momentum, loop, late_qat=False))
         with torch.no_grad():
             for name, param in self.params.items():
@@ -234,7 +238,7 @@ class Trainer:
         return restarts_workers() and elapsed - self._saved_at >= RESTART_SECONDS
 
     def _one_step(self, settings: StepSettings, elapsed: float) -> None:
-        with self._out_of_memory():
+        with self._memory("in a training step"):
             values = self.train_step(settings)
             self.average.update()
         self.step += 1
@@ -266,18 +270,18 @@ class Trainer:
             f"{path} has the steps before; smaller --matrix-lr, --tied-embed-lr or --scalar-lr may help"
         )
 
-    @contextmanager
-    def _out_of_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            more, train = more_micro_batches(self.config, self.loader.rows), self.config.train
-            help_ = f"--micro-batches {more}" if more else "a smaller --train-batch-tokens"
-            step = " and leaves the step as it is" if more else ""
-            raise TrainError(
-                f"out of memory on {self.ranks.device} with {train.train_batch_tokens // train.micro_batches:,} tokens "
-                f"a micro-batch; {help_} makes them fewer{step} ({str(error).splitlines()[0]})"
-            ) from error
+    def _memory(self, stage: str) -> AbstractContextManager[None]:
+        train = self.config.train
+
+        def advice() -> str:
+            more = more_micro_batches(self.config, self.loader.rows)
+            if more:
+                return f"--micro-batches {more} makes them fewer and leaves the step as it is"
+            unit = train.micro_batches * (max(self.config.data.train_seq_len, 1) if self.loader.rows else 1)
+            return lower("train_batch_tokens", train.train_batch_tokens, unit)
+
+        tokens = train.train_batch_tokens // train.micro_batches
+        return memory_for(stage, self.ranks.device, advice, detail=f"with {tokens:,} tokens a micro-batch")
 
     def _validate(self) -> None:
         from model.evaluate import evaluate

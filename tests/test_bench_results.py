@@ -3,10 +3,12 @@
 import copy
 import json
 
+import matplotlib
 import pytest
+import torch
 
 from bench import __main__ as runner
-from bench import machine, render, storage
+from bench import common, loss_curves, machine, render, storage
 from bench.table import Printer, Row, rate_text
 
 ENVIRONMENT = {
@@ -217,6 +219,27 @@ def test_a_row_that_was_not_captured_says_so():
     ]
 
 
+@pytest.mark.parametrize(
+    ("suite", "graph_bytes", "shown"),
+    [("gptq/model", None, "161 MB"), ("train_step/step", None, ""), ("train_step/step", 150_000_000, "161 MB")],
+)
+def test_memory_without_that_of_graphs_is_not_shown(suite, graph_bytes, shown):
+    row = Row(suite, "all", "pgolf", 1.0, peak_bytes=161_000_000, graph_bytes=graph_bytes)
+    assert render.memory(row) == shown
+
+
+def test_private_pools_of_graphs_are_counted(monkeypatch):
+    segments = [
+        {"total_size": 5, "segment_pool_id": (0, 0)},
+        {"total_size": 7, "segment_pool_id": (0, 1)},
+        {"total_size": 9, "segment_pool_id": (1, 0)},
+    ]
+    assert common.DEVICE.type == "cuda" or common.graph_bytes() == 0
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert common.graph_bytes() == 16
+
+
 def test_a_page_is_filled_and_checked(tmp_path, capsys):
     page = tmp_path / "README.md"
     page.write_text(
@@ -237,6 +260,26 @@ def test_a_page_is_filled_and_checked(tmp_path, capsys):
     assert "| n-gram hints | 10 tokens; NVIDIA H200 | 1.00 ms | 50% | peer: 3.00 ms" in text
     assert "`0123456789ab-dirty`" in text and "load average at the start 0.3" in text
     assert f"<!-- results:packing -->\n\n{render.NOT_RECORDED}\n" in text
+
+
+def test_a_page_that_shows_the_losses_gets_them_drawn(tmp_path, capsys):
+    page, picture = tmp_path / "docs" / "x.md", tmp_path / "docs" / "losses.svg"
+    page.parent.mkdir()
+    page.write_text("![losses](losses.svg)\n")
+    assert render.main(["--check"], tmp_path) == 1 and not picture.exists()
+    assert render.main([], tmp_path) == 0
+    assert "docs/losses.svg: written" in capsys.readouterr().out
+    assert render.main(["--check"], tmp_path) == 0
+    drawn = picture.read_text()
+    picture.write_text(drawn.replace("stroke-dasharray", "dasharray"))
+    assert render.main(["--check"], tmp_path) == 1
+    by_another = drawn.replace(f"Matplotlib v{matplotlib.__version__},", "Matplotlib v3.0.0,").replace(
+        "<path", "<path "
+    )
+    picture.write_text(by_another)
+    assert render.main(["--check"], tmp_path) == 0
+    picture.write_text(by_another.replace(loss_curves.digest(loss_curves.read_curves()), "0" * 64))
+    assert render.main(["--check"], tmp_path) == 1
 
 
 def test_committed_pages_are_up_to_date(capsys):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from golden import FOLDER, load_npz
 
+from model.config import Config
 from model.data.build import build_dataset
-from model.data.dataset import open_dataset
+from model.data.dataset import dataset_of, open_dataset
 from model.data.shards import document_starts, read_shard, write_shard
 from model.data.text import SAMPLE, read_documents
 from model.data.tokenizer import Tokenizer
@@ -239,6 +240,7 @@ def test_an_empty_split(data, public):
 def test_the_public_layout(public):
     dataset = open_dataset(public, "sp512")
     assert dataset.name == "fineweb10B_sp512" and dataset.vocab_size == 512 and len(dataset.train_shards) == 2
+    assert open_dataset(public).variant == "sp512"  # the only one
     assert not dataset.byte_tables.leading_space_is_text
     golden = load_npz("bpb.npz")
     counted = dataset.byte_tables.stream_bytes(dataset.valid_tokens).sum()
@@ -246,6 +248,32 @@ def test_the_public_layout(public):
     before = dataset.fingerprint
     write_shard(public / "datasets" / "fineweb10B_sp512" / "fineweb_train_000002.bin", np.array([1, 5]))
     assert open_dataset(public).fingerprint != before
+
+
+@pytest.fixture
+def both(public):
+    """Two variants in one folder: sp512, and sp1024 with one training shard less."""
+    datasets, tokenizers = public / "datasets", public / "tokenizers"
+    shutil.copytree(datasets / "fineweb10B_sp512", datasets / "fineweb10B_sp1024")
+    (datasets / "fineweb10B_sp1024" / "fineweb_train_000001.bin").unlink()
+    shutil.copy(tokenizers / "fineweb_512_bpe.model", tokenizers / "fineweb_1024_bpe.model")
+    return public
+
+
+def test_several_variants_in_one_folder(both):
+    """The one that is asked for, else the one that the vocabulary names; none is taken by chance."""
+    config = Config().replace(data_dir=str(both))
+    for vocab_size, variant, chosen in [(512, "", "sp512"), (1024, "", "sp1024"), (512, "sp1024", "sp1024")]:
+        dataset = dataset_of(config.replace(vocab_size=vocab_size, variant=variant))
+        assert dataset.variant == chosen and dataset.name == f"fineweb10B_{chosen}"
+        assert {path.parent.name for path in dataset.train_shards} == {dataset.name}
+    assert dataset_of(config, variant="sp512").variant == "sp512"
+    with pytest.raises(DataError, match=r"holds sp1024 and sp512, and vocab_size=8192 names none .* wanted --variant"):
+        dataset_of(config)
+    with pytest.raises(DataError, match="holds sp1024 and sp512; wanted --variant"):
+        open_dataset(both)
+    assert findings(both, variant="sp1024") == []
+    assert "wanted --variant" in findings(both)[0]
 
 
 def test_public_layouts_that_are_not_whole(public, tmp_path):

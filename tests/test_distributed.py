@@ -209,7 +209,10 @@ def test_errors_end_training_on_every_rank(data, tmp_path):
 @pytest.mark.parametrize(
     ("scenario", "heard"),
     [
-        ("alone", "rank 0: rank 1 failed: out of memory on cpu with 128 tokens a micro-batch; --micro-batches 4 makes"),
+        (
+            "alone",
+            "rank 0: rank 1 failed: out of memory on cpu in a training step with 128 tokens a micro-batch",
+        ),
         ("vanished", "rank 0: another rank ended without a word: killed from outside, or out of host memory"),
     ],
 )

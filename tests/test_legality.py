@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from model import legality
+from model.data.dataset import open_dataset
 from model.errors import DataError
 from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
@@ -161,17 +162,17 @@ def test_a_packed_submission(run: Path, tmp_path: Path) -> None:
     script = folder / "train_gpt.py"
     original = script.read_bytes()
     script.write_bytes(original + f"open({str(elsewhere)!r}, 'rb').read(1)\n".encode())
-    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "1 other files 16,000,000 such as weights.bin" in size.figure
     script.write_bytes(original)
 
     with open(folder / "more.bin", "wb") as file:
         file.truncate(legality.SIZE_BUDGET)
-    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "7 files of the submission" in size.figure
 
     script.write_bytes(b"raise ValueError('half a script')\n")
-    size = legality.check_size(folder, folder / "model.pgolf", legality.open_dataset(data), "plain", {})
+    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "train_gpt.py does not score: ValueError: half a script" in size.figure
 
 

@@ -87,7 +87,11 @@ def test_unrelated_variables_are_left_alone():
         ("pr1499", {"FP16_KEEP_NAME_PATTERNS": "blocks.2.attn.proj"}, "keep_fp16", ("blocks.2.attn.o",)),
         ("pr1499", {"EMA_ENABLED": "0"}, "ema_decay", 0.0),
         ("pr1499", {"DATA_PATH": "/d/datasets/fineweb10B_sp8192"}, "data_dir", "/d"),
+        ("pr1499", {"DATA_PATH": "/d/datasets/fineweb10B_sp1024/"}, "variant", "sp1024"),
+        ("pr1499", {"DATA_PATH": "datasets/fineweb10B_sp1024"}, "data_dir", "."),
         ("pr1499", {"TOKENIZER_PATH": "/d/tokenizers/fineweb_8192_bpe.model"}, "data_dir", "/d"),
+        ("pr1499", {"TOKENIZER_PATH": "/d/tokenizers/fineweb_1024_bpe.model"}, "variant", "sp1024"),
+        ("pr1530", {"VOCAB_SIZE": "1024"}, "variant", ""),  # the data set is chosen when the folder is opened
         ("pr1530", {"MATRIX_CLIP_SIGMAS": "9"}, "mlp_clip_sigmas", 9.0),
         ("pr1530", {"VAL_BATCH_TOKENS": "65536", "EVAL_SEQ_LEN": "1024"}, "eval_batch_seqs", 8),
         ("pr1530", {"ARTIFACT_DIR": "/out"}, "run_dir", "/out"),
@@ -120,13 +124,43 @@ def test_eval_only_path_replaces_training():
         ("pr1530", {"COMPRESSOR": "zip"}, "codec: got 'zip'"),
         ("pr1530", {"EVAL_STRIDE": "0"}, "EVAL_STRIDE: got '0', wanted at least 1"),
         ("pr1499", {"TTT_ENABLED": "0"}, "--eval-mode sliding"),
-        ("pr1499", {"DATA_PATH": "/d/shards"}, "DATA_DIR/datasets/NAME"),
+        ("pr1499", {"DATA_PATH": "/d/shards"}, "DATA_DIR/datasets/fineweb10B_spN"),
+        ("pr1499", {"DATA_PATH": "/d/datasets/other"}, "DATA_PATH: got '/d/datasets/other', wanted DATA_DIR/datasets/"),
+        ("pr1499", {"TOKENIZER_PATH": "/d/t.model"}, r"DATA_DIR/tokenizers/fineweb_N_bpe\.model"),
         ("pr1530", {"TTT_EVAL_BATCHES": "3"}, "every document"),
     ],
 )
 def test_refused_with_the_reason(system, environ, message):
     with pytest.raises(ConfigError, match=message):
         resolve(system, {}, environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"DATA_PATH": "/a/datasets/fineweb10B_sp8192", "TOKENIZER_PATH": "/b/tokenizers/fineweb_8192_bpe.model"},
+         "variables DATA_PATH and TOKENIZER_PATH: got '/a/.*' and '/b/.*', wanted one folder"),
+        ({"DATA_PATH": "/a/datasets/fineweb10B_sp8192", "TOKENIZER_PATH": "/a/tokenizers/fineweb_1024_bpe.model"},
+         "variables DATA_PATH and TOKENIZER_PATH: .*wanted one data set"),
+        ({"DATA_DIR": "/b", "DATA_PATH": "/a/datasets/fineweb10B_sp8192"}, "DATA_DIR and DATA_PATH.*one folder"),
+        ({"DATA_PATH": "/a/datasets/fineweb10B_sp1024", "VOCAB_SIZE": "8192"}, "DATA_PATH and VOCAB_SIZE.*one data"),
+    ],
+)  # fmt: skip
+def test_places_of_the_data_that_disagree(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("pr1499", {}, environ)
+
+
+def test_places_of_the_data_that_agree():
+    environ = {
+        "DATA_DIR": "d/", "DATA_PATH": "./d/datasets/fineweb10B_sp1024", "VOCAB_SIZE": "1024",
+        "TOKENIZER_PATH": "d/tokenizers/fineweb_1024_bpe.model",
+    }  # fmt: skip
+    settings = resolve("pr1499", {}, environ)
+    assert settings.config.data.data_dir == "d" and settings.config.data.variant == "sp1024"
+    assert settings.taken["DATA_PATH"] == "data_dir=d, variant=sp1024"
+    flags = {"data_dir": "/e", "variant": "sp512"}
+    assert resolve("pr1499", flags, environ).config.data.variant == "sp512"
 
 
 def test_layers_and_loop_can_change_together():

@@ -15,7 +15,7 @@ from model.checkpoint import list_checkpoints
 from model.data.dataset import open_dataset
 from model.data.loaders import LOADERS
 from model.distributed import Dist, local_micro_batches
-from model.errors import DataError, TrainError
+from model.errors import DataError, DeviceMemoryError, TrainError
 from model.monitor import InFlight, StepRecord
 from model.presets import get_preset
 from model.run import RunDir
@@ -256,7 +256,10 @@ def test_out_of_memory_names_the_setting(data, dataset, tmp_path, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr(trainer, "train_step", fail)
-    with pytest.raises(TrainError, match=r"128 tokens a micro-batch; --micro-batches 4 makes them fewer.*3 GiB"):
+    with pytest.raises(
+        DeviceMemoryError,
+        match=r"in a training step with 128 tokens a micro-batch; --micro-batches 4 makes them fewer.*3 GiB",
+    ):
         trainer._one_step(StepSettings(0.0, 1.0, 0.9, False, False), 0.0)
     trainer.close()
 

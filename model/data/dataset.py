@@ -1,8 +1,4 @@
-"""A data set on disk, opened and checked: ours (`pgolf data build`) or the public layout (`pgolf data download`).
-
-The public layout: DATA_DIR/datasets/fineweb10B_sp8192/fineweb_{train,val}_*.bin and
-DATA_DIR/tokenizers/fineweb_8192_bpe.model (`sp8192` is the variant).
-"""
+"""A data set on disk, opened and checked: ours (`pgolf data build`) or the public layout (`pgolf data download`)."""
 
 from __future__ import annotations
 
@@ -16,19 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from model.config import Config
+from model.data.layout import PUBLIC_PREFIX, choose_variant, public_tokenizer_name
 from model.data.manifest import MANIFEST, read_manifest
 from model.data.shards import BOS_ID, check_ids, read_shard, shard_length
 from model.data.tokenizer import ByteTables, Tokenizer
 from model.errors import DataError
 from model.files import sha256_bytes
 
-DEFAULT_VARIANT = "sp8192"
-_PUBLIC_PREFIX = "fineweb10B_"
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """What training and evaluation need. `manifest` is empty for the public layout."""
+    """What training and evaluation need. `manifest` is empty for the public layout, `variant` for ours."""
 
     name: str
     train_shards: list[Path]
@@ -36,6 +31,7 @@ class Dataset:
     tokenizer: Tokenizer
     byte_tables: ByteTables
     manifest: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -58,8 +54,17 @@ class Dataset:
         return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
 
 
-def open_dataset(data_dir: str | os.PathLike[str], variant: str | None = None) -> Dataset:
-    """Opens the data set in `data_dir`; `variant` (default sp8192, or the only one there) matters to the public layout.
+def dataset_of(
+    config: Config, data_dir: str | os.PathLike[str] | None = None, *, variant: str | None = None
+) -> Dataset:
+    """Opens the data set of a configuration, or that in `data_dir`; `variant` goes over the configuration's."""
+    data = config.data
+    chosen = data.variant if variant is None else variant
+    return open_dataset(data.data_dir if data_dir is None else data_dir, chosen, config.model.vocab_size)
+
+
+def open_dataset(data_dir: str | os.PathLike[str], variant: str = "", vocab_size: int = 0) -> Dataset:
+    """Opens the data set in `data_dir`. In the public layout it is `variant`, or with "" as `choose_variant` says.
 
     Checks headers and sizes of all shards and that manifest, tokenizer and the head of each split fit together; `pgolf
     data verify` checks the rest. Raises DataError naming what is missing, damaged or does not fit.
@@ -67,7 +72,11 @@ def open_dataset(data_dir: str | os.PathLike[str], variant: str | None = None) -
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, wanted a data set (pgolf data build or download makes one)")
-    dataset = _open_built(folder) if (folder / MANIFEST).is_file() else _open_public(folder, variant)
+    dataset = (
+        _open_built(folder)
+        if (folder / MANIFEST).is_file()
+        else _open_public(folder, choose_variant(folder, variant, vocab_size))
+    )
     for shards, split in ((dataset.train_shards, "training"), (dataset.valid_shards, "validation")):
         if not any(shard_length(path) for path in shards):
             raise DataError(f"{dataset.name}: the {split} split is empty")
@@ -102,25 +111,12 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _open_public(folder: Path, variant: str | None) -> Dataset:
-    found = sorted(path.name.removeprefix(_PUBLIC_PREFIX) for path in folder.glob(f"datasets/{_PUBLIC_PREFIX}*"))
-    if variant is None:
-        variant = found[0] if len(found) == 1 else DEFAULT_VARIANT
-    if variant not in found:
-        here = f"there are {', '.join(found)}" if found else "there is neither that nor a manifest.json"
-        raise DataError(f"{folder}: wanted datasets/{_PUBLIC_PREFIX}{variant}, {here}")
-    shards = folder / "datasets" / f"{_PUBLIC_PREFIX}{variant}"
+def _open_public(folder: Path, variant: str) -> Dataset:
+    name = f"{PUBLIC_PREFIX}{variant}"
+    shards = folder / "datasets" / name
     train, valid = (sorted(shards.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val"))
     for paths, split in ((train, "train"), (valid, "val")):
         if not paths:
             raise DataError(f"{shards}: no fineweb_{split}_*.bin")
     tokenizer = Tokenizer.load(folder / "tokenizers" / public_tokenizer_name(variant))
-    return Dataset(f"{_PUBLIC_PREFIX}{variant}", train, valid, tokenizer, tokenizer.byte_tables(public_rule=True))
-
-
-def public_tokenizer_name(variant: str) -> str:
-    """The tokenizer's file name for a public variant: sp8192 -> fineweb_8192_bpe.model (DataError for another form)."""
-    match = re.fullmatch(r"sp(\d+)", variant)
-    if not match:
-        raise DataError(f"variant: got {variant!r}, wanted the form sp8192")
-    return f"fineweb_{match[1]}_bpe.model"
+    return Dataset(name, train, valid, tokenizer, tokenizer.byte_tables(public_rule=True), variant=variant)

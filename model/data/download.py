@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.data.dataset import DEFAULT_VARIANT, Dataset, open_dataset, public_tokenizer_name
+from model.data.dataset import Dataset, open_dataset
+from model.data.layout import DEFAULT_VARIANT, PUBLIC_PREFIX, public_tokenizer_name
 from model.data.progress import progress
 from model.data.shards import shard_length
 from model.data.tokenizer import Tokenizer
@@ -138,7 +139,7 @@ class _Hub:
 
 
 def _find_variant(manifest: dict[str, Any], variant: str, repo: str) -> dict[str, Any]:
-    wanted = f"fineweb10B_{variant}"
+    wanted = f"{PUBLIC_PREFIX}{variant}"
     entries = {str(entry.get("name")): entry for entry in manifest["datasets"] if isinstance(entry, dict)}
     if wanted not in entries:
         raise DataError(f"variant: {repo} has no {wanted}, only {', '.join(sorted(entries)) or 'nothing'}")

@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 def verify_dataset(
-    data_dir: str | os.PathLike[str], variant: str | None = None, *, threads: int | None = None, quiet: bool = False
+    data_dir: str | os.PathLike[str], variant: str = "", *, threads: int | None = None, quiet: bool = False
 ) -> list[Finding]:
     """Checks a data set from end to end and returns what is wrong, an empty list if nothing is.
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from model.evaluate.sliding import evaluate_sliding
 from model.evaluate.sliding_cache import DEFECTS as CACHE_DEFECTS
 from model.evaluate.sliding_cache import evaluate_sliding_cache
 from model.gpt import GPT
+from model.memory import lower, memory_for
 
 TILT = "ngram-tilt"
 _MODES: dict[str, Callable[[Session], None]] = {
@@ -53,6 +55,8 @@ _MODES: dict[str, Callable[[Session], None]] = {
     "sliding-cache": evaluate_sliding_cache,
 }
 MODES = tuple(_MODES)
+# What decides the memory of a mode, where it is not eval_batch_seqs.
+_BATCH_SETTING = {"sgd-ttt": "sgd_ttt_batch_seqs", "lora-ttt": "ttt_batch_size", "phased": "ttt_batch_size"}
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,17 @@ def evaluate(
     part of the evaluation.
 
     Raises ConfigError for a mode or a ledger that does not fit, DataError for a stream that does not fit the model,
-    LegalityError where a rule would be broken.
+    LegalityError where a rule would be broken, DeviceMemoryError naming what to set lower.
     """
     started = time.monotonic() - opening_seconds
     name = mode if scorer else parse_mode(mode)[0]
     device = torch.device(device)
     tokens = dataset.valid_tokens if tokens is None else tokens
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    with _borrowed(model, device, mutated=scorer is not None or name in ("sgd-ttt", "phased")):
+    setting = _BATCH_SETTING.get(name, "eval_batch_seqs")
+    smaller = partial(lower, setting, getattr(config.eval, setting))
+    memory = memory_for(f"while evaluating ({mode})", device, smaller)
+    with memory, _borrowed(model, device, mutated=scorer is not None or name in ("sgd-ttt", "phased")):
         ledger = Ledger(len(tokens), _defects(name, config))
         if ledger_path is not None:
             ledger_path = Path(ledger_path)

@@ -16,6 +16,7 @@ Documents of a phase are dealt to the ranks by a schedule known in advance, so t
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from model.evaluate.ledger import ARTIFACT_STATE
 from model.evaluate.lora_ttt import DocumentTrainer
 from model.evaluate.session import Session
 from model.evaluate.sgd_ttt import WholeModelSGD, cosine_rate, sequence_batches
+from model.memory import lower, memory_for
 
 
 def plan_phases(
@@ -80,7 +82,9 @@ def evaluate_phased(session: Session, *, initial_a: InitialA | None = None, seed
         if len(train):
             starts, ends = documents[train, 0], documents[train].sum(axis=1)
             state = session.ledger.update_together(state, starts + 1, ends)
-            train_base(session, ranges_to_positions(starts, ends))
+            smaller = partial(lower, "global_ttt_batch_seqs", config.global_ttt_batch_seqs)
+            with memory_for("while training between phases", session.device, smaller):
+                train_base(session, ranges_to_positions(starts, ends))
 
 
 def train_base(session: Session, tokens: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from model.artifact import read_artifact
 from model.config import Config
-from model.data.dataset import Dataset, open_dataset
+from model.data.dataset import Dataset, dataset_of
 from model.errors import ConfigError, DataError
 from model.evaluate.bpb import score_per_document
 from model.evaluate.documents import find_documents
@@ -202,7 +202,7 @@ def _find_dataset(run: Path, config: Config, provenance: dict[str, Any], missing
     problems = []
     for folder in (Path(config.data.data_dir), run / "data"):
         try:
-            dataset = open_dataset(folder)
+            dataset = dataset_of(config, folder)
         except DataError as error:
             problems.append(str(error))
             continue

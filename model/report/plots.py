@@ -49,12 +49,18 @@ _STYLE: dict[Any, Any] = {
 
 def draw(paint: Callable[[Axes], None], height: float = _SIZE[1]) -> str:
     """A data URI of a picture painted by `paint(axes)`."""
+    picture = svg(paint, height, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
+
+
+def svg(paint: Callable[[Axes], None], height: float = _SIZE[1], *, metadata: Mapping[str, str | None]) -> bytes:
+    """A picture painted by `paint(axes)`; `metadata` as matplotlib takes them."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_SIZE[0], height))
         paint(figure.subplots())
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        figure.savefig(buffer, format="svg", metadata=dict(metadata))
+    return buffer.getvalue()
 
 
 def training_loss(runs: Sequence[Run], labels: Sequence[str], looks: Sequence[Look]) -> str:

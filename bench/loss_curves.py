@@ -1,0 +1,58 @@
+"""The picture of recorded training losses that bench.render draws beside a page which shows it.
+
+The same records give the same bytes under the same matplotlib. Other versions place letters a little differently, so
+the file names the version that drew it and the figures that it shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+
+from bench.real_runs import RECORDS
+from model.report.plots import looks_of, svg
+
+PICTURE = "losses.svg"
+CURVES = {"pr1530_order0": "pgolf, pr1530", "public_1530_order0": "pull request 1530"}
+SCORE = "float"  # of the weights before they are quantised: both records have it
+
+
+def read_curves(folder: Path = RECORDS) -> dict[str, dict[str, Any]]:
+    """Of each record in CURVES, by its title in the legend: training losses by step, and the validation's score."""
+    found = {}
+    for name, title in CURVES.items():
+        record = json.loads((folder / f"{name}.json").read_text())
+        losses = {int(step): loss for step, loss in record["loss"].items()}
+        found[title] = {"loss": losses, "bpb": record["bpb"][SCORE]}
+    return found
+
+
+def picture(curves: dict[str, dict[str, Any]]) -> str:
+    """The curves as an SVG."""
+
+    def paint(axes: Axes) -> None:
+        for (title, curve), look in zip(curves.items(), looks_of(list(curves), dashed=True).values(), strict=True):
+            label = f"{title}: {curve['bpb']:.4f} bits per byte"
+            axes.plot(
+                list(curve["loss"]), list(curve["loss"].values()), marker="o", markersize=2.5, label=label, **look
+            )
+        axes.set(title="Training loss, same batches", xlabel="step", ylabel="nats per token")
+        axes.legend(title="validation, before quantising", loc="upper right")
+
+    return svg(paint, metadata={"Date": None, "Description": digest(curves)}).decode()
+
+
+def digest(curves: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(curves).encode()).hexdigest()
+
+
+def is_current(text: str, curves: dict[str, dict[str, Any]]) -> bool:
+    """Whether the file `text` shows these curves: byte for byte, unless another matplotlib has drawn it."""
+    if f"Matplotlib v{matplotlib.__version__}," in text:
+        return text == picture(curves)
+    return digest(curves) in text
