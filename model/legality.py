@@ -2,6 +2,7 @@
 
 ledger               an evaluation's ledger is replayed row by row: the one that `pgolf eval` left in the run's folder,
                      or that of a new evaluation, of the whole validation set or of its beginning
+saved scores         where it is the run's: a part is scored again and compared (model/rescore.py)
 documents apart      no document of the validation set stands in a training shard (hashes of their tokens)
 bytes                the byte tables count what the decoded text has, document by document
 size                 artifact and code, at most 16,000,000 bytes
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from model.artifact import load_model, read_header
+from model.checks import FAIL, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, open_dataset
 from model.data.progress import progress
@@ -35,20 +37,23 @@ from model.errors import DataError, LegalityError
 from model.evaluate import evaluate, evaluation_identity
 from model.evaluate.bpb import check_bytes
 from model.evaluate.documents import find_documents
-from model.evaluate.ledger import ARTIFACT_STATE, Ledger, Rows
+from model.evaluate.ledger import ARTIFACT_STATE, CERTAIN, Ledger, Rows
 from model.files import atomic_write
 from model.gpt import GPT
 from model.pipeline import mode_name
 from model.probe import resolve
+from model.rescore import SAVED_SCORES, check_saved_scores, rescore
 from model.run import RunDir
 from model.score import check_tokenizer, shown, time_left
 from model.settings import given_flags, section_options
-from model.verify import FAIL, PASS, SKIPPED, Check, Report, Sample, check_scorer, planned_tokens
+from model.verify import Sample, check_scorer, planned_tokens
 
 SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
 SECONDS_BUDGET = 600.0
+TIME = "evaluation time"
 ALL_UP_TO, CANDIDATES = 128, 32  # of the normalisation check: all of a small vocabulary, some of a large one
-EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}  # of the validation set, where no ledger of the whole is there
+# Of the validation set: its beginning where no ledger of the whole is there, else drawn to compare saved scores.
+EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}
 DECODED_DOCUMENTS = 2_000
 SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
 _SCRIPT = "train_gpt.py"
@@ -107,10 +112,18 @@ def verify_artifact(
             progress=show,
         )
     report.seed = sample.seed
-    replayed, timed = _check_evaluation(
-        artifact, run, model, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
-    )
-    report.add(replayed)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    saved = None if whole or evaluator or run is None else saved_ledger(run, model, dataset, mode, config)
+    if run is not None and saved is not None:
+        scores, timed = _check_saved(
+            run, *saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
+        )
+    else:
+        scores, timed = _check_evaluation(
+            artifact, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
+        )
+    for check in scores:
+        report.add(check)
     report.add(check_documents_apart(dataset, quiet=quiet))
     report.add(check_decoded_bytes(dataset, documents=None if whole else DECODED_DOCUMENTS, seed=sample.seed))
     report.add(check_size(path, artifact, dataset, mode, report.other_files))
@@ -162,30 +175,47 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
     sys.exit(0 if report.legal else 1)
 
 
-def _check_evaluation(
-    artifact: Path,
-    run: RunDir | None,
+def _check_saved(
+    run: RunDir,
+    ledger: Ledger,
+    facts: dict[str, Any],
     model: GPT,
     dataset: Dataset,
     config: Config,
     *,
     mode: str,
+    device: str,
+    seed: int,
+    quiet: bool,
+) -> tuple[list[Check], Check]:
+    """The checks "ledger" and "saved scores", and "evaluation time", of what `pgolf eval` left."""
+    token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens)
+    replayed = check_ledger(ledger, ledger.totals(token_bytes).bpb)
+    replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
+    seconds = max(facts["seconds"], ledger.seconds)
+    timed = _within(TIME, seconds, facts.get("seconds_by_part", {}), ", as recorded")
+    if replayed.status == FAIL:
+        return [replayed, Check(SAVED_SCORES, SKIPPED, "the ledger says enough")], timed
+    rescored, drawn_from, dtype = rescore(
+        model, dataset, mode, config, device=device, tokens_wanted=EVALUATED_TOKENS[device], seed=seed, quiet=quiet
+    )
+    bpb = run.result().get("bpb", {}).get(mode_name(mode))
+    compared = check_saved_scores(ledger, rescored, drawn_from, token_bytes, facts=facts, bpb=bpb, dtype=dtype)
+    return [replayed, compared], timed
+
+
+def _check_evaluation(
+    artifact: Path,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mode: str,
     evaluator: str | None,
-    device: str | None,
+    device: str,
     whole: bool,
     quiet: bool,
-) -> tuple[Check, Check]:
-    """The checks "ledger" and "evaluation time"."""
-    time_name = "evaluation time"
-    saved = None if whole or evaluator or run is None else saved_ledger(run, model, dataset, mode, config)
-    if saved is not None and run is not None:
-        ledger, facts = saved
-        replayed = check_ledger(ledger, ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens)).bpb)
-        replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
-        seconds = max(facts["seconds"], ledger.seconds)
-        timed = _within(time_name, seconds, facts.get("seconds_by_part", {}), ", as recorded")
-        return replayed, timed
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+) -> tuple[list[Check], Check]:
+    """The checks "ledger" and "evaluation time" of an evaluation that is made here, with `whole` of the whole set."""
     total = len(dataset.valid_tokens)
     tokens = dataset.valid_tokens[: total if whole else EVALUATED_TOKENS[device]]
     started = time.monotonic()
@@ -207,13 +237,13 @@ def _check_evaluation(
                 opening_seconds=opening,
             )
     except LegalityError as error:
-        return Check("ledger", FAIL, str(error)), Check(time_name, SKIPPED, "no score")
+        return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
     replayed = check_ledger(result.ledger, result.bpb)
     if len(tokens) == total:
-        return replayed, _within(time_name, result.seconds, result.seconds_by_part, "")
+        return [replayed], _within(TIME, result.seconds, result.seconds_by_part, "")
     figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
-    timed = Check(time_name, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
-    return dataclasses.replace(replayed, figure=figure), timed
+    timed = Check(TIME, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
+    return [dataclasses.replace(replayed, figure=figure)], timed
 
 
 def saved_ledger(
@@ -245,6 +275,8 @@ def check_ledger(ledger: Ledger, bpb: float) -> Check:
     wrong = int((scored[1:] != 1).sum())
     if wrong or np.isnan(ledger.nll[1:]).any():
         return Check(name, FAIL, f"{wrong} tokens do not have exactly one score")
+    if not ((ledger.nll[1:] >= CERTAIN) & (ledger.nll[1:] < np.inf)).all():
+        return Check(name, FAIL, "losses that no probability gives")
     seen = furthest_seen(rows, ledger.num_states)
     order = "stream order" if (seen[rows.state] <= rows.start)[rows.is_score].all() else "order of processing"
     updates = int((~rows.is_score).sum())

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pgolf_kernels
+from model.checks import FAIL, IMPLIED, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTables
@@ -48,7 +49,6 @@ from model.gpt import GPT
 from model.isolation import Isolation
 from model.probe import BlackBox, Probe, Scorer, resolve
 
-PASS, FAIL, IMPLIED, SKIPPED = "pass", "fail", "implied", "skipped"
 CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training data"
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
 PRECISION = 0.02  # of an estimated sum, as a standard error; more tokens are asked for until it has it
@@ -68,47 +68,6 @@ class Sample:
     distributions: int = 3  # places where the vocabulary is asked for
     candidates: int | None = 32  # tokens asked for at each of them; None: the whole vocabulary
     full_tokens: int = 1024  # of the stream on which the evaluation's own settings are tried; 0: not at all
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: `figure` says what was measured."""
-
-    name: str
-    status: str
-    figure: str
-
-
-@dataclass
-class Report:
-    """The checks in order. `seed` drew the places; `other_files`: bytes of what a scorer reads beside the artifact."""
-
-    checks: list[Check] = field(default_factory=list)
-    seed: int = 0
-    other_files: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def legal(self) -> bool:
-        return not any(check.status in (FAIL, IMPLIED) for check in self.checks)
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed of themselves."""
-        return [check.name for check in self.checks if check.status == FAIL]
-
-    def add(self, check: Check) -> None:
-        """Appends a check whose failure is implied where another one has failed before."""
-        if check.status == FAIL and self.failed:
-            check = Check(check.name, IMPLIED, check.figure)
-        self.checks.append(check)
-
-    def lines(self) -> list[str]:
-        return [f"{check.status:8s} {check.name:20s} {check.figure}" for check in self.checks]
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {"legal": self.legal, "seed": self.seed, "checks": [asdict(check) for check in self.checks]}, indent=2
-        )
 
 
 class _Verifier:

@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from model import legality
+from model.checks import Report
 from model.errors import DataError
 from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
@@ -71,9 +73,39 @@ def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.
     report = verify_artifact(run, mode="plain", **QUICK)
     assert report.legal, report.lines()
     assert f"{scored.bpb:.5f} bpb, as `pgolf eval` left it" in figures(report)["ledger"]
+    assert "tokens rescored, largest difference" in figures(report)["saved scores"]
     assert "as recorded" in figures(report)["evaluation time"] and "opening" in figures(report)["evaluation time"]
     with pytest.raises(pytest.fail.Exception, match="scored again"):  # another evaluation: nothing to replay
         verify_artifact(run, mode="plain", eval_seq_len=32, **QUICK)
+
+
+def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check that is meant for them alone: in the ledger, in some places and everywhere, and in result.json."""
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())  # the mode itself is honest
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score_artifact(copy, ["lora-ttt"], quiet=True)
+    path = copy / "ledger_lora_ttt.npz"
+    with np.load(path) as file:
+        honest = dict(file)
+    facts = RunDir(copy).result()
+    assert verify_artifact(copy, mode="lora-ttt", seed=0).legal
+
+    def failed_with(factors: np.ndarray, bpb: float | None = None) -> list[str]:
+        np.savez(path, **{**honest, "nll": honest["nll"] * factors})
+        ledger, dataset = Ledger.load(path), legality.open_dataset(tiny_data_of(run))
+        own = ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens))
+        summary = {**facts["evaluation"]["lora_ttt"], "bpb": own.bpb, "val_loss": own.val_loss}
+        RunDir(copy).merge_result({"evaluation": {"lora_ttt": summary}, "bpb": {"lora_ttt": bpb or own.bpb}})
+        return verify_artifact(copy, mode="lora-ttt", seed=0).failed
+
+    factors = np.ones(len(honest["nll"]))
+    assert failed_with(factors) == []
+    assert failed_with(factors, bpb=0.5) == ["saved scores"]
+    factors[10:13] = 0.5
+    assert failed_with(factors) == ["saved scores"]
+    assert failed_with(factors * 0 + 0.5) == ["saved scores"]
+    assert failed_with(-factors) == ["ledger"]
 
 
 def test_the_time_in_the_ledger_counts(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from bench import real_runs
 from model import run as run_module
+from model.checks import FAIL, PASS, Check, Report
 from model.data.build import build_dataset
 from model.data.dataset import open_dataset
 from model.data.text import SAMPLE, read_documents
@@ -32,7 +33,6 @@ from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
 from model.run import RunDir
-from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
 SPECIAL = "if (a < b && c > d) { return \"<script>alert('x')</script>\"; }\n日本語 😀 é\n"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.checks import FAIL, IMPLIED, Report
 from model.config import Config, ModelConfig
 from model.data.shards import write_shard
 from model.data.tokenizer import ByteTables
@@ -16,11 +17,8 @@ from model.evaluate.observe import NORMALISATION, ONCE, ORDER, WARM_UP
 from model.gpt import GPT
 from model.verify import (
     CAUSALITY,
-    FAIL,
     FULL_SCALE,
-    IMPLIED,
     TRAINING_DATA,
-    Report,
     Sample,
     check_scorer,
     planned_tokens,
