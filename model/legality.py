@@ -32,7 +32,7 @@ from model.checks import FAIL, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, open_dataset
 from model.data.progress import progress
-from model.data.shards import read_shard, write_shard
+from model.data.shards import BOS_ID, shard_length, whole_documents, write_shard
 from model.errors import DataError, LegalityError
 from model.evaluate import evaluate, evaluation_identity
 from model.evaluate.bpb import check_bytes
@@ -304,17 +304,18 @@ def check_documents_apart(dataset: Dataset, *, quiet: bool = True) -> Check:
     held_out = _bodies(tokens)
     keys = np.unique(_keys(tokens, held_out))
     digests = {_digest(tokens, *row) for row in held_out.tolist()}
-    shared = compared = 0
-    with progress("comparing documents", len(dataset.train_shards), "training shards", quiet=quiet) as task:
-        for shard in dataset.train_shards:
-            training = read_shard(shard)
+    shared: set[bytes] = set()
+    compared = 0
+    total = sum(map(shard_length, dataset.train_shards))
+    with progress("comparing documents", total, "tokens", quiet=quiet) as task:
+        for training in whole_documents(dataset.train_shards):
             bodies = _bodies(training)
             compared += len(bodies)
             alike = bodies[np.isin(_keys(training, bodies), keys)]
-            shared += len({_digest(training, *row) for row in alike.tolist()} & digests)
-            task.advance()
+            shared |= {_digest(training, *row) for row in alike.tolist()} & digests
+            task.advance(len(training))
     if shared:
-        return Check(name, FAIL, f"{shared} validation documents stand in the training shards")
+        return Check(name, FAIL, f"{len(shared)} validation documents stand in the training shards")
     return Check(name, PASS, f"{len(digests):,} validation documents, none among {compared:,} of training")
 
 
@@ -322,7 +323,7 @@ def _bodies(tokens: np.ndarray) -> np.ndarray:
     """(start, end) of the documents' tokens without the BOS at either end, those of some length: int64 [n, 2]."""
     documents = find_documents(tokens)
     ends = documents.sum(axis=1)
-    bodies = np.stack([documents[:, 0] + 1, ends - (ends < len(tokens))], axis=1)
+    bodies = np.stack([documents[:, 0] + 1, ends - (tokens[ends - 1] == BOS_ID)], axis=1)
     return bodies[bodies[:, 1] - bodies[:, 0] >= SHORTEST_DOCUMENT]
 
 

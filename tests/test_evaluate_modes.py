@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.adapters import Adapters
-from model.data.shards import BOS_ID
+from model.data.shards import BOS_ID, document_starts, whole_documents, write_shard
 from model.data.tokenizer import ByteTables
 from model.errors import ConfigError, DataError, LegalityError
 from model.evaluate import EvalResult, evaluate, lora_ttt, parse_mode
@@ -259,8 +259,6 @@ def test_bytes_are_checked_against_the_text() -> None:
 
 
 def test_the_checks_around_the_scorer(tmp_path) -> None:
-    from model.data.shards import write_shard
-
     held_out, other = stream(60, 70), stream(60, 70)[::-1]
     shard = tmp_path / "train.bin"
     for body, status in ((other, "pass"), (held_out[:61], "fail")):
@@ -272,6 +270,29 @@ def test_the_checks_around_the_scorer(tmp_path) -> None:
     other[9] = other[9] % 20 + 4
     write_shard(shard, other.astype(np.uint16))
     assert check_documents_apart(data).status == "pass"
+
+
+@pytest.mark.parametrize("cuts", [(40,), (20, 55), (34, 94), (33,), (95,)])
+def test_a_validation_document_that_training_shards_cut_is_found(cuts: tuple[int, ...], tmp_path) -> None:
+    """A document of 61 tokens at 34 of the training stream, cut by one shard or more, or at its edges."""
+    held_out = stream(60, 70).astype(np.uint16)
+    training = np.concatenate([stream(33), held_out[:61], stream(50), stream(33)]).astype(np.uint16)
+    shards = [tmp_path / f"train{number}.bin" for number in range(len(cuts) + 1)]
+    for shard, tokens in zip(shards, np.split(training, cuts), strict=True):
+        write_shard(shard, tokens)
+    found = check_documents_apart(SimpleNamespace(valid_tokens=held_out, train_shards=shards))
+    assert (found.status, found.figure) == ("fail", "1 validation documents stand in the training shards")
+    for pieces in (whole_documents(shards), [training]):
+        documents = [d for piece in pieces for d in np.split(piece, document_starts(piece)) if d.size]
+        assert [len(d) for d in documents] == [34, 61, 51, 34]
+    np.testing.assert_array_equal(np.concatenate(list(whole_documents(shards))), training)
+
+
+def test_a_validation_document_before_a_last_bos_is_found(tmp_path) -> None:
+    held_out = np.append(stream(60), B).astype(np.uint16)
+    write_shard(tmp_path / "train.bin", np.concatenate([held_out, stream(40)[1:]]).astype(np.uint16))
+    data = SimpleNamespace(valid_tokens=held_out, train_shards=[tmp_path / "train.bin"])
+    assert check_documents_apart(data).status == "fail"
 
 
 def test_a_replayed_ledger_shows_what_was_wrong() -> None:
