@@ -35,6 +35,20 @@ class Report:
         """Names of the checks that failed of themselves."""
         return [check.name for check in self.checks if check.status == FAIL]
 
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the checks that could not be made."""
+        return [check.name for check in self.checks if check.status == SKIPPED]
+
+    @property
+    def verdict(self) -> str:
+        """What the checks say in a few words: a skipped one is no proof."""
+        if not self.legal:
+            return "NOT legal"
+        if not self.skipped:
+            return "legal"
+        return f"legal as far as checked; {len(self.skipped)} skipped: {', '.join(self.skipped)}"
+
     def add(self, check: Check) -> None:
         """Appends a check whose failure is implied where another one has failed before."""
         if check.status == FAIL and self.failed:
@@ -45,6 +59,11 @@ class Report:
         return [f"{check.status:8s} {check.name:20s} {check.figure}" for check in self.checks]
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"legal": self.legal, "seed": self.seed, "checks": [asdict(check) for check in self.checks]}, indent=2
-        )
+        found = {
+            "legal": self.legal,
+            "verdict": self.verdict,
+            "skipped": self.skipped,
+            "seed": self.seed,
+            "checks": [asdict(check) for check in self.checks],
+        }
+        return json.dumps(found, indent=2)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from model import legality
-from model.checks import Report
+from model.checks import Check, Report
 from model.errors import DataError
 from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
@@ -56,7 +56,7 @@ def test_a_legal_run(run: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["legal"] and tuple(check["name"] for check in report["checks"]) == CHECKS
-    assert report["seed"] == 3
+    assert report["seed"] == 3 and report["skipped"] == [] and report["verdict"] == "legal"
     assert {check["status"] for check in report["checks"]} == {"pass"}
     assert json.loads((run / "verify_plain.json").read_text()) == report
     shown = {check["name"]: check["figure"] for check in report["checks"]}
@@ -149,6 +149,22 @@ def test_a_part_of_the_set_is_scored_unless_the_whole_is_asked_for(run: Path, mo
     assert "--whole times all of them" in figures(report)["evaluation time"]
     whole = figures(verify_artifact(run, mode="sliding", whole=True, seed=0, candidates=8))
     assert "of the first" not in whole["ledger"] and "of 600 s" in whole["evaluation time"]
+
+
+def test_what_was_not_checked_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare artifact has no train time: its score is legal as far as that can be said, and the exit status 0."""
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report([Check("causality", "pass", "")]))
+    artifact = shutil.copy(run / "model.pgolf", tmp_path / "model.pgolf")
+    arguments = [str(artifact), "--data", tiny_data_of(run), "--mode", "plain", "--device", "cpu", "--seed", "0"]
+    result = CliRunner().invoke(verify_command, [*arguments, "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "legal as far as checked; 1 skipped: train time (seed 0)"
+    found = json.loads(CliRunner().invoke(verify_command, [*arguments, "--quiet", "--json"]).stdout)
+    assert found["legal"] and found["skipped"] == ["train time"]
+    assert found["verdict"] == "legal as far as checked; 1 skipped: train time"
+    monkeypatch.setattr(legality, "SIZE_BUDGET", 10)
+    result = CliRunner().invoke(verify_command, [*arguments, "--quiet"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (1, "NOT legal (seed 0)")
 
 
 def test_a_cheat_fails_the_command(run: Path) -> None:
