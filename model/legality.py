@@ -46,7 +46,7 @@ from model.rescore import SAVED_SCORES, check_saved_scores, rescore
 from model.run import RunDir
 from model.score import check_tokenizer, shown, time_left
 from model.settings import given_flags, section_options
-from model.verify import Sample, check_scorer, planned_tokens
+from model.verify import Sample, check_scorer, planned_tokens, strictly_in_stream_order
 
 SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
 SECONDS_BUDGET = 600.0
@@ -193,7 +193,8 @@ def _check_saved(
 ) -> tuple[list[Check], Check]:
     """The checks "ledger" and "saved scores", and "evaluation time", of what `pgolf eval` left."""
     token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens)
-    replayed = check_ledger(ledger, ledger.totals(token_bytes).bpb)
+    strict = strictly_in_stream_order(mode, config)
+    replayed = check_ledger(ledger, ledger.totals(token_bytes).bpb, strict=strict)
     replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
     seconds = max(facts["seconds"], ledger.seconds)
     timed = _within(TIME, seconds, facts.get("seconds_by_part", {}), ", as recorded")
@@ -241,7 +242,7 @@ def _check_evaluation(
             )
     except LegalityError as error:
         return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
-    replayed = check_ledger(result.ledger, result.bpb)
+    replayed = check_ledger(result.ledger, result.bpb, strict=strictly_in_stream_order(name, config))
     if len(tokens) == total:
         return [replayed], _within(TIME, result.seconds, result.seconds_by_part, "")
     figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
@@ -263,8 +264,11 @@ def saved_ledger(
     return (ledger, facts) if same and ledger.missing() == 0 else None
 
 
-def check_ledger(ledger: Ledger, bpb: float) -> Check:
-    """Replays the rows of a finished ledger: scores once each, updates on scored tokens only, nothing left out."""
+def check_ledger(ledger: Ledger, bpb: float, *, strict: bool = False) -> Check:
+    """Replays the rows of a finished ledger: scores once each, updates on scored tokens only, nothing left out.
+
+    `strict`: no score may be of a state that has learnt from tokens further on in the stream.
+    """
     name = "ledger"
     if not ledger.legal:
         return Check(name, FAIL, "not a legal score: " + "; ".join(ledger.defects))
@@ -281,7 +285,11 @@ def check_ledger(ledger: Ledger, bpb: float) -> Check:
     if not ((ledger.nll[1:] >= CERTAIN) & (ledger.nll[1:] < np.inf)).all():
         return Check(name, FAIL, "losses that no probability gives")
     seen = furthest_seen(rows, ledger.num_states)
-    order = "stream order" if (seen[rows.state] <= rows.start)[rows.is_score].all() else "order of processing"
+    early = np.flatnonzero(rows.is_score & (seen[rows.state] > rows.start))
+    if strict and len(early):
+        token, end = int(rows.start[early[0]]), int(seen[rows.state[early[0]]])
+        return Check(name, FAIL, f"token {token} is scored by a state that has learnt from tokens up to {end}")
+    order = "order of processing" if len(early) else "stream order"
     updates = int((~rows.is_score).sum())
     return Check(name, PASS, f"{ledger.num_tokens - 1:,} scores, {updates:,} updates, causal in {order}; {bpb:.5f} bpb")
 

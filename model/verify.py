@@ -70,11 +70,23 @@ class Sample:
     full_tokens: int = 1024  # of the stream on which the evaluation's own settings are tried; 0: not at all
 
 
-class _Verifier:
-    """One scorer under examination: its black box, what its first run left, and where to look."""
+def strictly_in_stream_order(scorer: Scorer | str, config: Config) -> bool:
+    """Whether a scorer may learn from earlier tokens of the stream alone, whatever order it processes them in.
 
-    def __init__(self, box: BlackBox, sample: Sample) -> None:
-        self.box, self.sample = box, sample
+    True of the modes, except phased in the order of lengths; of a scorer of one's own when `phased_order` says so.
+    """
+    mode = str(scorer).partition("+")[0] if isinstance(scorer, str) and ":" not in scorer else "phased"
+    return mode != "phased" or config.eval.phased_order == "stream"
+
+
+class _Verifier:
+    """One scorer under examination: its black box, what its first run left, and where to look.
+
+    `strict`: its scores may depend on what stands before in the stream alone.
+    """
+
+    def __init__(self, box: BlackBox, sample: Sample, *, strict: bool) -> None:
+        self.box, self.sample, self.strict = box, sample, strict
         self.rng = np.random.default_rng(sample.seed)
         self.base = box.run(box.probe.tokens, watch=True)
 
@@ -108,7 +120,7 @@ def check_scorer(
     box = BlackBox(resolve(scorer, list(train_shards)), model, probe, tables, lambda n: progress(stage[0], n))
     report = Report()
     try:
-        verifier = _Verifier(box, sample)
+        verifier = _Verifier(box, sample, strict=strictly_in_stream_order(scorer, config))
     except LegalityError as error:
         report.checks.append(Check(ONCE, FAIL, str(error)))
         return report
@@ -204,11 +216,16 @@ def _check_causality(verifier: _Verifier) -> Check:
 def _future_matters(
     verifier: _Verifier, base: ObservedLedger, tokens: np.ndarray, place: int, kind: str, config: Config | None = None
 ) -> tuple[str, bool]:
-    """(what is wrong or "", whether that took the order of processing) when all behind a place is replaced."""
+    """(what is wrong or "", whether that took the order of processing) when all behind a place is replaced.
+
+    The order of processing is no excuse for a scorer that is held to the stream's.
+    """
     future = np.arange(len(tokens)) > place
     changed = _changed(verifier, base, tokens, future, kind, ~future, config)
     if not changed:
         return "", False
+    if verifier.strict:
+        return f"{changed} scores change with tokens behind {place} in the stream ({kind})", False
     future = _not_before(base, tokens, place)
     earlier = ~future & (base.event_of <= base.event_of[place])
     changed = _changed(verifier, base, tokens, future, kind, earlier, config)

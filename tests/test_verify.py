@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import evaluate
 from model.checks import FAIL, IMPLIED, Report
 from model.config import Config, ModelConfig
 from model.data.shards import write_shard
@@ -23,7 +24,7 @@ from model.verify import (
     check_scorer,
     planned_tokens,
 )
-from tests import cheats
+from tests import cheats, honest
 
 VOCABULARY = 24
 CONFIG = Config(
@@ -114,6 +115,29 @@ def test_modes_pass_by_their_names(mode: str) -> None:
     sample = Sample(seed=11, futures=3, own=3, ends=1, distributions=2, full_tokens=300)
     report = check_scorer(mode, model(), stream(), tables(), CONFIG, sample=sample)
     assert report.legal, report.lines()
+
+
+@pytest.mark.parametrize("scorer", ["phased", "phased+ngram-tilt", "tests.honest:the_last_document_first"])
+def test_stream_order_is_meant_strictly(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes in the order of processing only fails where the order of the stream was asked for."""
+    monkeypatch.setitem(evaluate._MODES, "phased", honest.the_last_document_first)
+    sample = Sample(futures=3, own=1, ends=0, distributions=1, candidates=8, full_tokens=200)
+    for order, failed in (("length", []), ("stream", [CAUSALITY])):
+        config = CONFIG.replace(phased_order=order)
+        report = check_scorer(scorer, model(), stream(), tables(), config, sample=sample)
+        assert report.failed == failed, report.lines()
+        figure = report.checks[0].figure
+        assert ("in the order of processing" in figure) == (order == "length")
+        assert order == "length" or "in the stream" in figure
+
+
+def test_full_scale_is_in_stream_order_too() -> None:
+    """A scorer that keeps the order on short streams alone."""
+    sample = Sample(futures=1, own=1, ends=0, distributions=1, candidates=8, full_tokens=1000)
+    config = CONFIG.replace(phased_order="stream")
+    report = check_scorer(honest.backwards_when_long, model(), stream(), tables(), config, sample=sample)
+    assert report.failed == [FULL_SCALE], report.lines()
+    assert "in the stream" in next(check.figure for check in report.checks if check.name == FULL_SCALE)
 
 
 CHEATS = [
