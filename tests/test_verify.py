@@ -1,14 +1,17 @@
 """The verifier: honest scorers pass, and each cheat is caught by the check that is meant for it."""
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model import evaluate
-from model.checks import FAIL, IMPLIED, Report
+from model.checks import FAIL, IMPLIED, Check, Report
 from model.config import Config, ModelConfig
 from model.data.shards import write_shard
 from model.data.tokenizer import ByteTables
@@ -72,6 +75,20 @@ def verify(scorer: object, *, shards: list[Path] | None = None, **changes: objec
     return check_scorer(scorer, model(), stream(), tables(), config, train_shards=shards or [], hide=shards or [])
 
 
+@cache
+def files_can_be_hidden() -> bool:
+    code = "from model.isolation import isolate; raise SystemExit(not isolate([]).hidden)"
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def shard_of_sevens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A training shard that the cheats look for."""
+    shard = folder / "shard.bin"
+    write_shard(shard, np.full(1000, 7, dtype=np.uint16))
+    monkeypatch.setenv(cheats.SHARD, str(shard))
+    return shard
+
+
 HONEST = {
     "model.evaluate.plain:evaluate_plain": [{}, {"loader": "shuffled"}],
     "model.evaluate.sliding:evaluate_sliding": [{}],
@@ -104,7 +121,7 @@ def test_honest_scorers_pass(scorer: str, changes: dict, tmp_path: Path) -> None
     write_shard(shard, stream())
     report = verify(scorer, shards=[shard], **changes)
     assert report.legal, report.lines()
-    assert {check.status for check in report.checks} == {"pass"}, report.lines()
+    assert report.skipped == ([] if files_can_be_hidden() else [TRAINING_DATA]), report.lines()
     reordered = scorer in REORDERED or changes.get("phased_order") == "length"
     assert ("in the order of processing" in report.checks[0].figure) == reordered
 
@@ -199,6 +216,37 @@ def test_reading_the_data_sets_files_is_caught_in_a_fresh_process(cheat, text, t
     report = verify(f"tests.cheats:{cheat}", shards=[shard])
     assert report.failed == [TRAINING_DATA], report.lines()
     assert shard.read_bytes() == before  # hidden from the process, not touched
+
+
+def _training_data(report: Report) -> Check:
+    return next(check for check in report.checks if check.name == TRAINING_DATA)
+
+
+def test_native_code_that_opens_a_shard_is_caught_where_files_can_be_hidden(tmp_path, monkeypatch) -> None:
+    if not files_can_be_hidden():
+        pytest.skip("no user namespaces here")
+    report = verify("tests.cheats:reads_a_training_shard_natively", shards=[shard_of_sevens(tmp_path, monkeypatch)])
+    assert report.failed == [TRAINING_DATA], report.lines()
+    assert "scores change in a fresh process" in _training_data(report).figure
+
+
+def test_where_files_cannot_be_hidden_nothing_is_proved(tmp_path, monkeypatch) -> None:
+    """Then only Python's own opens are seen: those fail, and anything else is skipped, not passed."""
+    run = subprocess.run
+    without = "import sys, model.isolation as i; i._hide = lambda paths: 'no namespaces'; i.main()"
+
+    def fresh_process(command: list[str], **options: Any) -> Any:
+        assert command[1:3] == ["-m", "model.isolation"]
+        return run([command[0], "-c", without, *command[3:]], **options)
+
+    monkeypatch.setattr("model.verify.subprocess.run", fresh_process)
+    shard = shard_of_sevens(tmp_path, monkeypatch)
+    for scorer in ("plain", "tests.cheats:reads_a_training_shard_natively"):
+        report = verify(scorer, shards=[shard])
+        assert report.legal and report.skipped == [TRAINING_DATA], report.lines()
+        assert "1 data files still there (no namespaces), not opened by Python" in _training_data(report).figure
+    report = verify("tests.cheats:reads_a_training_shard", shards=[shard])
+    assert report.failed == [TRAINING_DATA] and "data files opened" in _training_data(report).figure
 
 
 def test_what_a_scorer_brings_along_is_counted(tmp_path, monkeypatch) -> None:
