@@ -42,7 +42,7 @@ from model.files import atomic_write
 from model.gpt import GPT
 from model.pipeline import mode_name
 from model.probe import resolve
-from model.rescore import SAVED_SCORES, check_saved_scores, rescore
+from model.rescore import SAVED_SCORES, Saved, check_saved_scores, rescore
 from model.run import RunDir
 from model.score import check_tokenizer, shown, time_left
 from model.settings import given_flags, section_options
@@ -113,14 +113,14 @@ def verify_artifact(
         )
     report.seed = sample.seed
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = None if whole or evaluator or run is None else saved_ledger(run, model, dataset, mode, config)
-    if run is not None and saved is not None:
+    saved = None if evaluator or run is None else saved_evaluation(run, model, dataset, mode, config)
+    if saved is not None and not whole:
         scores, timed = _check_saved(
-            run, *saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
+            saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
         )
     else:
         scores, timed = _check_evaluation(
-            artifact, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
+            artifact, saved, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
         )
     for check in scores:
         report.add(check)
@@ -179,9 +179,7 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
 
 
 def _check_saved(
-    run: RunDir,
-    ledger: Ledger,
-    facts: dict[str, Any],
+    saved: Saved,
     model: GPT,
     dataset: Dataset,
     config: Config,
@@ -192,6 +190,7 @@ def _check_saved(
     quiet: bool,
 ) -> tuple[list[Check], Check]:
     """The checks "ledger" and "saved scores", and "evaluation time", of what `pgolf eval` left."""
+    ledger, facts, _ = saved
     token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens)
     strict = strictly_in_stream_order(mode, config)
     replayed = check_ledger(ledger, ledger.totals(token_bytes).bpb, strict=strict)
@@ -203,13 +202,12 @@ def _check_saved(
     rescored, drawn_from, dtype = rescore(
         model, dataset, mode, config, device=device, tokens_wanted=EVALUATED_TOKENS[device], seed=seed, quiet=quiet
     )
-    bpb = run.result().get("bpb", {}).get(mode_name(mode))
-    compared = check_saved_scores(ledger, rescored, drawn_from, token_bytes, facts=facts, bpb=bpb, dtype=dtype)
-    return [replayed, compared], timed
+    return [replayed, check_saved_scores(saved, rescored, drawn_from, token_bytes, dtype=dtype)], timed
 
 
 def _check_evaluation(
     artifact: Path,
+    saved: Saved | None,
     dataset: Dataset,
     config: Config,
     *,
@@ -219,7 +217,10 @@ def _check_evaluation(
     whole: bool,
     quiet: bool,
 ) -> tuple[list[Check], Check]:
-    """The checks "ledger" and "evaluation time" of an evaluation that is made here, with `whole` of the whole set."""
+    """The checks "ledger" and "evaluation time" of an evaluation that is made here.
+
+    With `whole` it is of the whole set, and "saved scores" compares all of those with its own.
+    """
     total = len(dataset.valid_tokens)
     tokens = dataset.valid_tokens[: total if whole else EVALUATED_TOKENS[device]]
     started = time.monotonic()
@@ -244,24 +245,26 @@ def _check_evaluation(
         return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
     replayed = check_ledger(result.ledger, result.bpb, strict=strictly_in_stream_order(name, config))
     if len(tokens) == total:
-        return [replayed], _within(TIME, result.seconds, result.seconds_by_part, "")
+        checks = [replayed]
+        if saved is not None:
+            token_bytes = dataset.byte_tables.stream_bytes(tokens)
+            checks.append(check_saved_scores(saved, result.ledger, total - 1, token_bytes, dtype=result.compute_dtype))
+        return checks, _within(TIME, result.seconds, result.seconds_by_part, "")
     figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
     timed = Check(TIME, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
     return [dataclasses.replace(replayed, figure=figure)], timed
 
 
-def saved_ledger(
-    run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config
-) -> tuple[Ledger, dict[str, Any]] | None:
-    """(ledger, result) that `pgolf eval` left of just this evaluation; None without one that is finished."""
-    name = mode_name(mode)
-    path, facts = run.path / f"ledger_{name}.npz", run.result().get("evaluation", {}).get(name, {})
+def saved_evaluation(run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config) -> Saved | None:
+    """What `pgolf eval` left of just this evaluation; None without one that is finished."""
+    name, result = mode_name(mode), run.result()
+    path, facts = run.path / f"ledger_{name}.npz", result.get("evaluation", {}).get(name, {})
     if not path.is_file() or "seconds" not in facts:
         return None
     ledger = Ledger.load(path)
     wanted = evaluation_identity(model, dataset.valid_tokens, mode, config)
     same = all(ledger.meta.get(key) == value for key, value in wanted.items())
-    return (ledger, facts) if same and ledger.missing() == 0 else None
+    return Saved(ledger, facts, result.get("bpb", {}).get(name)) if same and ledger.missing() == 0 else None
 
 
 def check_ledger(ledger: Ledger, bpb: float, *, strict: bool = False) -> Check:

@@ -9,7 +9,8 @@ seed:
     lora-ttt         documents, or their beginnings
     phased           the same, of the first phase's documents
 
-Later chunks of sgd-ttt and later phases need all the training before them: only a whole evaluation scores those again.
+Later chunks of sgd-ttt and later phases need all the training before them: only a whole evaluation scores those again,
+and can be compared in the same way.
 
 Two computations of one score round differently: windows share matrix products with other ones, and adapters learn from
 the difference. So single tokens may differ by some tenths of a nat in bf16, but not all of them in one direction: the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,16 +50,24 @@ LEAST_WINDOWS = 8  # so that there are several places, however long the windows 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Nats by which two computations may differ: of one token, and of the mean beyond `SIGMAS` standard errors."""
+    """By how many nats two computations may differ.
+
+    `token`: of one token, but for a share `outliers` of them; `mean`: of their mean, beyond `SIGMAS` standard errors.
+    """
 
     token: float
     mean: float
+    outliers: float = 0.0
 
 
 SIGMAS = 4.0
-# bf16: tests/test_evaluate_gpu.py has means 2e-3 apart and a tenth of the tokens 0.1 or more, on a small network.
-# fp32: 2e-6 a token without learning; few 1e-3 in a document where adapters learn from the difference.
-TOLERANCES = {"float32": Tolerance(token=0.02, mean=2e-4), "bfloat16": Tolerance(token=1.0, mean=3e-3)}
+# A small network on a CPU, about 1,000 tokens: in fp32 no token differs by more than 2e-5. In bf16 means differ by up
+# to 3.5e-3 and tokens by up to 0.4 where adapters learn, by 1e-3 and 0.1 without; bf16 and fp32 by up to 5e-3 and 0.4.
+# Among hundreds of thousands a token where adapters went another way may be further off.
+TOLERANCES = {
+    "float32": Tolerance(token=0.02, mean=2e-4),
+    "bfloat16": Tolerance(token=1.0, mean=5e-3, outliers=1e-4),
+}
 
 
 def rescore(
@@ -172,21 +181,22 @@ def _rescore_documents(session: Session, name: str, tokens_wanted: int, rng: np.
     return drawn_from
 
 
+class Saved(NamedTuple):
+    """What `pgolf eval` left: the ledger, its entry in result.json, and the run's bits per byte there."""
+
+    ledger: Ledger
+    facts: dict[str, Any]
+    bpb: Any
+
+
 def check_saved_scores(
-    ledger: Ledger,
-    rescored: Ledger,
-    drawn_from: int,
-    token_bytes: np.ndarray,
-    *,
-    facts: dict[str, Any],
-    bpb: Any,
-    dtype: str,
+    saved: Saved, rescored: Ledger, drawn_from: int, token_bytes: np.ndarray, *, dtype: str
 ) -> Check:
     """A finished ledger against the scores of `rescored`, and what result.json says against the ledger's own sums.
 
-    `facts` is the evaluation's entry there (`bpb`, `val_loss`, `compute_dtype`), `bpb` the run's; `dtype` is the one of
-    `rescored`. The less exact of the two sets the tolerance.
+    `dtype` is the one that `rescored` was computed in; the less exact of the two sets the tolerance.
     """
+    ledger, facts, bpb = saved
     score = ledger.totals(token_bytes)
     said_and_own = (
         ("bpb", bpb, score.bpb),
@@ -203,9 +213,10 @@ def check_saved_scores(
         raise LegalityError("rescored: got no score, wanted those of some tokens to compare")
     lower = rescored.nll[places] - ledger.nll[places]  # by so much the saved scores look better
     worst = int(np.abs(lower).argmax())
+    off = int((~(np.abs(lower) <= allowed.token)).sum())
     said = f"{len(places):,} of {drawn_from:,} tokens rescored"
-    if not abs(lower[worst]) <= allowed.token:
-        token, off = int(places[worst]), int((~(np.abs(lower) <= allowed.token)).sum())
+    if off > allowed.outliers * len(places):
+        token = int(places[worst])
         return Check(
             SAVED_SCORES,
             FAIL,

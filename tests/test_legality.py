@@ -109,6 +109,11 @@ def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: p
     assert failed_with(factors) == ["saved scores"]
     assert failed_with(factors * 0 + 0.5) == ["saved scores"]
     assert failed_with(-factors) == ["ledger"]
+    report = verify_artifact(copy, mode="lora-ttt", seed=0, whole=True)  # compares all of them
+    assert report.failed == ["saved scores"], report.lines()
+    assert failed_with(np.ones(len(honest["nll"]))) == []
+    whole = verify_artifact(copy, mode="lora-ttt", seed=0, whole=True)
+    assert whole.legal and "tokens rescored" in figures(whole)["saved scores"]
 
 
 def test_the_time_in_the_ledger_counts(run: Path, tmp_path: Path) -> None:

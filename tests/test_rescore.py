@@ -11,7 +11,7 @@ import torch
 from model.checks import FAIL, PASS, Check
 from model.evaluate import EvalResult, evaluate
 from model.evaluate.ledger import Ledger
-from model.rescore import LEAST_WINDOWS, SAVED_SCORES, TOLERANCES, check_saved_scores, rescore
+from model.rescore import LEAST_WINDOWS, SAVED_SCORES, TOLERANCES, Saved, check_saved_scores, rescore
 from tests import test_evaluate_modes as modes
 from tests import test_verify as small
 
@@ -53,7 +53,7 @@ def compare(ledger: Ledger, rescored: tuple[Ledger, int, str], *, dtype: str = "
     facts = {"bpb": own.bpb, "val_loss": own.val_loss, "compute_dtype": dtype} | said.get("facts", {})
     new, drawn_from, new_dtype = rescored
     bpb = said.get("bpb", own.bpb)
-    return check_saved_scores(ledger, new, drawn_from, token_bytes, facts=facts, bpb=bpb, dtype=new_dtype)
+    return check_saved_scores(Saved(ledger, facts, bpb), new, drawn_from, token_bytes, dtype=new_dtype)
 
 
 def doctored(ledger: Ledger, path: Path, where: Any, factor: float) -> Ledger:
@@ -95,7 +95,7 @@ def test_doctored_scores_are_caught(mode: str, changes: dict[str, Any], tmp_path
         assert check.status == FAIL and "differ by more than 0.02 nats: token" in check.figure, check
     better = doctored(ledger, tmp_path / "ledger.npz", slice(None), 0.98)  # less than bf16 rounds off
     check = compare(better, rescored, dtype="bfloat16")
-    assert check.status == FAIL and "wanted a mean of at most 0.003" in check.figure
+    assert check.status == FAIL and "wanted a mean of at most 0.005" in check.figure
 
 
 def test_other_places_with_another_seed() -> None:
@@ -122,6 +122,21 @@ def test_a_score_in_bf16_is_allowed_its_rounding() -> None:
         assert rescored[2] == "bfloat16" and check.status == PASS, check
         different = np.nanmax(np.abs(rescored[0].nll - ledger.nll))
         assert TOLERANCES["float32"].token / 20 < different < TOLERANCES["bfloat16"].token
+
+
+def test_one_token_in_ten_thousand_may_be_further_off_in_bf16() -> None:
+    ledger, rescored = Ledger(20_001), Ledger(20_001)
+    for one in (ledger, rescored):
+        one.score(0, 1, 20_001, np.full(20_000, 3.0))
+        one.finish()
+    score, token_bytes = ledger.totals(np.ones(20_001, np.int64)), np.ones(20_001, np.int64)
+    for count, dtype, status in ((2, "bfloat16", PASS), (3, "bfloat16", FAIL), (1, "float32", FAIL)):
+        rescored._nll[1:] = 3.0
+        rescored._nll[1 : 1 + count] = 5.0
+        facts = {"bpb": score.bpb, "val_loss": score.val_loss, "compute_dtype": dtype}
+        saved = Saved(ledger, facts, score.bpb)
+        check = check_saved_scores(saved, rescored, 20_000, token_bytes, dtype=dtype)
+        assert check.status == status, check
 
 
 def test_the_recorded_figures_are_the_ledgers() -> None:
