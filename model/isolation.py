@@ -2,8 +2,8 @@
 
 On Linux with user namespaces the process gets a mount namespace of its own, in which every file to be hidden is covered
 by an empty one, and a network of its own, which leads nowhere: native code that opens such a file by whatever name
-finds nothing. Elsewhere the files stay, and only opens by Python code are seen, through an audit hook;
-`Isolation.hidden` says which it was. Other files are noted through that hook.
+finds nothing. Elsewhere the files stay, and only opens by Python code are seen, through an audit hook, which proves
+nothing about native code; `Isolation.hidden` says which it was. Other files are noted through that hook.
 
 This module imports nothing beyond the standard library: a namespace can only be entered before threads exist.
 """

@@ -2,6 +2,7 @@
 
 ledger               an evaluation's ledger is replayed row by row: the one that `pgolf eval` left in the run's folder,
                      or that of a new evaluation, of the whole validation set or of its beginning
+saved scores         where it is the run's: a part is scored again and compared (model/rescore.py)
 documents apart      no document of the validation set stands in a training shard (hashes of their tokens)
 bytes                the byte tables count what the decoded text has, document by document
 size                 artifact and code, at most 16,000,000 bytes
@@ -27,27 +28,31 @@ import numpy as np
 import torch
 
 from model.artifact import load_model, read_header
+from model.checks import FAIL, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, dataset_of
 from model.data.progress import progress
-from model.data.shards import read_shard, write_shard
+from model.data.shards import BOS_ID, shard_length, whole_documents, write_shard
 from model.errors import DataError, LegalityError
 from model.evaluate import evaluate, evaluation_identity
 from model.evaluate.bpb import check_bytes
 from model.evaluate.documents import find_documents
-from model.evaluate.ledger import ARTIFACT_STATE, Ledger, Rows
+from model.evaluate.ledger import ARTIFACT_STATE, CERTAIN, Ledger, Rows
 from model.files import atomic_write
 from model.gpt import GPT
 from model.probe import resolve
+from model.rescore import SAVED_SCORES, Saved, check_saved_scores, rescore
 from model.run import RunDir
 from model.score import check_tokenizer, mode_name, shown, time_left
 from model.settings import given_flags, section_options
-from model.verify import FAIL, PASS, SKIPPED, Check, Report, Sample, check_scorer, planned_tokens
+from model.verify import Sample, check_scorer, planned_tokens, strictly_in_stream_order
 
 SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
 SECONDS_BUDGET = 600.0
+TIME = "evaluation time"
 ALL_UP_TO, CANDIDATES = 128, 32  # of the normalisation check: all of a small vocabulary, some of a large one
-EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}  # of the validation set, where no ledger of the whole is there
+# Of the validation set: its beginning where no ledger of the whole is there, else drawn to compare saved scores.
+EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}
 DECODED_DOCUMENTS = 2_000
 SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
 _SCRIPT = "train_gpt.py"
@@ -107,10 +112,18 @@ def verify_artifact(
             progress=show,
         )
     report.seed = sample.seed
-    replayed, timed = _check_evaluation(
-        artifact, run, model, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
-    )
-    report.add(replayed)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    saved = None if evaluator or run is None else saved_evaluation(run, model, dataset, mode, config)
+    if saved is not None and not whole:
+        scores, timed = _check_saved(
+            saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
+        )
+    else:
+        scores, timed = _check_evaluation(
+            artifact, saved, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
+        )
+    for check in scores:
+        report.add(check)
     report.add(check_documents_apart(dataset, quiet=quiet))
     report.add(check_decoded_bytes(dataset, documents=None if whole else DECODED_DOCUMENTS, seed=sample.seed))
     report.add(check_size(path, artifact, dataset, mode, report.other_files))
@@ -147,7 +160,10 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
     PATH is an artifact, a run's folder, or the folder of a packed submission, of which every file counts, and those
     that its script opens elsewhere. For the others the script that `pgolf pack` would write counts as the code.
 
-    The exit status is 1 when the score is not legal. For a run the outcome is kept in RUN/verify_MODE.json.
+    The exit status is 1 when the score is not legal. A check that cannot be made, such as the train time of an artifact
+    without its run, is skipped: the last line names it, and the exit status stays 0.
+
+    For a run the outcome is kept in RUN/verify_MODE.json.
     """
     flags = given_flags(options)
     names = ("data_dir", "variant", "mode", "evaluator", "device", "whole", "candidates", "seed", "quiet")
@@ -159,34 +175,53 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
         with atomic_write(path / f"verify_{label}.json", "w") as file:
             file.write(report.to_json())
     if not as_json:
-        click.echo(f"{'legal' if report.legal else 'NOT legal'} (seed {report.seed})")
+        click.echo(f"{report.verdict} (seed {report.seed})")
     sys.exit(0 if report.legal else 1)
 
 
-def _check_evaluation(
-    artifact: Path,
-    run: RunDir | None,
+def _check_saved(
+    saved: Saved,
     model: GPT,
     dataset: Dataset,
     config: Config,
     *,
     mode: str,
+    device: str,
+    seed: int,
+    quiet: bool,
+) -> tuple[list[Check], Check]:
+    """The checks "ledger" and "saved scores", and "evaluation time", of what `pgolf eval` left."""
+    ledger, facts, _ = saved
+    token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens)
+    strict = strictly_in_stream_order(mode, config)
+    replayed = check_ledger(ledger, ledger.totals(token_bytes).bpb, strict=strict)
+    replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
+    seconds = max(facts["seconds"], ledger.seconds)
+    timed = _within(TIME, seconds, facts.get("seconds_by_part", {}), ", as recorded")
+    if replayed.status == FAIL:
+        return [replayed, Check(SAVED_SCORES, SKIPPED, "the ledger says enough")], timed
+    rescored, drawn_from, dtype = rescore(
+        model, dataset, mode, config, device=device, tokens_wanted=EVALUATED_TOKENS[device], seed=seed, quiet=quiet
+    )
+    return [replayed, check_saved_scores(saved, rescored, drawn_from, token_bytes, dtype=dtype)], timed
+
+
+def _check_evaluation(
+    artifact: Path,
+    saved: Saved | None,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mode: str,
     evaluator: str | None,
-    device: str | None,
+    device: str,
     whole: bool,
     quiet: bool,
-) -> tuple[Check, Check]:
-    """The checks "ledger" and "evaluation time"."""
-    time_name = "evaluation time"
-    saved = None if whole or evaluator or run is None else saved_ledger(run, model, dataset, mode, config)
-    if saved is not None and run is not None:
-        ledger, facts = saved
-        replayed = check_ledger(ledger, ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens)).bpb)
-        replayed = dataclasses.replace(replayed, figure=f"{replayed.figure}, as `pgolf eval` left it")
-        seconds = max(facts["seconds"], ledger.seconds)
-        timed = _within(time_name, seconds, facts.get("seconds_by_part", {}), ", as recorded")
-        return replayed, timed
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+) -> tuple[list[Check], Check]:
+    """The checks "ledger" and "evaluation time" of an evaluation that is made here.
+
+    With `whole` it is of the whole set, and "saved scores" compares all of those with its own.
+    """
     total = len(dataset.valid_tokens)
     tokens = dataset.valid_tokens[: total if whole else EVALUATED_TOKENS[device]]
     started = time.monotonic()
@@ -208,31 +243,36 @@ def _check_evaluation(
                 opening_seconds=opening,
             )
     except LegalityError as error:
-        return Check("ledger", FAIL, str(error)), Check(time_name, SKIPPED, "no score")
-    replayed = check_ledger(result.ledger, result.bpb)
+        return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
+    replayed = check_ledger(result.ledger, result.bpb, strict=strictly_in_stream_order(name, config))
     if len(tokens) == total:
-        return replayed, _within(time_name, result.seconds, result.seconds_by_part, "")
+        checks = [replayed]
+        if saved is not None:
+            token_bytes = dataset.byte_tables.stream_bytes(tokens)
+            checks.append(check_saved_scores(saved, result.ledger, total - 1, token_bytes, dtype=result.compute_dtype))
+        return checks, _within(TIME, result.seconds, result.seconds_by_part, "")
     figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
-    timed = Check(time_name, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
-    return dataclasses.replace(replayed, figure=figure), timed
+    timed = Check(TIME, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
+    return [dataclasses.replace(replayed, figure=figure)], timed
 
 
-def saved_ledger(
-    run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config
-) -> tuple[Ledger, dict[str, Any]] | None:
-    """(ledger, result) that `pgolf eval` left of just this evaluation; None without one that is finished."""
-    name = mode_name(mode)
-    path, facts = run.path / f"ledger_{name}.npz", run.result().get("evaluation", {}).get(name, {})
+def saved_evaluation(run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config) -> Saved | None:
+    """What `pgolf eval` left of just this evaluation; None without one that is finished."""
+    name, result = mode_name(mode), run.result()
+    path, facts = run.path / f"ledger_{name}.npz", result.get("evaluation", {}).get(name, {})
     if not path.is_file() or "seconds" not in facts:
         return None
     ledger = Ledger.load(path)
     wanted = evaluation_identity(model, dataset.valid_tokens, mode, config)
     same = all(ledger.meta.get(key) == value for key, value in wanted.items())
-    return (ledger, facts) if same and ledger.missing() == 0 else None
+    return Saved(ledger, facts, result.get("bpb", {}).get(name)) if same and ledger.missing() == 0 else None
 
 
-def check_ledger(ledger: Ledger, bpb: float) -> Check:
-    """Replays the rows of a finished ledger: scores once each, updates on scored tokens only, nothing left out."""
+def check_ledger(ledger: Ledger, bpb: float, *, strict: bool = False) -> Check:
+    """Replays the rows of a finished ledger: scores once each, updates on scored tokens only, nothing left out.
+
+    `strict`: no score may be of a state that has learnt from tokens further on in the stream.
+    """
     name = "ledger"
     if not ledger.legal:
         return Check(name, FAIL, "not a legal score: " + "; ".join(ledger.defects))
@@ -246,8 +286,14 @@ def check_ledger(ledger: Ledger, bpb: float) -> Check:
     wrong = int((scored[1:] != 1).sum())
     if wrong or np.isnan(ledger.nll[1:]).any():
         return Check(name, FAIL, f"{wrong} tokens do not have exactly one score")
+    if not ((ledger.nll[1:] >= CERTAIN) & (ledger.nll[1:] < np.inf)).all():
+        return Check(name, FAIL, "losses that no probability gives")
     seen = furthest_seen(rows, ledger.num_states)
-    order = "stream order" if (seen[rows.state] <= rows.start)[rows.is_score].all() else "order of processing"
+    early = np.flatnonzero(rows.is_score & (seen[rows.state] > rows.start))
+    if strict and len(early):
+        token, end = int(rows.start[early[0]]), int(seen[rows.state[early[0]]])
+        return Check(name, FAIL, f"token {token} is scored by a state that has learnt from tokens up to {end}")
+    order = "order of processing" if len(early) else "stream order"
     updates = int((~rows.is_score).sum())
     return Check(name, PASS, f"{ledger.num_tokens - 1:,} scores, {updates:,} updates, causal in {order}; {bpb:.5f} bpb")
 
@@ -273,17 +319,18 @@ def check_documents_apart(dataset: Dataset, *, quiet: bool = True) -> Check:
     held_out = _bodies(tokens)
     keys = np.unique(_keys(tokens, held_out))
     digests = {_digest(tokens, *row) for row in held_out.tolist()}
-    shared = compared = 0
-    with progress("comparing documents", len(dataset.train_shards), "training shards", quiet=quiet) as task:
-        for shard in dataset.train_shards:
-            training = read_shard(shard)
+    shared: set[bytes] = set()
+    compared = 0
+    total = sum(map(shard_length, dataset.train_shards))
+    with progress("comparing documents", total, "tokens", quiet=quiet) as task:
+        for training in whole_documents(dataset.train_shards):
             bodies = _bodies(training)
             compared += len(bodies)
             alike = bodies[np.isin(_keys(training, bodies), keys)]
-            shared += len({_digest(training, *row) for row in alike.tolist()} & digests)
-            task.advance()
+            shared |= {_digest(training, *row) for row in alike.tolist()} & digests
+            task.advance(len(training))
     if shared:
-        return Check(name, FAIL, f"{shared} validation documents stand in the training shards")
+        return Check(name, FAIL, f"{len(shared)} validation documents stand in the training shards")
     return Check(name, PASS, f"{len(digests):,} validation documents, none among {compared:,} of training")
 
 
@@ -291,7 +338,7 @@ def _bodies(tokens: np.ndarray) -> np.ndarray:
     """(start, end) of the documents' tokens without the BOS at either end, those of some length: int64 [n, 2]."""
     documents = find_documents(tokens)
     ends = documents.sum(axis=1)
-    bodies = np.stack([documents[:, 0] + 1, ends - (ends < len(tokens))], axis=1)
+    bodies = np.stack([documents[:, 0] + 1, ends - (tokens[ends - 1] == BOS_ID)], axis=1)
     return bodies[bodies[:, 1] - bodies[:, 0] >= SHORTEST_DOCUMENT]
 
 

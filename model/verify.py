@@ -13,7 +13,8 @@ over, with something changed each time, at places drawn from a seed:
     single pass          each token has one score, and goes through the model once before it.
     warm-up              no validation token goes through the model before the evaluation.
     full scale           the same rules and causality once more with the evaluation's own settings, on a longer stream.
-    no training data     the same scores in a fresh process without the data set's files and without a network.
+    no training data     the same scores in a fresh process without the data set's files and without a network; where
+                         these cannot be taken from a process, nothing is proved and the check is skipped.
 
 These run on the CPU, where a run gives the same bits twice (attention's backward pass on a GPU does not).
 model/legality.py adds the checks of the data and the artifact. A check that another one's failure makes meaningless is
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pgolf_kernels
+from model.checks import FAIL, IMPLIED, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTables
@@ -48,7 +50,6 @@ from model.gpt import GPT
 from model.isolation import Isolation
 from model.probe import BlackBox, Probe, Scorer, resolve
 
-PASS, FAIL, IMPLIED, SKIPPED = "pass", "fail", "implied", "skipped"
 CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training data"
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
 PRECISION = 0.02  # of an estimated sum, as a standard error; more tokens are asked for until it has it
@@ -70,52 +71,23 @@ class Sample:
     full_tokens: int = 1024  # of the stream on which the evaluation's own settings are tried; 0: not at all
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: `figure` says what was measured."""
+def strictly_in_stream_order(scorer: Scorer | str, config: Config) -> bool:
+    """Whether a scorer may learn from earlier tokens of the stream alone, whatever order it processes them in.
 
-    name: str
-    status: str
-    figure: str
-
-
-@dataclass
-class Report:
-    """The checks in order. `seed` drew the places; `other_files`: bytes of what a scorer reads beside the artifact."""
-
-    checks: list[Check] = field(default_factory=list)
-    seed: int = 0
-    other_files: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def legal(self) -> bool:
-        return not any(check.status in (FAIL, IMPLIED) for check in self.checks)
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed of themselves."""
-        return [check.name for check in self.checks if check.status == FAIL]
-
-    def add(self, check: Check) -> None:
-        """Appends a check whose failure is implied where another one has failed before."""
-        if check.status == FAIL and self.failed:
-            check = Check(check.name, IMPLIED, check.figure)
-        self.checks.append(check)
-
-    def lines(self) -> list[str]:
-        return [f"{check.status:8s} {check.name:20s} {check.figure}" for check in self.checks]
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {"legal": self.legal, "seed": self.seed, "checks": [asdict(check) for check in self.checks]}, indent=2
-        )
+    True of the modes, except phased in the order of lengths; of a scorer of one's own when `phased_order` says so.
+    """
+    mode = str(scorer).partition("+")[0] if isinstance(scorer, str) and ":" not in scorer else "phased"
+    return mode != "phased" or config.eval.phased_order == "stream"
 
 
 class _Verifier:
-    """One scorer under examination: its black box, what its first run left, and where to look."""
+    """One scorer under examination: its black box, what its first run left, and where to look.
 
-    def __init__(self, box: BlackBox, sample: Sample) -> None:
-        self.box, self.sample = box, sample
+    `strict`: its scores may depend on what stands before in the stream alone.
+    """
+
+    def __init__(self, box: BlackBox, sample: Sample, *, strict: bool) -> None:
+        self.box, self.sample, self.strict = box, sample, strict
         self.rng = np.random.default_rng(sample.seed)
         self.base = box.run(box.probe.tokens, watch=True)
 
@@ -149,7 +121,7 @@ def check_scorer(
     box = BlackBox(resolve(scorer, list(train_shards)), model, probe, tables, lambda n: progress(stage[0], n))
     report = Report()
     try:
-        verifier = _Verifier(box, sample)
+        verifier = _Verifier(box, sample, strict=strictly_in_stream_order(scorer, config))
     except LegalityError as error:
         report.checks.append(Check(ONCE, FAIL, str(error)))
         return report
@@ -245,11 +217,16 @@ def _check_causality(verifier: _Verifier) -> Check:
 def _future_matters(
     verifier: _Verifier, base: ObservedLedger, tokens: np.ndarray, place: int, kind: str, config: Config | None = None
 ) -> tuple[str, bool]:
-    """(what is wrong or "", whether that took the order of processing) when all behind a place is replaced."""
+    """(what is wrong or "", whether that took the order of processing) when all behind a place is replaced.
+
+    The order of processing is no excuse for a scorer that is held to the stream's.
+    """
     future = np.arange(len(tokens)) > place
     changed = _changed(verifier, base, tokens, future, kind, ~future, config)
     if not changed:
         return "", False
+    if verifier.strict:
+        return f"{changed} scores change with tokens behind {place} in the stream ({kind})", False
     future = _not_before(base, tokens, place)
     earlier = ~future & (base.event_of <= base.event_of[place])
     changed = _changed(verifier, base, tokens, future, kind, earlier, config)
@@ -472,7 +449,10 @@ def _check_training_data(
     if not np.array_equal(nll, base.entered, equal_nan=True):
         changed = _different(nll, base.entered)
         return Check(TRAINING_DATA, FAIL, f"{changed} scores change in a fresh process without the data set's files")
-    return Check(TRAINING_DATA, PASS, f"same scores in a fresh process; {len(hide)} data files {answer['reason']}")
+    figure = f"same scores in a fresh process; {len(hide)} data files"
+    if not answer["hidden"]:  # native code may have read them
+        return Check(TRAINING_DATA, SKIPPED, f"{figure} still there ({answer['reason']}), not opened by Python code")
+    return Check(TRAINING_DATA, PASS, f"{figure} {answer['reason']}")
 
 
 def _table_arrays(tables: ByteTables) -> dict[str, Any]:
@@ -496,10 +476,16 @@ def answer(request: dict[str, Any], isolation: Isolation) -> None:
     shards = [Path(path) for path in request["train_shards"]]
     box = BlackBox(resolve(request["scorer"], shards), model, Probe(tokens, tokens, config, config), tables)
     np.save(folder / "nll.npy", box.run(tokens).entered)
-    hidden = "that are not there" if isolation.hidden else f"not opened by Python code ({isolation.reason})"
     kernels = Path(pgolf_kernels.__file__).parent  # and what an editable install writes beside it
     project = [Path(__file__).parent, kernels, kernels.with_suffix(".egg-info")]
     other = isolation.other_files([str(path) for path in (folder, *project)])
     (folder / "answer.json").write_text(
-        json.dumps({"opened": isolation.opened, "reason": hidden, "other_files": other})
+        json.dumps(
+            {
+                "hidden": isolation.hidden,
+                "reason": isolation.reason,
+                "opened": isolation.opened,
+                "other_files": other,
+            }
+        )
     )

@@ -1,6 +1,7 @@
 """Scorers that break one rule each: what the verifier must catch, and by which check."""
 
 import copy
+import ctypes
 import os
 
 import numpy as np
@@ -104,6 +105,19 @@ def reads_a_training_shard(session: Session) -> None:
     """Leans towards the commonest training token, counted during the evaluation."""
     common = np.bincount(read_shard(os.environ[SHARD])).argmax()
     _plain_with_hints(session, np.full(session.num_tokens, common), np.full(session.num_tokens, 0.5))
+
+
+def reads_a_training_shard_natively(session: Session) -> None:
+    """Learns from a training shard that native code opens, unseen by Python."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.open(os.fsencode(os.environ[SHARD]), os.O_RDONLY)
+    buffer = ctypes.create_string_buffer(1 << 12)
+    count = libc.read(descriptor, buffer, len(buffer)) if descriptor >= 0 else 0
+    if descriptor >= 0:
+        libc.close(descriptor)
+    shard = np.frombuffer(buffer.raw[:count], dtype=np.uint16)[512:]  # behind the header
+    hint = int(np.bincount(shard).argmax()) if len(shard) else 0
+    _plain_with_hints(session, np.full(session.num_tokens, hint), np.full(session.num_tokens, 0.5))
 
 
 def warms_up_on_validation_tokens(session: Session) -> None:

@@ -45,6 +45,14 @@ def one_token_at_a_time(session: Session) -> None:
                 seen[session.input_ids[token]] += 1
 
 
+def backwards_when_long(session: Session) -> None:
+    """As below, on long streams; otherwise plain."""
+    if session.num_tokens > 500:
+        the_last_document_first(session)
+    else:
+        run_mode(session, "plain")
+
+
 def the_last_document_first(session: Session) -> None:
     """Documents backwards, each with the counts of those that were read before it."""
     seen, state = np.ones(session.model.config.vocab_size), ARTIFACT_STATE

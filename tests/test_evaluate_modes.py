@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.adapters import Adapters
-from model.data.shards import BOS_ID
+from model.data.shards import BOS_ID, document_starts, whole_documents, write_shard
 from model.data.tokenizer import ByteTables
 from model.errors import ConfigError, DataError, LegalityError
 from model.evaluate import EvalResult, evaluate, lora_ttt, parse_mode
@@ -25,6 +25,7 @@ from model.evaluate.observe import hash_weights
 from model.evaluate.session import Session
 from model.legality import check_documents_apart, check_ledger, furthest_seen
 from model.score import shown
+from model.verify import strictly_in_stream_order
 from tests import test_verify as small
 from tests.evaluation import arrays
 
@@ -75,7 +76,9 @@ def test_every_token_but_the_first_is_scored_once(mode: str, tokens: np.ndarray)
     assert np.isfinite(result.ledger.nll[1:]).all()
     # Before anything is learnt, in fp32, a probability of one of 24 tokens.
     assert 0 < result.val_loss < 3 * math.log(small.VOCABULARY)
-    assert check_ledger(result.ledger, result.bpb).status == "pass"
+    strict = strictly_in_stream_order(mode, CONFIG)
+    assert strict == (mode != "phased")
+    assert check_ledger(result.ledger, result.bpb, strict=strict).status == "pass"
     assert result.per_document[:, 2].sum() == result.tokens
 
 
@@ -260,8 +263,6 @@ def test_bytes_are_checked_against_the_text() -> None:
 
 
 def test_the_checks_around_the_scorer(tmp_path) -> None:
-    from model.data.shards import write_shard
-
     held_out, other = stream(60, 70), stream(60, 70)[::-1]
     shard = tmp_path / "train.bin"
     for body, status in ((other, "pass"), (held_out[:61], "fail")):
@@ -275,6 +276,29 @@ def test_the_checks_around_the_scorer(tmp_path) -> None:
     assert check_documents_apart(data).status == "pass"
 
 
+@pytest.mark.parametrize("cuts", [(40,), (20, 55), (34, 94), (33,), (95,)])
+def test_a_validation_document_that_training_shards_cut_is_found(cuts: tuple[int, ...], tmp_path) -> None:
+    """A document of 61 tokens at 34 of the training stream, cut by one shard or more, or at its edges."""
+    held_out = stream(60, 70).astype(np.uint16)
+    training = np.concatenate([stream(33), held_out[:61], stream(50), stream(33)]).astype(np.uint16)
+    shards = [tmp_path / f"train{number}.bin" for number in range(len(cuts) + 1)]
+    for shard, tokens in zip(shards, np.split(training, cuts), strict=True):
+        write_shard(shard, tokens)
+    found = check_documents_apart(SimpleNamespace(valid_tokens=held_out, train_shards=shards))
+    assert (found.status, found.figure) == ("fail", "1 validation documents stand in the training shards")
+    for pieces in (whole_documents(shards), [training]):
+        documents = [d for piece in pieces for d in np.split(piece, document_starts(piece)) if d.size]
+        assert [len(d) for d in documents] == [34, 61, 51, 34]
+    np.testing.assert_array_equal(np.concatenate(list(whole_documents(shards))), training)
+
+
+def test_a_validation_document_before_a_last_bos_is_found(tmp_path) -> None:
+    held_out = np.append(stream(60), B).astype(np.uint16)
+    write_shard(tmp_path / "train.bin", np.concatenate([held_out, stream(40)[1:]]).astype(np.uint16))
+    data = SimpleNamespace(valid_tokens=held_out, train_shards=[tmp_path / "train.bin"])
+    assert check_documents_apart(data).status == "fail"
+
+
 def test_a_replayed_ledger_shows_what_was_wrong() -> None:
     ledger = Ledger(6)
     ledger.score(ARTIFACT_STATE, 3, 6, np.ones(3))
@@ -283,6 +307,8 @@ def test_a_replayed_ledger_shows_what_was_wrong() -> None:
     ledger.finish()
     passed = check_ledger(ledger, 1.0)
     assert passed.status == "pass" and "order of processing" in passed.figure
+    strictly = check_ledger(ledger, 1.0, strict=True)
+    assert strictly.status == "fail" and "learnt from tokens up to 6" in strictly.figure
     ledger.rows.start[1] = 1  # an update that uses what has no score yet
     assert "before all of them have scores" in check_ledger(ledger, 1.0).figure
     with pytest.raises(LegalityError):
@@ -316,7 +342,7 @@ def test_phases_one_to_eight_score_every_token_before_they_learn(order: str) -> 
     for phases in range(1, 9):
         config = CONFIG.replace(phased_num_phases=phases, phased_order=order, phased_prefix_docs=8)
         result = evaluate(small.model(), dataset(tokens), "phased", config, device="cpu")
-        assert check_ledger(result.ledger, result.bpb).status == "pass"
+        assert check_ledger(result.ledger, result.bpb, strict=order == "stream").status == "pass"
         seen = furthest_seen(result.ledger.rows, result.ledger.num_states)
         rows = result.ledger.rows
         assert order == "length" or (seen[rows.state] <= rows.start)[rows.is_score].all()

@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from model import legality
+from model.checks import Check, Report
 from model.data.dataset import open_dataset
 from model.errors import DataError
 from model.evaluate.ledger import Ledger
@@ -17,6 +19,7 @@ from model.pipeline import run_pipeline
 from model.run import RunDir
 from model.score import score_artifact
 from tests import cheats
+from tests.test_verify import files_can_be_hidden
 from tests.tiny import tiny_config, tiny_data
 
 CHECKS = (
@@ -56,7 +59,9 @@ def test_a_legal_run(run: Path) -> None:
     report = json.loads(result.stdout)
     assert report["legal"] and tuple(check["name"] for check in report["checks"]) == CHECKS
     assert report["seed"] == 3
-    assert {check["status"] for check in report["checks"]} == {"pass"}
+    assert report["skipped"] == ([] if files_can_be_hidden() else ["no training data"])
+    assert (report["verdict"] == "legal") == (report["skipped"] == [])
+    assert {check["status"] for check in report["checks"]} <= {"pass", "skipped"}
     assert json.loads((run / "verify_plain.json").read_text()) == report
     shown = {check["name"]: check["figure"] for check in report["checks"]}
     assert "causal in stream order" in shown["ledger"]
@@ -72,9 +77,44 @@ def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.
     report = verify_artifact(run, mode="plain", **QUICK)
     assert report.legal, report.lines()
     assert f"{scored.bpb:.5f} bpb, as `pgolf eval` left it" in figures(report)["ledger"]
+    assert "tokens rescored, largest difference" in figures(report)["saved scores"]
     assert "as recorded" in figures(report)["evaluation time"] and "opening" in figures(report)["evaluation time"]
     with pytest.raises(pytest.fail.Exception, match="scored again"):  # another evaluation: nothing to replay
         verify_artifact(run, mode="plain", eval_seq_len=32, **QUICK)
+
+
+def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check that is meant for them alone: in the ledger, in some places and everywhere, and in result.json."""
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())  # the mode itself is honest
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score_artifact(copy, ["lora-ttt"], quiet=True)
+    path = copy / "ledger_lora_ttt.npz"
+    with np.load(path) as file:
+        honest = dict(file)
+    facts = RunDir(copy).result()
+    assert verify_artifact(copy, mode="lora-ttt", seed=0).legal
+
+    def failed_with(factors: np.ndarray, bpb: float | None = None) -> list[str]:
+        np.savez(path, **{**honest, "nll": honest["nll"] * factors})
+        ledger, dataset = Ledger.load(path), legality.open_dataset(tiny_data_of(run))
+        own = ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens))
+        summary = {**facts["evaluation"]["lora_ttt"], "bpb": own.bpb, "val_loss": own.val_loss}
+        RunDir(copy).merge_result({"evaluation": {"lora_ttt": summary}, "bpb": {"lora_ttt": bpb or own.bpb}})
+        return verify_artifact(copy, mode="lora-ttt", seed=0).failed
+
+    factors = np.ones(len(honest["nll"]))
+    assert failed_with(factors) == []
+    assert failed_with(factors, bpb=0.5) == ["saved scores"]
+    factors[10:13] = 0.5
+    assert failed_with(factors) == ["saved scores"]
+    assert failed_with(factors * 0 + 0.5) == ["saved scores"]
+    assert failed_with(-factors) == ["ledger"]
+    report = verify_artifact(copy, mode="lora-ttt", seed=0, whole=True)  # compares all of them
+    assert report.failed == ["saved scores"], report.lines()
+    assert failed_with(np.ones(len(honest["nll"]))) == []
+    whole = verify_artifact(copy, mode="lora-ttt", seed=0, whole=True)
+    assert whole.legal and "tokens rescored" in figures(whole)["saved scores"]
 
 
 def test_the_time_in_the_ledger_counts(run: Path, tmp_path: Path) -> None:
@@ -118,6 +158,22 @@ def test_a_part_of_the_set_is_scored_unless_the_whole_is_asked_for(run: Path, mo
     assert "--whole times all of them" in figures(report)["evaluation time"]
     whole = figures(verify_artifact(run, mode="sliding", whole=True, seed=0, candidates=8))
     assert "of the first" not in whole["ledger"] and "of 600 s" in whole["evaluation time"]
+
+
+def test_what_was_not_checked_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare artifact has no train time: its score is legal as far as that can be said, and the exit status 0."""
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report([Check("causality", "pass", "")]))
+    artifact = shutil.copy(run / "model.pgolf", tmp_path / "model.pgolf")
+    arguments = [str(artifact), "--data", tiny_data_of(run), "--mode", "plain", "--device", "cpu", "--seed", "0"]
+    result = CliRunner().invoke(verify_command, [*arguments, "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "legal as far as checked; 1 skipped: train time (seed 0)"
+    found = json.loads(CliRunner().invoke(verify_command, [*arguments, "--quiet", "--json"]).stdout)
+    assert found["legal"] and found["skipped"] == ["train time"]
+    assert found["verdict"] == "legal as far as checked; 1 skipped: train time"
+    monkeypatch.setattr(legality, "SIZE_BUDGET", 10)
+    result = CliRunner().invoke(verify_command, [*arguments, "--quiet"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (1, "NOT legal (seed 0)")
 
 
 def test_a_cheat_fails_the_command(run: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from bench import real_runs
 from model import run as run_module
+from model.checks import FAIL, PASS, SKIPPED, Check, Report
 from model.data.build import build_dataset
 from model.data.dataset import open_dataset
 from model.data.text import SAMPLE, read_documents
@@ -32,7 +33,6 @@ from model.report.compare import compare_runs
 from model.report.load import load_run
 from model.report.stats import RECORD_NATS, summarize, t_tail, welch
 from model.run import RunDir
-from model.verify import FAIL, PASS, Check, Report
 
 AWKWARD_NAME = 'a <b>&"run"'
 SPECIAL = "if (a < b && c > d) { return \"<script>alert('x')</script>\"; }\n日本語 😀 é\n"
@@ -369,8 +369,11 @@ def test_what_the_verifier_found(run, tmp_path):
     checks = [Check("causality", PASS, "0 of 9 scores changed"), Check("normalisation", FAIL, "sums to 1.02 <at most>")]
     (copied / "verify_plain.json").write_text(Report(checks).to_json())
     page = report(copied)
-    assert "Verified independently (plain): not legal." in page.text
+    assert "Verified independently (plain): NOT legal." in page.text
     assert all(text in page.text for check in checks for text in (check.name, check.status, check.figure))
+    checks[1] = Check("train time", SKIPPED, "no record")
+    (copied / "verify_plain.json").write_text(Report(checks).to_json())
+    assert "(plain): legal as far as checked; 1 skipped: train time." in report(copied).text
     (copied / "verify_plain.json").write_text('{"checks": [1]}')
     with pytest.raises(ConfigError, match="not what `pgolf verify` writes"):
         report(copied)

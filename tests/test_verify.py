@@ -1,12 +1,17 @@
 """The verifier: honest scorers pass, and each cheat is caught by the check that is meant for it."""
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from model import evaluate
+from model.checks import FAIL, IMPLIED, Check, Report
 from model.config import Config, ModelConfig
 from model.data.shards import write_shard
 from model.data.tokenizer import ByteTables
@@ -16,16 +21,13 @@ from model.evaluate.observe import NORMALISATION, ONCE, ORDER, WARM_UP
 from model.gpt import GPT
 from model.verify import (
     CAUSALITY,
-    FAIL,
     FULL_SCALE,
-    IMPLIED,
     TRAINING_DATA,
-    Report,
     Sample,
     check_scorer,
     planned_tokens,
 )
-from tests import cheats
+from tests import cheats, honest
 
 VOCABULARY = 24
 CONFIG = Config(
@@ -73,6 +75,20 @@ def verify(scorer: object, *, shards: list[Path] | None = None, **changes: objec
     return check_scorer(scorer, model(), stream(), tables(), config, train_shards=shards or [], hide=shards or [])
 
 
+@cache
+def files_can_be_hidden() -> bool:
+    code = "from model.isolation import isolate; raise SystemExit(not isolate([]).hidden)"
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def shard_of_sevens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A training shard that the cheats look for."""
+    shard = folder / "shard.bin"
+    write_shard(shard, np.full(1000, 7, dtype=np.uint16))
+    monkeypatch.setenv(cheats.SHARD, str(shard))
+    return shard
+
+
 HONEST = {
     "model.evaluate.plain:evaluate_plain": [{}, {"loader": "shuffled"}],
     "model.evaluate.sliding:evaluate_sliding": [{}],
@@ -105,7 +121,7 @@ def test_honest_scorers_pass(scorer: str, changes: dict, tmp_path: Path) -> None
     write_shard(shard, stream())
     report = verify(scorer, shards=[shard], **changes)
     assert report.legal, report.lines()
-    assert {check.status for check in report.checks} == {"pass"}, report.lines()
+    assert report.skipped == ([] if files_can_be_hidden() else [TRAINING_DATA]), report.lines()
     reordered = scorer in REORDERED or changes.get("phased_order") == "length"
     assert ("in the order of processing" in report.checks[0].figure) == reordered
 
@@ -116,6 +132,29 @@ def test_modes_pass_by_their_names(mode: str) -> None:
     sample = Sample(seed=11, futures=3, own=3, ends=1, distributions=2, full_tokens=300)
     report = check_scorer(mode, model(), stream(), tables(), CONFIG, sample=sample)
     assert report.legal, report.lines()
+
+
+@pytest.mark.parametrize("scorer", ["phased", "phased+ngram-tilt", "tests.honest:the_last_document_first"])
+def test_stream_order_is_meant_strictly(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes in the order of processing only fails where the order of the stream was asked for."""
+    monkeypatch.setitem(evaluate._MODES, "phased", honest.the_last_document_first)
+    sample = Sample(futures=3, own=1, ends=0, distributions=1, candidates=8, full_tokens=200)
+    for order, failed in (("length", []), ("stream", [CAUSALITY])):
+        config = CONFIG.replace(phased_order=order)
+        report = check_scorer(scorer, model(), stream(), tables(), config, sample=sample)
+        assert report.failed == failed, report.lines()
+        figure = report.checks[0].figure
+        assert ("in the order of processing" in figure) == (order == "length")
+        assert order == "length" or "in the stream" in figure
+
+
+def test_full_scale_is_in_stream_order_too() -> None:
+    """A scorer that keeps the order on short streams alone."""
+    sample = Sample(futures=1, own=1, ends=0, distributions=1, candidates=8, full_tokens=1000)
+    config = CONFIG.replace(phased_order="stream")
+    report = check_scorer(honest.backwards_when_long, model(), stream(), tables(), config, sample=sample)
+    assert report.failed == [FULL_SCALE], report.lines()
+    assert "in the stream" in next(check.figure for check in report.checks if check.name == FULL_SCALE)
 
 
 CHEATS = [
@@ -177,6 +216,37 @@ def test_reading_the_data_sets_files_is_caught_in_a_fresh_process(cheat, text, t
     report = verify(f"tests.cheats:{cheat}", shards=[shard])
     assert report.failed == [TRAINING_DATA], report.lines()
     assert shard.read_bytes() == before  # hidden from the process, not touched
+
+
+def _training_data(report: Report) -> Check:
+    return next(check for check in report.checks if check.name == TRAINING_DATA)
+
+
+def test_native_code_that_opens_a_shard_is_caught_where_files_can_be_hidden(tmp_path, monkeypatch) -> None:
+    if not files_can_be_hidden():
+        pytest.skip("no user namespaces here")
+    report = verify("tests.cheats:reads_a_training_shard_natively", shards=[shard_of_sevens(tmp_path, monkeypatch)])
+    assert report.failed == [TRAINING_DATA], report.lines()
+    assert "scores change in a fresh process" in _training_data(report).figure
+
+
+def test_where_files_cannot_be_hidden_nothing_is_proved(tmp_path, monkeypatch) -> None:
+    """Then only Python's own opens are seen: those fail, and anything else is skipped, not passed."""
+    run = subprocess.run
+    without = "import sys, model.isolation as i; i._hide = lambda paths: 'no namespaces'; i.main()"
+
+    def fresh_process(command: list[str], **options: Any) -> Any:
+        assert command[1:3] == ["-m", "model.isolation"]
+        return run([command[0], "-c", without, *command[3:]], **options)
+
+    monkeypatch.setattr("model.verify.subprocess.run", fresh_process)
+    shard = shard_of_sevens(tmp_path, monkeypatch)
+    for scorer in ("plain", "tests.cheats:reads_a_training_shard_natively"):
+        report = verify(scorer, shards=[shard])
+        assert report.legal and report.skipped == [TRAINING_DATA], report.lines()
+        assert "1 data files still there (no namespaces), not opened by Python" in _training_data(report).figure
+    report = verify("tests.cheats:reads_a_training_shard", shards=[shard])
+    assert report.failed == [TRAINING_DATA] and "data files opened" in _training_data(report).figure
 
 
 def test_what_a_scorer_brings_along_is_counted(tmp_path, monkeypatch) -> None:

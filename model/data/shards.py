@@ -7,6 +7,7 @@ uint16 token ids. Every document starts with BOS = 1.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,27 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: object) -> None:
 def document_starts(tokens: np.ndarray) -> np.ndarray:
     """Positions (int64) of BOS, where documents start."""
     return np.flatnonzero(tokens == BOS_ID)
+
+
+def whole_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[np.ndarray]:
+    """The tokens of shards in their order, cut between documents only: uint16 arrays of one document or many.
+
+    Public shards cut documents at their ends: the rest comes with what the next shard has of it, copied, and the others
+    as they are mapped. Tokens before the first BOS come first. Raises DataError as `shard_length`.
+    """
+    rest: list[np.ndarray] = []
+    for path in paths:
+        tokens = read_shard(path)
+        starts = document_starts(tokens)
+        if not starts.size:
+            rest.append(tokens)
+            continue
+        head = np.concatenate([*rest, tokens[: starts[0]]])
+        if head.size:
+            yield head
+        if starts[-1] > starts[0]:
+            yield tokens[starts[0] : starts[-1]]
+        rest = [tokens[starts[-1] :]]
+    tail = np.concatenate([np.empty(0, dtype=_TOKEN), *rest])
+    if tail.size:
+        yield tail

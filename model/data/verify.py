@@ -18,7 +18,7 @@ import numpy as np
 from model.data.dataset import Dataset, open_dataset
 from model.data.manifest import document_digest
 from model.data.progress import progress
-from model.data.shards import BOS_ID, check_ids, document_starts, read_shard, shard_length
+from model.data.shards import BOS_ID, check_ids, document_starts, read_shard, shard_length, whole_documents
 from model.errors import DataError
 from model.files import sha256_file
 
@@ -135,23 +135,18 @@ class _SplitCheck:
 
 
 def _document_batches(paths: list[Path]) -> Iterator[list[np.ndarray]]:
-    """A split's documents in batches. Public shards cut documents at their ends: the rest comes with the next shard."""
-    rest = np.empty(0, dtype=np.uint16)
+    """A split's documents in batches."""
     batch: list[np.ndarray] = []
     size = 0
-    for path in paths:
-        tokens = read_shard(path)
-        tokens = np.concatenate((rest, tokens)) if rest.size else tokens
-        pieces = np.split(tokens, document_starts(tokens))
-        rest = np.array(pieces.pop())
-        for piece in pieces:
+    for tokens in whole_documents(paths):
+        for piece in np.split(tokens, document_starts(tokens)):
             if piece.size:
                 batch.append(piece)
                 size += piece.size
             if size >= _BATCH_TOKENS:
                 yield batch
                 batch, size = [], 0
-    yield [*batch, *([rest] if rest.size else [])]
+    yield batch
 
 
 def _errors(check: Any, *arguments: Any) -> list[DataError]:

@@ -70,6 +70,7 @@ class EvalResult:
     bytes: int
     seconds: float  # from opening the artifact to the result, interrupted calls included
     seconds_by_part: dict[str, float]  # of the last call alone
+    compute_dtype: str  # of the activations, "bfloat16" say: how exactly another computation agrees
     per_document: np.ndarray
     ledger: Ledger
 
@@ -122,13 +123,14 @@ def evaluate(
     setting = _BATCH_SETTING.get(name, "eval_batch_seqs")
     smaller = partial(lower, setting, getattr(config.eval, setting))
     memory = memory_for(f"while evaluating ({mode})", device, smaller)
-    with memory, _borrowed(model, device, mutated=scorer is not None or name in ("sgd-ttt", "phased")):
+    with memory, borrowed(model, device, mutated=scorer is not None or name in ("sgd-ttt", "phased")):
         ledger = Ledger(len(tokens), _defects(name, config))
         if ledger_path is not None:
             ledger_path = Path(ledger_path)
             ledger.meta = evaluation_identity(model, tokens, mode, config, loop=loop)
             ledger = _open_ledger(ledger, ledger_path, resume=resume, rank=rank, world=world)
             started -= ledger.seconds
+        compute_dtype = str(model.compute_dtype).removeprefix("torch.")
         session = Session(
             model=model,
             config=config.eval,
@@ -168,6 +170,7 @@ def evaluate(
         bytes=score.bytes,
         seconds=seconds,
         seconds_by_part=session.seconds,
+        compute_dtype=compute_dtype,
         per_document=score_per_document(session.ledger.nll, session.token_bytes, find_documents(tokens)),
         ledger=session.ledger,
     )
@@ -178,17 +181,26 @@ def run_mode(session: Session, mode: str, *, train_shards: Sequence[Path] = ()) 
 
     Raises ConfigError for an unknown mode, and for hints without the session's `tables`.
     """
+    name = add_hints(session, mode)
+    if name == "sliding-cache" and session.config.compat:
+        train_tokens = _first_tokens(train_shards, session.config.cache_pretrain_tokens)
+        evaluate_sliding_cache(session, train_tokens=train_tokens)
+    else:
+        _MODES[name](session)
+
+
+def add_hints(session: Session, mode: str) -> str:
+    """Gives the session the n-gram tilt if `mode` has one; returns the mode without it.
+
+    Raises ConfigError for an unknown mode, and for hints without the session's `tables`.
+    """
     name, tilted = parse_mode(mode)
     if tilted:
         if session.tables is None:
             raise ConfigError(f"eval_mode: {mode} wants a session with byte tables")
         with session.timed("hints"):
             session.tilt = make_tilt(session.tokens, session.config, session.tables, session.device)
-    if name == "sliding-cache" and session.config.compat:
-        train_tokens = _first_tokens(train_shards, session.config.cache_pretrain_tokens)
-        evaluate_sliding_cache(session, train_tokens=train_tokens)
-    else:
-        _MODES[name](session)
+    return name
 
 
 def _defects(name: str, config: Config) -> tuple[str, ...]:
@@ -249,8 +261,11 @@ def _open_ledger(new: Ledger, path: Path, *, resume: bool, rank: int, world: int
 
 
 @contextmanager
-def _borrowed(model: GPT, device: torch.device, *, mutated: bool) -> Iterator[None]:
-    """The model with frozen parameters on `device` in a dtype it can compute in; as it came when the block ends."""
+def borrowed(model: GPT, device: torch.device, *, mutated: bool) -> Iterator[None]:
+    """The model with frozen parameters on `device` in a dtype it can compute in; as it came when the block ends.
+
+    `mutated`: the block may change weights.
+    """
     flags = [parameter.requires_grad for parameter in model.parameters()]
     grads = [parameter.grad for parameter in model.parameters()]
     saved = [parameter.detach().clone() for parameter in model.parameters()] if mutated else []

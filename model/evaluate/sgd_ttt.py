@@ -49,6 +49,12 @@ def sequence_batches(start: int, end: int, seq_len: int, batch_seqs: int) -> Ite
         yield starts[first : first + batch_seqs]
 
 
+def chunk_numbers(windows: np.ndarray, total: int, chunk_tokens: int) -> np.ndarray:
+    """The chunk of each window [n, 3], that of its first scored prediction, in a stream of `total` predictions."""
+    last = -(-total // chunk_tokens) - 1
+    return np.minimum((windows[:, 0] + windows[:, 2]) // chunk_tokens, last)
+
+
 class WholeModelSGD:
     """SGD with momentum on the model's parameters in place, its batches shared by the ranks.
 
@@ -112,7 +118,7 @@ def evaluate_sgd_ttt(session: Session) -> None:
     windows = sliding_windows(session.num_tokens, seq_len, config.eval_stride)
     total = session.num_tokens - 1
     chunks = -(-total // chunk_tokens)
-    chunk_of = np.minimum((windows[:, 0] + windows[:, 2]) // chunk_tokens, chunks - 1)
+    chunk_of = chunk_numbers(windows, total, chunk_tokens)
     trainer = WholeModelSGD(
         session,
         rate=config.sgd_ttt_lr,

@@ -115,7 +115,7 @@ def evaluate_sliding_cache(
         raise ConfigError("compat: got sliding-cache on several ranks, where it gives each a cache; wanted one process")
     make_windows = published_windows if config.compat else sliding_windows
     windows = make_windows(session.num_tokens, config.eval_seq_len, config.eval_stride)
-    blend = _Blend(session, windows, train_tokens if config.compat else None)
+    blend = Blend(session, windows, train_tokens if config.compat else None)
     adapters = SharedAdapters(session, initial_a) if config.cache_adapters else None
     state = ARTIFACT_STATE
     for first in range(0, len(windows), config.eval_batch_seqs):
@@ -155,10 +155,11 @@ def _window_loss(session: Session, batch: np.ndarray, mine: np.ndarray, inputs: 
     return losses.sum() / count
 
 
-class _Blend:
+class Blend:
     """Scores windows with the model and blends in the cache."""
 
-    def __init__(self, session: Session, windows: np.ndarray, train_tokens: np.ndarray | None) -> None:
+    def __init__(self, session: Session, windows: np.ndarray, train_tokens: np.ndarray | None = None) -> None:
+        """`windows` are all of the evaluation, in their order; `train_tokens` fill the cache first (`compat`)."""
         self._session = session
         streams = [session.tokens] if train_tokens is None else [train_tokens, session.tokens]
         self._offset = sum(len(stream) for stream in streams[:-1])

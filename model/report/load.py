@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from model.artifact import read_artifact
+from model.checks import Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, dataset_of
 from model.errors import ConfigError, DataError
@@ -82,7 +83,7 @@ class Run:
     artifact: ArtifactFacts | None
     dataset: Dataset | None  # where it is still there
     ledgers: dict[str, Ledger]  # by evaluation mode, as in `bpb`
-    verified: dict[str, dict[str, Any]]  # what `pgolf verify` found (model/verify.py), by mode
+    verified: dict[str, Report]  # what `pgolf verify` found, by mode
     missing: list[str] = field(default_factory=list)  # sentences for the page
 
     @property
@@ -186,13 +187,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a JSON object ({error})") from error
 
 
-def _read_verified(path: Path) -> dict[str, Any]:
+def _read_verified(path: Path) -> Report:
     report = _read_json(path)
     checks = report.get("checks")
     keys = {"name", "status", "figure"}
     if not isinstance(checks, list) or not all(isinstance(c, dict) and keys <= set(c) for c in checks):
         raise ConfigError(f"{path}: not what `pgolf verify` writes, wanted checks with {', '.join(sorted(keys))}")
-    return {"legal": report.get("legal") is True, "checks": checks}
+    return Report([Check(c["name"], c["status"], c["figure"]) for c in checks])
 
 
 def _find_dataset(run: Path, config: Config, provenance: dict[str, Any], missing: list[str]) -> Dataset | None:

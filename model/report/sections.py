@@ -249,9 +249,9 @@ def _legality(run: Run) -> Iterator[Markup]:
     if rows and not run.verified:
         yield tag("p", "The scorer itself was not verified; pgolf verify does it.", class_="soft")
     for name, report in run.verified.items():
-        verdict = tag("span", "legal" if report["legal"] else "not legal", class_="good" if report["legal"] else "bad")
+        verdict = tag("span", report.verdict, class_="good" if report.legal else "bad")
         yield tag("p", join([f"Verified independently ({name}): ", verdict, "."]))
-        lines = [[c["name"], _status(c["status"]), c["figure"]] for c in report["checks"]]
+        lines = [[check.name, _status(check.status), check.figure] for check in report.checks]
         yield table(["check", "outcome", "measured"], lines)
 
 
