@@ -17,7 +17,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,12 @@ def packed_files(*, ngram: bool) -> dict[str, str]:
         by_name=_KERNELS,
         unchecked=[f"pgolf_kernels.{name}" for name in _OPERATORS],
     )
+    own = _own_names(pruned)
     files = {}
     for name, source in pruned.items():
         suffix = "/__init__.py" if paths[name].name == "__init__.py" else ".py"
-        files[name.replace(".", "/") + suffix] = minified(source, kernels=name.endswith((_KERNELS, *_DEVICE)))
+        kernels = name.endswith((_KERNELS, *_DEVICE))
+        files[name.replace(".", "/") + suffix] = minified(source, kernels=kernels, own=own[name])
     if ngram:
         files |= {path.relative_to(_SOURCE).as_posix(): without_comments(path) for path in _ngram_sources()}
     return files
@@ -182,19 +185,36 @@ def latin1_literal(data: bytes) -> bytes:
     return re.sub(rb"\0(?=[0-7])", rb"\\x00", data).replace(b"\0", b"\\0") + last
 
 
-def minified(source: str, *, kernels: bool) -> str:
-    """A module's source without comments, docstrings and annotations of functions, with short names of locals.
+def _own_names(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> its global names that begin with an underscore and stand in no other module, nor in its own strings."""
+    words = {module: re.findall(r"\w+", source) for module, source in sources.items()}
+    modules_of = Counter(word for found in words.values() for word in set(found))
+    own = {}
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        defined |= {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        own[module] = {name for name in defined - texts if re.match("_[^_]", name) and modules_of[name] == 1}
+    return own
 
-    Assertions go: they tell a type checker what is known. Names of modules stay because others refer to them. Triton
-    reads its kernels' source, where names of arguments are those of launches and annotations say what is constant:
-    there both stay.
+
+def minified(source: str, *, kernels: bool, own: Collection[str] = ()) -> str:
+    """A module's source without comments, docstrings and annotations of functions, with short names of locals and of
+    `own`, the global names that nobody else knows.
+
+    Assertions go: they tell a type checker what is known. Other global names stay because other modules refer to them.
+    Triton reads its kernels' source, where names of arguments are those of launches and annotations say what is
+    constant: there all names stay.
     """
     return python_minifier.minify(
         source,
         remove_annotations=not kernels,
         remove_literal_statements=True,
         rename_locals=not kernels,
-        rename_globals=False,
+        rename_globals=not kernels,
+        preserve_globals=sorted({*re.findall(r"\w+", source)} - {*own}),
         hoist_literals=False,
         combine_imports=False,  # shorter before compression alone
         remove_asserts=True,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from model.artifact import read_artifact
-from model.checks import Check, Report
+from model.checks import FAIL, Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, dataset_of
 from model.errors import ConfigError, DataError
@@ -123,8 +123,8 @@ class Run:
             found.append("its ledger is unfinished")
         own = self.config.eval.eval_mode
         for name, report in self.verified.items():
-            if (own if name == "own" else name).replace("-", "_").replace("+", "_") == mode and not report["legal"]:
-                failed = [check["name"] for check in report["checks"] if check["status"] == "fail"]
+            if (own if name == "own" else name).replace("-", "_").replace("+", "_") == mode and not report.legal:
+                failed = [check.name for check in report.checks if check.status == FAIL]
                 found.append(f"pgolf verify: {', '.join(failed) or 'not legal'}")
         return found
 
