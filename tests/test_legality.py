@@ -97,7 +97,7 @@ def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: p
 
     def failed_with(factors: np.ndarray, bpb: float | None = None) -> list[str]:
         np.savez(path, **{**honest, "nll": honest["nll"] * factors})
-        ledger, dataset = Ledger.load(path), legality.open_dataset(tiny_data_of(run))
+        ledger, dataset = Ledger.load(path), open_dataset(tiny_data_of(run))
         own = ledger.totals(dataset.byte_tables.stream_bytes(dataset.valid_tokens))
         summary = {**facts["evaluation"]["lora_ttt"], "bpb": own.bpb, "val_loss": own.val_loss}
         RunDir(copy).merge_result({"evaluation": {"lora_ttt": summary}, "bpb": {"lora_ttt": bpb or own.bpb}})
