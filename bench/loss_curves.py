@@ -18,8 +18,13 @@ from bench.real_runs import RECORDS
 from model.report.plots import looks_of, svg
 
 PICTURE = "losses.svg"
-CURVES = {"pr1530_order0": "pgolf, pr1530", "public_1530_order0": "pull request 1530"}
-SCORE = "float"  # of the weights before they are quantised: both records have it
+CURVES = {
+    "pr1530_order0": "pgolf, pr1530",
+    "public_1530_order0": "pull request 1530",
+    "pr1530_same_start": "pgolf, from its initial weights",
+}
+PEER, FIRST_APART = "public_1530_order0", 50  # what the others are compared with, and from which step on
+SCORE = "float"  # of the weights before they are quantised: all records have it
 
 
 def read_curves(folder: Path = RECORDS) -> dict[str, dict[str, Any]]:
@@ -33,16 +38,20 @@ def read_curves(folder: Path = RECORDS) -> dict[str, dict[str, Any]]:
 
 
 def picture(curves: dict[str, dict[str, Any]]) -> str:
-    """The curves as an SVG."""
+    """The curves as an SVG, and within it, enlarged, what each is above the one of PEER."""
 
     def paint(axes: Axes) -> None:
-        for (title, curve), look in zip(curves.items(), looks_of(list(curves), dashed=True).values(), strict=True):
-            label = f"{title}: {curve['bpb']:.4f} bits per byte"
-            axes.plot(
-                list(curve["loss"]), list(curve["loss"].values()), marker="o", markersize=2.5, label=label, **look
-            )
+        looks, peer = looks_of(list(curves), dashed=True), curves[CURVES[PEER]]["loss"]
+        apart = axes.inset_axes((0.4, 0.27, 0.57, 0.23))
+        for title, curve in curves.items():
+            label, losses = f"{title}: {curve['bpb']:.4f} bits per byte", curve["loss"]
+            axes.plot(list(losses), list(losses.values()), marker="o", markersize=2.5, label=label, **looks[title])
+            late = [step for step in losses if step >= FIRST_APART and step in peer]
+            apart.plot(late, [losses[step] - peer[step] for step in late], **looks[title])
         axes.set(title="Training loss, same batches", xlabel="step", ylabel="nats per token")
         axes.legend(title="validation, before quantising", loc="upper right")
+        apart.set_title(f"above {CURVES[PEER]}", fontsize="small")
+        apart.tick_params(labelsize="small")
 
     return svg(paint, metadata={"Date": None, "Description": digest(curves)}).decode()
 

@@ -67,10 +67,11 @@ def memory(row: Row) -> str:
 
 
 def outcome(row: Row) -> str:
-    """Time, and in brackets what else came out."""
+    """Time, and in brackets what else came out, whose own brackets become a colon."""
     if row.seconds is None:
         return f"absent: {row.absent}"
-    return seconds(row.seconds) + (f" ({result(row)})" if result(row) else "")
+    others = re.sub(r" \((.*?)\)", r": \1", result(row))
+    return seconds(row.seconds) + (f" ({others})" if others else "")
 
 
 def machine_line(record: Record) -> str:

@@ -160,16 +160,17 @@ def test_suites_that_can_be_compared(tmp_path):
 
 
 def test_tables_say_which_text(tmp_path):
-    run = a_run(Row("train_step/step", "10 tokens", "pgolf", 1.0))
+    case = "98304 tokens, loop on"
+    run = a_run(Row("train_step/step", case, "pgolf", 1.0))
     storage.save(tmp_path / "bundled", run, "first")
     run["machine_info"]["pgolf"]["given"] = {"PGOLF_BENCH_TOKENS": "a" * 64}
     storage.save(tmp_path / "given", run, "first")
     for name in ("bundled", "given"):
         results = storage.read_results(tmp_path / name)
         lines = render.render_suite(results, "train_step")
-        assert f"step, 10 tokens, {name} text" in lines
+        assert f"step, {case}, {name} text" in lines
         assert ("PGOLF_BENCH_TOKENS sha256 aaaa" in lines[0]) == (name == "given")
-        assert f"| 10 tokens; {name} text; NVIDIA H200 |" in "".join(render.render_headline(results))
+        assert f"| {case}; {name} text; NVIDIA H200 |" in "".join(render.render_headline(results))
 
 
 def test_a_printed_table():
