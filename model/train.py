@@ -112,7 +112,7 @@ class Trainer:
         )
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
         self.looped = self.late_qat = False  # whether the last step was
-        self._saved_at = 0.0
+        self._saved_at = 0.0  # the time, as agreed, of the step with the last checkpoint
         self._resumed = False
         self._warm_recordings = 0
 
@@ -221,6 +221,7 @@ class Trainer:
                 self._one_step(settings, elapsed)
                 if self._checkpoint_is_due(elapsed):
                     self.save()
+                    self._saved_at = elapsed
             if not interrupted:
                 self._validate()
             self._finish(self.in_flight.drain())
@@ -231,7 +232,7 @@ class Trainer:
         return self._result(interrupted)
 
     def _checkpoint_is_due(self, elapsed: float) -> bool:
-        """`elapsed` is agreed between the ranks, so the answer is the same on all."""
+        """Decided by what the ranks have agreed on alone: saving is a collective."""
         every = self.config.train.checkpoint_every
         if every > 0:
             return self.step % every == 0
@@ -345,9 +346,8 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
-        self._saved_at = self._elapsed()
         state = {
-            "seconds": self._saved_at, "looped": self.looped, "late_qat": self.late_qat,
+            "seconds": self._elapsed(), "looped": self.looped, "late_qat": self.late_qat,
             "ranks": self.ranks.gather_json(mine),
         }  # fmt: skip
         path = self.run_dir.checkpoints / f"step_{self.step:08d}"
