@@ -3,6 +3,7 @@
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 
 from model.config import Config
@@ -85,3 +86,16 @@ def check_result(session: Session, name: str, *, relative: float = 2e-6) -> None
     assert abs(got.loss_sum / want["loss_sum"] - 1) < relative
     assert abs(got.val_loss / want["val_loss"] - 1) < relative
     assert abs(got.bpb / want["val_bpb"] - 1) < relative
+
+
+def count_scores(patch: pytest.MonkeyPatch) -> list[int]:
+    """The list that each call of `Session.window_scores` adds its number of scored predictions to."""
+    counts: list[int] = []
+    window_scores = Session.window_scores
+
+    def counted(self: Session, windows: np.ndarray, **inputs: object) -> torch.Tensor:
+        counts.append(int((windows[:, 1] - windows[:, 2]).sum()))
+        return window_scores(self, windows, **inputs)
+
+    patch.setattr(Session, "window_scores", counted)
+    return counts

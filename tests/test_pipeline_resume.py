@@ -16,6 +16,7 @@ from model.evaluate.session import Session, rank_path
 from model.pipeline import run_pipeline
 from model.presets import get_preset
 from model.run import RunDir
+from tests.evaluation import count_scores
 from tests.tiny import tiny_config, tiny_data
 
 ROOT = Path(__file__).parent.parent
@@ -63,16 +64,9 @@ def test_a_stopped_evaluation_goes_on_from_its_ledger(stopped, data, tmp_path, m
     run = run_of(stopped)
     artifact, before = run.artifact_path.read_bytes(), Ledger.load(run.path / "ledger_sliding.npz")
     assert 0 < before.missing() < before.num_tokens - 1
-    scored = []
-    window_scores = Session.window_scores
-
-    def counted(self, windows, **inputs):
-        scored.append((windows[:, 1] - windows[:, 2]).sum())
-        return window_scores(self, windows, **inputs)
-
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_quantize", lambda *_: pytest.fail("quantised again"))
-        patch.setattr(Session, "window_scores", counted)
+        scored = count_scores(patch)
         result = run_pipeline(stopped, resume=True)
     assert sum(scored) == before.missing()  # nothing that had a score, and nothing of the plain evaluation
     after = Ledger.load(run.path / "ledger_sliding.npz")

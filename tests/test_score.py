@@ -16,6 +16,7 @@ from model.evaluate.ledger import Ledger
 from model.evaluate.session import Session
 from model.pipeline import run_pipeline
 from model.score import ledger_path, score_artifact
+from tests.evaluation import count_scores
 from tests.tiny import tiny_config, tiny_data
 
 
@@ -75,15 +76,8 @@ def test_an_interrupted_evaluation_of_a_file_or_a_submission_goes_on(run, kind, 
     ledger = Ledger.load(place)
     assert 0 < ledger.missing() < ledger.num_tokens - 1
 
-    scored = []
-    window_scores = Session.window_scores
-
-    def counted(self, windows, **inputs):
-        scored.append((windows[:, 1] - windows[:, 2]).sum())
-        return window_scores(self, windows, **inputs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "window_scores", counted)
+        scored = count_scores(patch)
         done = CliRunner().invoke(cli, [*arguments, "--resume"])
     assert done.exit_code == 0, done.output
     assert sum(scored) == ledger.missing()
