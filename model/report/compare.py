@@ -39,7 +39,7 @@ def compare_runs(runs: list[Run]) -> Iterator[Markup]:
     if any(run.steps for run in runs):
         shown = (ordered, labels, [looks[label] for label in labels])
         yield tag("h2", "Training")
-        validated = any(run.validations for run in runs)
+        validated = any(run.is_validated for run in runs)
         right = (plots.validation, "Validation") if validated else (plots.gradient_norm, "Gradient norm")
         yield pictures(
             figure(plots.training_loss(*shown), "Training loss by step, one look for each group"),

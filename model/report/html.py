@@ -28,7 +28,7 @@ p { margin: .4rem 0 .9rem; max-width: 44rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 a { color: var(--accent); }
 nav { margin: 1rem 0 0; font-size: .93rem; display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .tile { background: var(--tint); border-radius: .5rem; padding: .75rem .9rem; }
 .tile b { display: block; font-size: 1.3rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .83rem; }

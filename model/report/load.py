@@ -95,6 +95,11 @@ class Run:
         return self.config.train.seed
 
     @property
+    def is_validated(self) -> bool:
+        """Whether it was validated more than once, at its end: then there is a curve."""
+        return len(self.validations) > 1
+
+    @property
     def bpb(self) -> dict[str, float]:
         """Bits per byte by evaluation mode, where there is a number."""
         scores = self.result.get("bpb", {})

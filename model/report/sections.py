@@ -97,7 +97,7 @@ def _training(run: Run) -> Iterator[Markup]:
             f"Training loss by step, from {first['loss']:.3f} to {last['loss']:.3f}",
             "Pale: each step. Strong: a running mean over a fiftieth of the run.",
         ),
-        *([figure(plots.validation(*one), "Validation bits per byte during training")] if run.validations else []),
+        *([figure(plots.validation(*one), "Validation bits per byte during training")] if run.is_validated else []),
         figure(plots.gradient_norm(*one), "Gradient norm before clipping, by step"),
         figure(plots.learning_rates(run), "Learning rates by step"),
         figure(plots.momentum(run), "Muon's momentum by step"),
