@@ -23,7 +23,7 @@ import click
 import torch
 from torch import Tensor
 
-from model.artifact import build_model, load_model, write_artifact
+from model.artifact import build_model, write_artifact
 from model.checkpoint import list_checkpoints, load_checkpoint
 from model.config import Config
 from model.convert import from_reference
@@ -39,7 +39,7 @@ from model.memory import lower, memory_for
 from model.quantize import collect_hessians, quantize_with_hessians
 from model.run import FREE_ON_RESUME, RunDir
 from model.schedule import budget_seconds
-from model.score import PATIENCE_SECONDS, ledger_path, mode_name, score_mode
+from model.score import PATIENCE_SECONDS, mode_name, record_score, score_mode, score_modes
 from model.settings import Settings, config_options, given_flags, print_settings, resolve
 from model.signals import Terminated, terminate_by_exception
 from model.train import check_dataset, train
@@ -229,8 +229,9 @@ def _quantize(
     model: GPT, config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, made_from: str, quiet: bool
 ) -> None:
     """Scores the weights as they are, quantises them and writes the artifact."""
-    with run.timed("evaluate_float"):
-        _record(run, "float", score_mode(model, dataset, "plain", config, ranks, name="float", quiet=quiet))
+    unquantised = score_mode(model, dataset, "plain", config, ranks, name="float", quiet=quiet)
+    record_score(run, "float", unquantised)
+    _say_score(run, "float", unquantised)
     with run.timed("quantize"):
         smaller = partial(lower, "calibration_tokens", config.quant.calibration_tokens, config.data.train_seq_len or 1)
         with (
@@ -276,31 +277,15 @@ def _portable(model: GPT, config: Config) -> Config:
 
 def _evaluate(config: Config, dataset: Dataset, run: RunDir, ranks: Dist, *, resume: bool, quiet: bool) -> None:
     """Scores the artifact plainly and in the preset's mode."""
-    started = time.monotonic()
-    model = load_model(run.artifact_path, ranks.device)
-    opening = time.monotonic() - started
-    for mode in dict.fromkeys(("plain", config.eval.eval_mode)):
-        name = mode_name(mode)
-        result = score_mode(
-            model,
-            dataset,
-            mode,
-            config,
-            ranks,
-            name=name,
-            quiet=quiet,
-            ledger_path=ledger_path(run.path, name),
-            resume=resume,
-            opening_seconds=opening,
-        )
-        _record(run, name, result)
-        run.merge_result({"seconds": {f"evaluate_{name}": result.seconds}})  # those before an interruption too
+    modes = dict.fromkeys(("plain", config.eval.eval_mode))
+    options: dict[str, Any] = {"run": run, "place": run.path, "resume": resume, "quiet": quiet}
+    for name, result in score_modes(run.artifact_path, dataset, modes, config, ranks, **options):
+        _say_score(run, name, result)
     final = run.result()["evaluation"][mode_name(config.eval.eval_mode)] if ranks.is_main else {}
     run.merge_result({"val_loss": final.get("val_loss"), "val_bpb": final.get("bpb")})
 
 
-def _record(run: RunDir, name: str, result: EvalResult) -> None:
-    run.merge_result({"evaluation": {name: result.summary()}, "bpb": {name: result.bpb}})
+def _say_score(run: RunDir, name: str, result: EvalResult) -> None:
     run.say(
         f"{name}: val_loss {result.val_loss:.5f}  val_bpb {result.bpb:.5f}  {result.tokens:,} tokens, "
         f"{result.bytes:,} bytes in {result.seconds:.1f} s" + ("" if result.ledger.legal else "  (not a legal score)")

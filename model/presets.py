@@ -51,7 +51,7 @@ DEFECTS = (
         "Muon's momentum is kept in bfloat16",
         "it is kept in fp32",
         "a buffer that remembers thirty steps would be rounded in each",
-        "not offered: the golden steps agree without it, and nothing else depends on it",
+        "not offered: the rounding is no part of the method",
     ),
     Defect(
         ("pr1530", "pr1727"),

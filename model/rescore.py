@@ -36,7 +36,7 @@ from model.evaluate.bpb import Score
 from model.evaluate.documents import document_boundaries, find_documents
 from model.evaluate.ledger import ARTIFACT_STATE, Ledger
 from model.evaluate.lora_ttt import DocumentTrainer
-from model.evaluate.phased_ttt import plan_phases
+from model.evaluate.phased_ttt import phases_of
 from model.evaluate.plain import plain_windows
 from model.evaluate.session import Session
 from model.evaluate.sgd_ttt import chunk_numbers
@@ -159,13 +159,7 @@ def _rescore_documents(session: Session, name: str, tokens_wanted: int, rng: np.
     config, documents = session.config, find_documents(session.tokens)
     eligible = np.arange(len(documents))
     if name == "phased":
-        eligible = plan_phases(
-            documents,
-            order=config.phased_order,
-            group_size=config.ttt_batch_size,
-            prefix=config.phased_prefix_docs,
-            phases=config.phased_num_phases,
-        )[0][0]
+        eligible = phases_of(session, documents)[0][0]
     drawn_from = int((documents[eligible, 1] - 1).sum())
     chosen, left = [], tokens_wanted
     for index in rng.permutation(eligible).tolist():

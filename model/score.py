@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,33 @@ def _score(
         parse_mode(mode)
     dataset = dataset_of(run.config() if run else config, **places)
     check_tokenizer(header, dataset)
-    ledgers = ledgers and (run is not None or _can_keep(path, ranks, resume=resume))
+    kept = ledgers and (run is not None or _can_keep(path, ranks, resume=resume))
+    place = path if kept else None
+    options: dict[str, Any] = {"run": run, "place": place, "label": label, "resume": resume, "quiet": quiet}
+    return dict(score_modes(artifact, dataset, modes, config, ranks, **options))
+
+
+def score_modes(
+    artifact: Path,
+    dataset: Dataset,
+    modes: Iterable[str],
+    config: Config,
+    ranks: Dist,
+    *,
+    run: RunDir | None,
+    place: Path | None,
+    resume: bool,
+    quiet: bool,
+    label: str | None = None,
+) -> Iterator[tuple[str, EvalResult]]:
+    """(name, result) of each mode, when it is scored and, where there is a `run`, in its result.json.
+
+    Ledgers are those of `place` (`ledger_path`), None: none is kept. The artifact is opened once, and each result's
+    time counts from there.
+    """
     started = time.monotonic()
     model = load_model(artifact, ranks.device)
     opening = time.monotonic() - started
-    results = {}
     for mode in modes:
         name = label or mode_name(mode)
         result = score_mode(
@@ -96,20 +118,24 @@ def _score(
             ranks,
             name=name,
             quiet=quiet,
-            ledger_path=ledger_path(path, name) if ledgers else None,
+            ledger_path=ledger_path(place, name) if place else None,
             resume=resume,
             opening_seconds=opening,
         )
-        results[name] = result
         if run:
-            run.merge_result(
-                {
-                    "evaluation": {name: result.summary()},
-                    "bpb": {name: result.bpb},
-                    "seconds": {f"evaluate_{name}": result.seconds},
-                }
-            )
-    return results
+            record_score(run, name, result)
+        yield name, result
+
+
+def record_score(run: RunDir, name: str, result: EvalResult) -> None:
+    """Puts a result into the run's result.json. Its seconds count what was interrupted, too."""
+    run.merge_result(
+        {
+            "evaluation": {name: result.summary()},
+            "bpb": {name: result.bpb},
+            "seconds": {f"evaluate_{name}": result.seconds},
+        }
+    )
 
 
 def score_mode(

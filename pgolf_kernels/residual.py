@@ -325,8 +325,8 @@ def combine_norm(
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
     in later uses: their gradients are then added within this function's backward kernel. `eps` is that of the norm
     (None: 1.19e-7, for float64 2.2e-16, as PyTorch takes it). Without `with_total` u is empty, which saves a pass.
-    Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for
-    integers. See the module's docstring for the formula.
+    Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for integers. See the module's
+    docstring for the formula.
     """
     _check(streams, coefficients)
     total, normed, *again = _through(streams, coefficients, scale, eps, with_total, True)

@@ -65,7 +65,7 @@ def test_a_stopped_evaluation_goes_on_from_its_ledger(stopped, data, tmp_path, m
     artifact, before = run.artifact_path.read_bytes(), Ledger.load(run.path / "ledger_sliding.npz")
     assert 0 < before.missing() < before.num_tokens - 1
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_quantize", lambda *_: pytest.fail("quantised again"))
+        patch.setattr(pipeline, "_quantize", lambda *_, **__: pytest.fail("quantised again"))
         scored = count_scores(patch)
         result = run_pipeline(stopped, resume=True)
     assert sum(scored) == before.missing()  # nothing that had a score, and nothing of the plain evaluation
@@ -79,7 +79,7 @@ def test_a_stopped_evaluation_goes_on_from_its_ledger(stopped, data, tmp_path, m
     assert result["bpb"] == whole["bpb"] and result["val_bpb"] == whole["val_bpb"]
     # Settings that do not shape the artifact may change in between.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_quantize", lambda *_: pytest.fail("quantised again"))
+        patch.setattr(pipeline, "_quantize", lambda *_, **__: pytest.fail("quantised again"))
         run_pipeline(stopped.replace(timeout_seconds=90.0, checkpoint_every=2), resume=True)
 
 

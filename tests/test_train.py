@@ -188,6 +188,16 @@ def test_checkpoints_are_written_where_workers_may_be_replaced(data, dataset, tm
     assert [path.name for path in list_checkpoints(run_of(config).checkpoints)] == saved
 
 
+def test_late_qat_stays_on_also_beyond_a_checkpoint(data, dataset, tmp_path, monkeypatch):
+    """Where the warm-down is foreseen from step times, the multiplier can rise again (pull request 1499)."""
+    monkeypatch.setattr(schedule, "lr_multiplier", lambda config, step, elapsed: 0.3 if step == 1 else 0.9)
+    config = tiny_config(data, tmp_path, iterations=3, late_qat_threshold=0.5, checkpoint_every=3)
+    train(config, dataset, run_of(config), Dist.single())
+    train(config.replace(iterations=5), dataset, run_of(config), Dist.single(), resume=True)
+    flags = [record["late_qat"] for record in run_of(config).metrics() if "loss" in record]
+    assert flags == [False, True, True, True, True]
+
+
 def test_late_qat_changes_training_and_not_the_result(data, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("model.gpt.QAT_MIN_ELEMENTS", 100)
     config = tiny_config(data, tmp_path)

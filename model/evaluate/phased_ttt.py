@@ -62,18 +62,24 @@ def plan_phases(
     return plan
 
 
-def evaluate_phased(session: Session, *, initial_a: InitialA | None = None, seed: int = 0) -> None:
-    """Scores every document with adapters of its own, on base weights that learn between the phases."""
+def phases_of(session: Session, documents: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`plan_phases` of the session's documents as its configuration says."""
     config = session.config
-    documents = find_documents(session.tokens)
-    trainer = DocumentTrainer(session, documents, initial_a=initial_a, seed=seed)
-    plan = plan_phases(
+    return plan_phases(
         documents,
         order=config.phased_order,
         group_size=config.ttt_batch_size,
         prefix=config.phased_prefix_docs,
         phases=config.phased_num_phases,
     )
+
+
+def evaluate_phased(session: Session, *, initial_a: InitialA | None = None, seed: int = 0) -> None:
+    """Scores every document with adapters of its own, on base weights that learn between the phases."""
+    config = session.config
+    documents = find_documents(session.tokens)
+    trainer = DocumentTrainer(session, documents, initial_a=initial_a, seed=seed)
+    plan = phases_of(session, documents)
     trainer.prepare([read for read, _ in plan])
     state = ARTIFACT_STATE
     for read, train in plan:
