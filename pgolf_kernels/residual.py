@@ -366,7 +366,11 @@ def _through(
 ) -> tuple[Tensor, ...]:
     inputs = [s.contiguous() for s in streams]
     eps = _eps(streams[0]) if eps is None else float(eps)
-    return _CombineNormThrough.apply(coefficients.contiguous(), float(scale), eps, with_total, with_norm, *inputs)
+    total, normed, *again = _CombineNormThrough.apply(
+        coefficients.contiguous(), float(scale), eps, with_total, with_norm, *inputs
+    )
+    # An autograd function lets all its outputs ask for gradients: a frozen stream's would be computed for nobody.
+    return total, normed, *(new if old.requires_grad else old for old, new in zip(inputs, again, strict=True))
 
 
 def _eps(x: Tensor) -> float:

@@ -126,6 +126,16 @@ def test_unwanted_gradients_change_no_other(dtype):
     _assert_unwanted_gradients_change_no_other((9, 48), dtype)
 
 
+@pytest.mark.parametrize("call", [combine, combine_norm])
+def test_a_frozen_stream_comes_back_frozen(call):
+    inputs, coefficients, *_ = _case(2, (9, 48), torch.float32)
+    frozen, learnt = inputs[0].detach(), inputs[1]
+    *_, again = call([frozen, learnt], coefficients.detach())
+    assert [stream.requires_grad for stream in again] == [False, True]
+    for before, after in zip((frozen, learnt), again, strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_later_uses_add_their_gradients(dtype):
     _assert_later_uses_add_their_gradients((9, 48), dtype)
