@@ -2,7 +2,8 @@
 
     python -m bench.real_runs RUN NAME --note TEXT    # keeps what RUN's folder says as bench/runs/NAME.json; no paths
 
-`<!-- run:NAME,OTHER -->` ... `<!-- /run -->` in a page encloses a table with a column for each record.
+`<!-- run:NAME,OTHER -->` ... `<!-- /run -->` in a page encloses a table with a column for each record, and
+one with means and standard deviations where they differ by their seeds alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.presets import get_preset
+from model.report.stats import summarize
 from model.run import RunDir
 
 RECORDS = Path(__file__).parent / "runs"
@@ -92,37 +95,61 @@ def _by_loop(steps: list[dict[str, Any]], key: str) -> dict[str, float]:
     return found
 
 
-# One line of the table: its name, and what it says of a record (None: nothing).
-Line = tuple[str, Callable[[Record], str | None]]
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: its name, where a record has its figure (None: nowhere), and how that is written."""
+
+    title: str
+    get: Callable[[Record], Any]
+    form: Callable[[Any], str]
+
+    def of(self, record: Record) -> str:
+        found = self.get(record)
+        return "" if found is None else self.form(found)
+
+    def spread(self, records: Sequence[Record]) -> str:
+        """Mean and sample standard deviation of a number that every record has and that differs between them."""
+        values = [self.get(record) for record in records]
+        if not all(isinstance(value, (int, float)) for value in values) or len(set(values)) == 1:
+            return ""
+        found = summarize(values)
+        return f"{self.form(found.mean)} ± {self.form(found.sd)}"
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    def under(key: str, form: Callable[[Any], str]) -> list[Line]:
+    def under(key: str, form: Callable[[Any], str], prefix: str = "") -> list[Line]:
         names = dict.fromkeys(name for record in records for name in record.get(key) or {})
         return [
-            (name, lambda record, name=name: form(record[key][name]) if name in (record.get(key) or {}) else None)
-            for name in names
+            Line(prefix + name, lambda record, name=name: (record.get(key) or {}).get(name), form) for name in names
         ]
 
-    def titled(prefix: str, lines: list[Line]) -> list[Line]:
-        return [(f"{prefix}{name}", say) for name, say in lines]
-
     return [
-        *titled("train loss, step ", under("loss", lambda value: f"{value:.4f}")),
-        *titled("step time, ", under("step_ms", lambda value: f"{value:,.1f} ms")),
-        *titled("tokens per second, ", under("tokens_per_second", lambda value: f"{value:,.0f}")),
-        *titled("MFU, ", under("mfu", lambda value: f"{value:.1%}")),
-        ("tokens", lambda r: f"{r['tokens']:,}" if r.get("tokens") else None),
-        ("peak GPU memory", lambda r: f"{r['peak_gpu_bytes'] / 1e9:.1f} GB" if r.get("peak_gpu_bytes") else None),
-        *titled("bits per byte, ", under("bpb", lambda value: f"{value:.5f}")),
-        *titled("nats per token, ", under("nats", lambda value: f"{value:.5f}")),
-        *titled("bits per byte, primed ", under("baselines", lambda value: f"{value:.4f}")),
-        ("gain of test-time training", lambda r: _gain(r["ttt_gain"]) if r.get("ttt_gain") else None),
-        ("artifact", lambda r: f"{r['artifact']['bytes']:,} bytes" if r.get("artifact") else None),
-        *titled("seconds, ", under("seconds", lambda value: f"{value:,.1f}")),
+        *under("loss", "{:.4f}".format, "train loss, step "),
+        *under("step_ms", "{:,.1f} ms".format, "step time, "),
+        *under("tokens_per_second", "{:,.0f}".format, "tokens per second, "),
+        *under("mfu", "{:.1%}".format, "MFU, "),
+        Line("tokens", lambda r: r.get("tokens") or None, "{:,.0f}".format),
+        Line("peak GPU memory", lambda r: r.get("peak_gpu_bytes") or None, lambda value: f"{value / 1e9:.1f} GB"),
+        *under("bpb", "{:.5f}".format, "bits per byte, "),
+        *under("nats", "{:.5f}".format, "nats per token, "),
+        *under("baselines", "{:.4f}".format, "bits per byte, primed "),
+        Line("gain of test-time training", lambda r: r.get("ttt_gain") or None, _gain),
+        Line("artifact", lambda r: (r.get("artifact") or {}).get("bytes"), "{:,.0f} bytes".format),
+        *under("seconds", "{:,.1f}".format, "seconds, "),
         *under("breakdown", lambda value: f"{1000 * value:.2f} ms"),
         *under("ablation", ablated),
     ]
+
+
+def differ_by_seed(records: Sequence[Record]) -> bool:
+    """Whether there are several, of one configuration, code and data, each with another seed."""
+
+    def rest(record: Record) -> Any:
+        changed = {name: value for name, value in record["changed"].items() if name != "seed"}
+        return record.get("preset"), changed, record.get("commit"), record.get("data_sha256"), record["machine"]
+
+    seeds = [record["changed"].get("seed") for record in records]
+    return len(records) > 1 and len(set(seeds)) == len(seeds) and all(rest(r) == rest(records[0]) for r in records)
 
 
 def _gain(gain: dict[str, Any]) -> str:
@@ -149,9 +176,13 @@ def table(names: Sequence[str], records: Sequence[Record]) -> list[str]:
         ]
         parts += [f"commit `{record['commit'][:12]}`" if record.get("commit") else "", record.get("note", "")]
         text += [f"**{name}**: " + "; ".join(filter(None, parts)) + ".", ""]
-    rows = [(title, [say(record) for record in records]) for title, say in lines_of(records)]
-    cells = [[title, *(value or "" for value in values)] for title, values in rows if any(values)]
-    return [*text, *("| " + " | ".join(row) + " |" for row in [["", *names], ["---"] * (1 + len(names)), *cells])]
+    cells = [[line.title, *map(line.of, records)] for line in lines_of(records)]
+    header = ["", *names]
+    if differ_by_seed(records):
+        header.append("mean ± standard deviation")
+        cells = [[*row, line.spread(records)] for row, line in zip(cells, lines_of(records), strict=True)]
+    kept = [row for row in cells if any(row[1:])]
+    return [*text, *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *kept])]
 
 
 def rendered(page: str, folder: Path = RECORDS) -> str:

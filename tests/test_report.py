@@ -243,6 +243,20 @@ def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
     assert "| bits per byte, lora_ttt | {0} | {0} |".format(f"{loaded.bpb['lora_ttt']:.5f}") in page
 
 
+def test_records_that_differ_by_their_seeds_have_a_mean(tmp_path):
+    base = {"machine": "A GPU", "versions": {}, "preset": "demo", "commit": "c" * 40, "tokens": 1000}
+    records = [
+        {**base, "changed": {"seed": seed}, "bpb": {"plain": bpb}} for seed, bpb in ((1, 1.25), (2, 1.5), (3, 2))
+    ]
+    lines = real_runs.table("abc", records)
+    assert "|  | a | b | c | mean ± standard deviation |" in lines
+    assert "| bits per byte, plain | 1.25000 | 1.50000 | 2.00000 | 1.58333 ± 0.38188 |" in lines
+    assert "| tokens | 1,000 | 1,000 | 1,000 |  |" in lines
+    others = [{**records[0], "changed": {"seed": 4, "iterations": 5}}, {**records[0], "commit": "d" * 40}, records[0]]
+    for other in others:
+        assert not real_runs.differ_by_seed([*records, other])
+
+
 @pytest.mark.parametrize(
     ("changes", "machine"),
     [({}, "A GPU"), ({"world_size": 2}, "2 x A GPU"), ({"gpus": []}, "A CPU, 2 threads")],
