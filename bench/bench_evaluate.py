@@ -31,6 +31,7 @@ from model.evaluate.lora_ttt import DocumentTrainer
 from model.evaluate.session import Session
 from model.gpt import GPT
 from model.presets import get_preset
+from pgolf_kernels import varlen_attention
 
 GPU = common.DEVICE.type == "cuda"
 LONGEST, LONG_DOCUMENT = 2_500, 25_000
@@ -175,17 +176,59 @@ class Peer1727:
         return step
 
 
-PROVIDERS: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "pull request 1727": Peer1727}
+class Products:
+    """Attention and the base weights' products of a chunk step, forward and backward, and nothing else: no adapter, no
+    norm, no activation, no head, and not the last layer, of which a step wants little. The library and FlashAttention 3
+    set this time, not this package."""
+
+    def __init__(self, config: Config, model: GPT, tokens: np.ndarray) -> None:
+        self.config, self.operands = config, model.operands()
+        self.layers = sum(model.config.layer_order(True), start=())[:-1]
+
+    def chunk_step(self, context: int) -> Callable[[], Any]:
+        shape, slots = self.config.model, self.config.eval.ttt_batch_size
+        rows, group = slots * context, shape.num_heads // shape.num_kv_heads
+        dtype = self.operands.head.dtype
+        bounds = torch.arange(0, rows + 1, context, dtype=torch.int32, device=common.DEVICE)
+
+        def draw(*sizes: int) -> torch.Tensor:
+            return torch.randn(rows, *sizes, device=common.DEVICE, dtype=dtype)
+
+        x, hidden, d_qkv = draw(shape.model_dim), draw(shape.hidden_dim), draw(shape.model_dim + 2 * shape.kv_dim)
+        q, grad = (draw(shape.num_heads, shape.head_dim) for _ in range(2))
+        q.requires_grad_()
+        keys, values = (
+            [t.detach().requires_grad_() for _ in range(group)]
+            for t in (draw(shape.num_kv_heads, shape.head_dim) for _ in range(2))
+        )
+
+        def step() -> None:
+            for weights in (self.operands.layers[layer] for layer in self.layers):
+                for read, weight in ((x, weights.qkv), (x, weights.o), (x, weights.up), (hidden, weights.down)):
+                    torch.nn.functional.linear(read, weight)
+                for grad_of, weight in ((x, weights.down), (hidden, weights.up), (x, weights.o), (d_qkv, weights.qkv)):
+                    torch.matmul(grad_of, weight)
+                y = varlen_attention(q, keys, values, bounds, self.config.eval.ttt_eval_seq_len)
+                torch.autograd.grad(y, [q, *keys, *values], grad)
+
+        return common.graph_of([step]).replay if GPU else step
+
+
+WHOLE: dict[str, type[Ours] | type[Peer1727]] = {"pgolf": Ours, "pull request 1727": Peer1727}
+STEPPING: dict[str, type[Ours] | type[Peer1727] | type[Products]] = {
+    **WHOLE,
+    "attention and base products only": Products,
+}
 
 
 @functools.lru_cache(maxsize=1)  # one at a time: the other's graphs and adapters would stay on the GPU
-def built(provider: str) -> Ours | Peer1727:
+def built(provider: str) -> Any:
     config = configuration()
-    return PROVIDERS[provider](config, network(config), stream(config.model.vocab_size))
+    return STEPPING[provider](config, network(config), stream(config.model.vocab_size))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", WHOLE)
 def test_whole_set(recording: Any, provider: str) -> None:
     tokens = len(stream(configuration().model.vocab_size)) - 1
     with recording(f"{tokens} tokens", provider) as recorder:
@@ -205,7 +248,7 @@ def test_whole_set(recording: Any, provider: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", STEPPING)
 @pytest.mark.parametrize("context", CONTEXTS if GPU else CONTEXTS[:1])
 def test_chunk_step(recording: Any, context: int, provider: str) -> None:
     with recording(f"{configuration().eval.ttt_batch_size} documents, context {context}", provider) as recorder:
