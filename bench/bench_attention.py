@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.common import DEVICE, Call, Work
 from bench.peers import Absent
@@ -101,6 +103,31 @@ def torch_repeated(x: dict[str, Tensor]) -> Tensor:
     return varlen_attn(x["q"], k, v, bounds, bounds, LONGEST, LONGEST, window_size=(-1, 0))
 
 
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def block_mask(bounds: Tensor) -> Any:
+    """Causal within documents. It is made once an input and not timed: all layers of a step share it."""
+    positions = torch.arange(int(bounds[-1]), device=bounds.device, dtype=bounds.dtype)
+    document = torch.searchsorted(bounds, positions, right=True)
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[query] == document[key]) & (query >= key)
+
+    return compiled(create_block_mask)(visible, None, None, len(positions), len(positions), device=bounds.device)
+
+
+def flex(x: dict[str, Any]) -> Tensor:
+    if not GPU and x["q"].requires_grad:
+        raise Absent("flex_attention has no backward pass on the CPU")
+    if "mask" not in x:
+        x["mask"] = block_mask(x["bounds"])
+    q, k, v = (x[name].transpose(0, 1).unsqueeze(0) for name in ("q", "k", "v"))
+    return compiled(flex_attention)(q, k, v, block_mask=x["mask"], enable_gqa=True).squeeze(0).transpose(0, 1)
+
+
 def by_document(x: dict[str, Tensor]) -> Tensor:
     if GPU:
         raise Absent("holds whole score matrices: for the CPU")
@@ -112,17 +139,15 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "FlashAttention 3": through("fa3"),
     "torch, grouped": through("torch"),
     "torch, repeated": torch_repeated,
+    "flex_attention, torch.compile": flex,
     "softmax by document": by_document,
 }
 
 
 def forward_by(function: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Case, dict[str, Tensor]], Call]:
     def build(case: Case, x: dict[str, Tensor]) -> Call:
-        def call() -> Tensor:
-            with torch.no_grad():
-                return function(x)
-
-        return call
+        inputs = x | {name: x[name].detach() for name in ("q", "k", "v")}
+        return lambda: function(inputs)
 
     return build
 

@@ -1,4 +1,5 @@
-"""Linears with a document's own adapter, beside a linear and two bmm under autocast, as the public systems do it."""
+"""Linears with a document's own adapter, beside a linear and two bmm under autocast, as the public systems do it,
+eagerly and under torch.compile."""
 
 from __future__ import annotations
 
@@ -76,28 +77,32 @@ def both_work(case: Case) -> Work:
     return Work((3 * x + 2 * y) * DTYPE.itemsize + 12 * adapters, 2 * case.rows * per_row)
 
 
-def ours(x: dict[str, Any]) -> list[Tensor]:
-    if len(x["a"]) == 1:
-        return [batched_lora(x["x"], x["weights"][0], x["a"][0], x["b"][0])]
-    return batched_lora_multi(x["x"], x["weights"], x["a"], x["b"])
+def ours(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    if len(a) == 1:
+        return [batched_lora(x, weights[0], a[0], b[0])]
+    return batched_lora_multi(x, weights, a, b)
 
 
-def linear_and_bmm(x: dict[str, Any]) -> list[Tensor]:
+def linear_and_bmm(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     with torch.autocast(DEVICE.type, DTYPE, enabled=GPU):
         return [
-            F.linear(x["x"], weight) + torch.bmm(torch.bmm(x["x"], a.mT), b.mT)
-            for weight, a, b in zip(x["weights"], x["a"], x["b"], strict=True)
+            F.linear(x, weight) + torch.bmm(torch.bmm(x, lora_a.mT), lora_b.mT)
+            for weight, lora_a, lora_b in zip(weights, a, b, strict=True)
         ]
 
 
-FUNCTIONS = {"pgolf_kernels": ours, "linear and two bmm": linear_and_bmm}
+FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {
+    "pgolf_kernels": ours,
+    "linear and two bmm": linear_and_bmm,
+    "linear and two bmm, torch.compile": torch.compile(linear_and_bmm, dynamic=False),
+}
 
 
 def forward_by(function: Callable[..., list[Tensor]]) -> Callable[[Case, dict[str, Any]], Call]:
     def build(case: Case, x: dict[str, Any]) -> Call:
         def call() -> list[Tensor]:
             with torch.no_grad():
-                return function(x)
+                return function(x["x"], x["weights"], x["a"], x["b"])
 
         return call
 
@@ -106,7 +111,8 @@ def forward_by(function: Callable[..., list[Tensor]]) -> Callable[[Case, dict[st
 
 def both_by(function: Callable[..., list[Tensor]]) -> Callable[[Case, dict[str, Any]], Call]:
     def build(case: Case, x: dict[str, Any]) -> Call:
-        return lambda: torch.autograd.grad(function(x), [x["x"], *x["a"], *x["b"]], x["grads"])
+        inputs = [x["x"], *x["a"], *x["b"]]
+        return lambda: torch.autograd.grad(function(x["x"], x["weights"], x["a"], x["b"]), inputs, x["grads"])
 
     return build
 

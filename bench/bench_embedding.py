@@ -1,4 +1,7 @@
-"""The gradient of the embedding table, fp32 sums of bf16 gradients, beside PyTorch."""
+"""The gradient of the embedding table, fp32 sums of bf16 gradients, beside PyTorch.
+
+"Cast first" is what ablation.py puts in the kernel's place: its gradient is rounded to bf16 on its way to the table.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from bench import data
 from bench.common import DEVICE, Call, Work
+from bench.expressions import embedding as cast_first
 from pgolf_kernels import embedding
 
 GPU = DEVICE.type == "cuda"
@@ -52,7 +56,13 @@ def both_by(function: Any) -> Any:
     return build
 
 
-BOTH = {"pgolf_kernels": both_by(embedding), "eager": both_by(plain)}
+FUNCTIONS = {
+    "pgolf_kernels": embedding,
+    "eager": plain,
+    "eager, cast first": cast_first,
+    "torch.compile": torch.compile(plain, dynamic=False),
+}
+BOTH = {name: both_by(function) for name, function in FUNCTIONS.items()}
 
 
 def work(case: Case) -> Work:

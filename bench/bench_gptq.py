@@ -1,7 +1,9 @@
-"""GPTQ of single matrices and of a whole model, beside the public code and a plain loop over columns."""
+"""GPTQ of single matrices and of a whole model, beside the public code and a plain loop over columns, whose step is
+eager or compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common import Call, Work
+from bench.common import DEVICE, Call, Work
 from bench.peers import script_1530
 from pgolf_kernels import GptqRecipe, gptq_quantize_many
 
 LAYERS = 11
+BLOCK = 128  # columns whose updates are applied to each other at once, to the rest at the block's end
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,33 @@ def ours(case: Case, x: dict[str, list[Any]]) -> Call:
     return lambda: gptq_quantize_many(x["weights"], x["hessians"], x["recipes"])
 
 
-def column_loop(weight: Tensor, hessian: Tensor, recipe: GptqRecipe, block: int = 128) -> tuple[Tensor, Tensor]:
+def quantize_column(
+    part: Tensor, errors: Tensor, codes: Tensor, upper: Tensor, wide: Tensor, most: float, j: int
+) -> None:
+    """Column j of a block: its codes and its error, which the columns behind it take on."""
+    row = upper[j]
+    code = (part[:, j] / wide).round().clamp(-most, most)
+    errors[:, j] = (part[:, j] - code * wide) / row[j]
+    part[:, j:] -= errors[:, j : j + 1] * row[j:]
+    codes[:, j] = code.to(torch.int8)
+
+
+def quantize_column_whole(
+    part: Tensor, errors: Tensor, codes: Tensor, upper: Tensor, wide: Tensor, most: float, j: Tensor
+) -> None:
+    """The same in one shape for every column, as a compiler wants it: j [1] is on the device, and all columns take the
+    error on, those in front with the zeros that a triangular factor has there."""
+    row, x = upper.index_select(0, j), part.index_select(1, j)
+    code = (x / wide.unsqueeze(1)).round().clamp(-most, most)
+    error = (x - code * wide.unsqueeze(1)) / row.index_select(1, j)
+    errors.index_copy_(1, j, error)
+    codes.index_copy_(1, j, code.to(torch.int8))
+    part.sub_(error * row)
+
+
+def column_loop(
+    weight: Tensor, hessian: Tensor, recipe: GptqRecipe, quantize: Callable[..., None], columns: Any
+) -> tuple[Tensor, Tensor]:
     """GPTQ as public scripts run it: factorise, invert, factorise again; one column after the other in PyTorch."""
     cols = weight.shape[1]
     damped = hessian + torch.eye(cols, device=weight.device) * (0.01 * hessian.diagonal().mean())
@@ -81,21 +110,28 @@ def column_loop(weight: Tensor, hessian: Tensor, recipe: GptqRecipe, block: int 
     wide = scales.float()
     rest = weight[:, order]
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for begin in range(0, cols, block):
-        end = min(begin + block, cols)
+    for begin in range(0, cols, BLOCK):
+        end = min(begin + BLOCK, cols)
         part, errors = rest[:, begin:end].clone(), torch.empty_like(rest[:, begin:end])
-        for j in range(end - begin):
-            row = upper[begin + j, begin:end]
-            code = (part[:, j] / wide).round().clamp(-recipe.max_code, recipe.max_code)
-            errors[:, j] = (part[:, j] - code * wide) / row[j]
-            part[:, j:] -= errors[:, j : j + 1] * row[j:]
-            codes[:, begin + j] = code.to(torch.int8)
+        triangle, own = upper[begin:end, begin:end], codes[:, begin:end]
+        for j in columns[: end - begin]:
+            quantize(part, errors, own, triangle, wide, recipe.max_code, j)
         rest[:, end:] -= errors @ upper[begin:end, end:]
     return codes[:, order.argsort()], scales
 
 
 def loop(case: Case, x: dict[str, list[Any]]) -> Call:
-    return lambda: [column_loop(*each) for each in zip(x["weights"], x["hessians"], x["recipes"], strict=True)]
+    return loop_of(x, quantize_column, range(BLOCK))
+
+
+def compiled_loop(case: Case, x: dict[str, list[Any]]) -> Call:
+    columns = [torch.full((1,), j, device=DEVICE) for j in range(BLOCK)]
+    return loop_of(x, torch.compile(quantize_column_whole, dynamic=False), columns)
+
+
+def loop_of(x: dict[str, list[Any]], quantize: Callable[..., None], columns: Any) -> Call:
+    matrices = list(zip(x["weights"], x["hessians"], x["recipes"], strict=True))
+    return lambda: [column_loop(*each, quantize, columns) for each in matrices]
 
 
 def public(case: Case, x: dict[str, list[Any]]) -> Call:
@@ -108,7 +144,12 @@ def public(case: Case, x: dict[str, list[Any]]) -> Call:
     return lambda: [quantize(*each) for each in matrices]
 
 
-PROVIDERS = {"pgolf_kernels": ours, "pull request 1530, on the CPU": public, "PyTorch loop over columns": loop}
+PROVIDERS = {
+    "pgolf_kernels": ours,
+    "pull request 1530, on the CPU": public,
+    "PyTorch loop over columns": loop,
+    "loop over columns, torch.compile": compiled_loop,
+}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

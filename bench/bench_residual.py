@@ -1,4 +1,4 @@
-"""Weighted sums of residual streams with their RMSNorm, beside PyTorch."""
+"""Weighted sums of residual streams with their RMSNorm, and either alone, beside PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import DEVICE, Call, Work
-from pgolf_kernels import combine_norm
+from bench import expressions
+from bench.common import DEVICE, Call, Work, beside_pytorch
+from pgolf_kernels import combine, combine_norm, norm_residual
 
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -30,6 +31,7 @@ class Case:
 
 
 CASES = [Case(1), Case(3), Case(5)]
+SUMS, NORMS = [Case(3)], [Case(1)]
 
 
 def setup(case: Case, device: torch.device) -> dict[str, Any]:
@@ -50,6 +52,15 @@ def ours(streams: list[Tensor], coefficients: Tensor) -> tuple[Tensor, Tensor]:
     return combine_norm(streams, coefficients)[:2]
 
 
+def sum_by(function: Callable[..., Any]) -> Callable[..., tuple[Tensor]]:
+    return lambda streams, coefficients: (function(streams, coefficients)[0],)
+
+
+def norm_by(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Both outputs have a gradient: that of x is of the residual connection around what reads the norm."""
+    return lambda streams, coefficients: function(streams[0])
+
+
 def forward_by(function: Callable[..., Any]) -> Callable[[Case, dict[str, Any]], Call]:
     def build(case: Case, x: dict[str, Any]) -> Call:
         streams, coefficients = [s.detach() for s in x["streams"]], x["coefficients"].detach()
@@ -61,14 +72,25 @@ def forward_by(function: Callable[..., Any]) -> Callable[[Case, dict[str, Any]],
 def both_by(function: Callable[..., Any]) -> Callable[[Case, dict[str, Any]], Call]:
     def build(case: Case, x: dict[str, Any]) -> Call:
         inputs = [*x["streams"], x["coefficients"]]
-        return lambda: torch.autograd.grad(function(x["streams"], x["coefficients"]), inputs, x["upstream"])
+
+        def call() -> tuple[Tensor | None, ...]:
+            outputs = function(x["streams"], x["coefficients"])
+            return torch.autograd.grad(outputs, inputs, x["upstream"][: len(outputs)], allow_unused=True)
+
+        return call
 
     return build
 
 
-FUNCTIONS = {"pgolf_kernels": ours, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-FORWARD = {name: forward_by(function) for name, function in FUNCTIONS.items()}
-BOTH = {name: both_by(function) for name, function in FUNCTIONS.items()}
+FUNCTIONS = beside_pytorch(ours, eager)
+SUM = {name: sum_by(function) for name, function in beside_pytorch(combine, expressions.combine).items()}
+NORM = {name: norm_by(function) for name, function in beside_pytorch(norm_residual, expressions.norm_residual).items()}
+FORWARD, SUM_FORWARD, NORM_FORWARD = (
+    {name: forward_by(function) for name, function in each.items()} for each in (FUNCTIONS, SUM, NORM)
+)
+BOTH, SUM_BOTH, NORM_BOTH = (
+    {name: both_by(function) for name, function in each.items()} for each in (FUNCTIONS, SUM, NORM)
+)
 
 
 def forward_work(case: Case) -> Work:
@@ -92,3 +114,33 @@ def test_forward(bench: Any, case: Case, provider: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_backward(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, BOTH, setup, both_work)
+
+
+def passes(count: Callable[[Case], int]) -> Callable[[Case], Work]:
+    """So many passes over one stream."""
+    return lambda case: Work(bytes=count(case) * case.rows * case.width * DTYPE.itemsize)
+
+
+@pytest.mark.parametrize("provider", SUM_FORWARD)
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_combine_forward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, SUM_FORWARD, setup, passes(lambda case: case.streams + 1))
+
+
+@pytest.mark.parametrize("provider", SUM_BOTH)
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_combine_forward_backward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, SUM_BOTH, setup, passes(lambda case: 3 * case.streams + 2))
+
+
+@pytest.mark.parametrize("provider", NORM_FORWARD)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_norm_residual_forward(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, NORM_FORWARD, setup, passes(lambda case: 2))
+
+
+@pytest.mark.parametrize("provider", NORM_BOTH)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_norm_residual_forward_backward(bench: Any, case: Case, provider: str) -> None:
+    """Forward as above; backward: x or its norm and two gradients read, one written."""
+    bench(case, provider, NORM_BOTH, setup, passes(lambda case: 6))

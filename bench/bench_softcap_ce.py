@@ -1,4 +1,5 @@
-"""Softcap cross-entropy on given logits, and with the output head, beside what else one could call."""
+"""Softcap cross-entropy on given logits, and with the output head, in training and in scoring, beside what else one
+could call."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from torch import Tensor
 
 from bench.common import DEVICE, Call, Work
 from bench.peers import Absent, peer_package
-from pgolf_kernels import linear_softcap_cross_entropy, softcap_cross_entropy, softcap_cross_entropy_with_grad
+from pgolf_kernels import (
+    linear_softcap_cross_entropy,
+    score_tokens,
+    softcap_cross_entropy,
+    softcap_cross_entropy_with_grad,
+)
 
 SOFTCAP = 30.0
 GPU = DEVICE.type == "cuda"
@@ -202,6 +208,51 @@ def head_work(case: Case) -> Work:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_head(bench: Any, case: Case, provider: str) -> None:
     bench(case, provider, HEAD, setup_head, head_work)
+
+
+# Scores of tokens, with the probabilities of hints ------------------------------------------------------------------
+
+
+def setup_score(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Every second token has a hint."""
+    hints = torch.randint(case.vocab, (case.rows,), device=device)
+    hints[::2] = -1
+    return {name: t.detach() for name, t in setup_head(case, device).items()} | {"hints": hints}
+
+
+def scores_of(hidden: Tensor, weight: Tensor, targets: Tensor, hints: Tensor) -> tuple[Tensor, Tensor]:
+    logits = (hidden @ weight.T).float()
+    log_probs = F.log_softmax(SOFTCAP * torch.tanh(logits / SOFTCAP), dim=1)
+    of_hints = log_probs.gather(1, hints.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return F.nll_loss(log_probs, targets, reduction="none"), of_hints.masked_fill(hints < 0, -torch.inf)
+
+
+def our_scores(hidden: Tensor, weight: Tensor, targets: Tensor, hints: Tensor) -> Any:
+    return score_tokens(hidden, weight, targets, SOFTCAP, hints=hints)
+
+
+def score_by(function: Any) -> Any:
+    return lambda case, x: lambda: function(x["hidden"], x["weight"], x["targets"], x["hints"])
+
+
+SCORE = {
+    name: score_by(function)
+    for name, function in {
+        "pgolf_kernels": our_scores,
+        "eager": scores_of,
+        "torch.compile": lambda *inputs: compiled(scores_of)(*inputs),
+    }.items()
+}
+
+
+def score_work(case: Case) -> Work:
+    return Work(bytes=case.rows * case.width * ELEMENT, flops=2 * case.rows * case.vocab * case.width)
+
+
+@pytest.mark.parametrize("provider", SCORE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_score(bench: Any, case: Case, provider: str) -> None:
+    bench(case, provider, SCORE, setup_score, score_work)
 
 
 # The head with adapters, as test-time training calls it ---------------------------------------------------------------

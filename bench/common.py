@@ -46,6 +46,15 @@ class Work:
         return max(self.bytes / ceilings.bytes_per_s, self.flops / ceilings.flop_per_s)
 
 
+def beside_pytorch(kernel: Call, expression: Call) -> dict[str, Call]:
+    """A kernel and what one would write without it: as it is, and compiled."""
+    return {
+        "pgolf_kernels": kernel,
+        "eager": expression,
+        "torch.compile": torch.compile(expression, dynamic=False),
+    }
+
+
 @dataclass(frozen=True)
 class Ceilings:
     bytes_per_s: float  # a large copy, read and write counted

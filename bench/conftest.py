@@ -196,6 +196,7 @@ def bench(request: pytest.FixtureRequest, recording: Any) -> Iterator[Callable[.
             recorder.against(amount)
 
     yield run
+    torch._dynamo.reset()  # a function compiled for more cases than dynamo keeps would run eagerly from there on
     if common.DEVICE.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

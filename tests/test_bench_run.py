@@ -146,6 +146,33 @@ def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
     assert run_toy(pytester, toy, *options).ret != 0  # nothing was compared
 
 
+COMPILED = textwrap.dedent(
+    """
+    import pytest, torch
+    from bench.common import Work
+
+    sizes = set()
+
+    def backend(graph, inputs):
+        sizes.add(len(inputs[0]))
+        return graph.forward
+
+    plus_one = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    PROVIDERS = {"pgolf_kernels": lambda case, x: lambda: plus_one(x)}
+
+    @pytest.mark.parametrize("case", range(2, 3 + torch._dynamo.config.recompile_limit))
+    def test_part(bench, case):
+        bench(case, "pgolf_kernels", PROVIDERS, lambda case, device: torch.ones(case), lambda case: Work(bytes=1 << 27))
+        assert case in sizes
+    """
+)
+
+
+def test_each_row_is_compiled_however_many_there_are(toy, pytester):
+    toy.write_text(COMPILED)
+    assert run_toy(pytester, toy).ret == 0
+
+
 def test_what_cannot_be_captured_is_called_and_says_why(monkeypatch):
     def waits(calls):
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
