@@ -11,8 +11,9 @@ g_p = dy_p, s_p = scale * x A_p[b]^T and e_p = scale * g_p B_p[b]:
 x [B, T, in] with a document a row, or packed [N, in] with `cu_seqlens`. The adapters' two products are the extra depth
 of one matrix product, [x | s] [W | B]^T, so that neither direction makes a second pass over its output; saved beside
 the inputs are s (rank columns a row) and the adapters as the products read them. Adapters in fp32 beside bf16
-activations are cast inside and get fp32 gradients straight from the accumulators. Source: the test-time training of
-pull requests 1530 and 1727, which does this with a linear and two bmm.
+activations are cast inside and get fp32 gradients straight from the accumulators; a CPU rounds each document's to bf16
+first, as the expression below does. Source: the test-time training of pull requests 1530 and 1727, which does this with
+a linear and two bmm.
 """
 
 from __future__ import annotations
@@ -90,14 +91,17 @@ def _times(x: Tensor, matrices: Tensor, layout: Layout, addend: Tensor | None = 
 def _outer(u: Tensor, v: Tensor, count: int, dtype: torch.dtype, layout: Layout) -> Tensor:
     """sum over each adapter's documents of u_b^T v_b: u [N, m], v [N, n] -> [count, m, n]."""
     wide = torch.promote_types(u.dtype, dtype)
-    u, v = u.to(wide), v.to(wide)
+    # A CPU multiplies bfloat16 several times as fast as float32, with the same accumulators, and rounds the result; its
+    # float16 products are the slow ones.
+    if u.dtype != torch.bfloat16:
+        u, v = u.to(wide), v.to(wide)
     if layout.cu_seqlens is None:
         products = torch.bmm(layout.planes(u, count).mT, layout.planes(v, count))
         if layout.index is None:
             return products.to(dtype)
-        out = products.new_zeros((count, *products.shape[1:]))
-        return out.index_add_(0, layout.index, products).to(dtype)
-    out = u.new_zeros((count, u.shape[1], v.shape[1]))
+        out = products.new_zeros((count, *products.shape[1:]), dtype=wide)
+        return out.index_add_(0, layout.index, products.to(wide)).to(dtype)
+    out = u.new_zeros((count, u.shape[1], v.shape[1]), dtype=wide)
     for rows, adapter in layout.spans():
         out[adapter] += u[rows].t() @ v[rows]
     return out.to(dtype)
@@ -122,6 +126,22 @@ def low_size(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], dtype: torch.
     return sum(b.shape[0] * rank * (depth + b.shape[1]) for b, rank in zip(lora_bs, ranks, strict=True))
 
 
+def _kept_size(x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> int:
+    """Elements that a forward keeps of the adapters as its products read them: all for the kernels, or what is cast."""
+    if runs_narrow_triton(x):
+        return low_size(lora_as, lora_bs, x.dtype)
+    return sum(t.numel() for t in (*lora_as, *lora_bs) if t.dtype != x.dtype)
+
+
+def _kept(adapters: Sequence[Tensor], low: Tensor) -> list[Tensor]:
+    """The adapters where they have low's dtype, and the places of the others in `low`, one behind the other."""
+    places, end = [], 0
+    for adapter in adapters:
+        start, end = end, end + (adapter.numel() if adapter.dtype != low.dtype else 0)
+        places.append(low[start:end].view(adapter.shape) if adapter.dtype != low.dtype else adapter)
+    return places
+
+
 def _spread(present: Sequence[Tensor], parts: Sequence[int], bit: int) -> list[Tensor | None]:
     iterator = iter(present)
     return [next(iterator) if part & bit else None for part in parts]
@@ -143,21 +163,30 @@ def _forward(
     per_weight, per_residual = _spread(weights, parts, _WEIGHT), _spread(residuals, parts, _RESIDUAL)
     if runs_narrow_triton(x) and x.numel():
         return kernels("batched_lora").forward(x, per_weight, lora_as, lora_bs, per_residual, layout, scale)
+    low = x.new_empty(_kept_size(x, lora_as, lora_bs))
+    adapters = _kept([*lora_as, *lora_bs], low)
+    for place, adapter in zip(adapters, (*lora_as, *lora_bs), strict=True):
+        if place is not adapter:
+            place.copy_(adapter)
     ys, shrunk = [], []
-    for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
-        s = _times(x, a.to(x.dtype).mT, layout)
+    for weight, a, b, residual in zip(
+        per_weight, adapters[: len(lora_as)], adapters[len(lora_as) :], per_residual, strict=True
+    ):
+        s = _times(x, a.mT, layout)
         s = s if scale == 1.0 else s.mul_(scale)
-        y = residual.clone(memory_format=torch.contiguous_format) if residual is not None else None
+        y = None
         if weight is not None:
-            product = x @ weight.to(x.dtype).t()
-            y = product if y is None else y.add_(product)
-        ys.append(_times(s, b.to(x.dtype).mT, layout, y))
+            transposed = weight.to(x.dtype).t()
+            y = x @ transposed if residual is None else torch.addmm(residual, x, transposed)
+        elif residual is not None:
+            y = residual.clone(memory_format=torch.contiguous_format)
+        ys.append(_times(s, b.mT, layout, y))
         missing = padded(s.shape[1], x.dtype) - s.shape[1]
         shrunk.append(F.pad(s, (0, missing)) if missing else s)
     return [
         *ys,
         torch.cat(shrunk, dim=1) if len(shrunk) > 1 else shrunk[0],
-        x.new_empty(low_size(lora_as, lora_bs, x.dtype) if runs_narrow_triton(x) else 0),
+        low,
     ]
 
 
@@ -170,7 +199,7 @@ def _forward_fake(
 ) -> list[Tensor]:
     ys = [x.new_empty((x.shape[0], b.shape[1])) for b in lora_bs]
     shrunk = x.new_empty((x.shape[0], sum(padded(a.shape[1], x.dtype) for a in lora_as)))
-    return [*ys, shrunk, x.new_empty(low_size(lora_as, lora_bs, x.dtype) if runs_narrow_triton(x) else 0)]
+    return [*ys, shrunk, x.new_empty(_kept_size(x, lora_as, lora_bs))]
 
 
 def _backward_kernel(
@@ -205,16 +234,21 @@ def _backward_kernel(
     d_x = None
     d_as, d_bs = [], []
     columns = shrunk.split([padded(a.shape[1], x.dtype) for a in lora_as], dim=1)
-    for grad, weight, a, b, s in zip(grads, per_weight, lora_as, lora_bs, columns, strict=True):
-        e = _times(grad, b.to(x.dtype), layout)
+    adapters = [*lora_as, *lora_bs]
+    adapters = _kept(adapters, low) if low.numel() else [t.to(x.dtype) for t in adapters]
+    for grad, weight, a, b, s, dtype in zip(
+        grads, per_weight, adapters[: len(lora_as)], adapters[len(lora_as) :], columns, (a.dtype for a in lora_as),
+        strict=True,
+    ):  # fmt: skip
+        e = _times(grad, b, layout)
         e = e if scale == 1.0 else e.mul_(scale)
-        d_as.append(_outer(e, x, a.shape[0], a.dtype, layout))
-        d_bs.append(_outer(grad, s[:, : a.shape[1]], b.shape[0], b.dtype, layout))
+        d_as.append(_outer(e, x, a.shape[0], dtype, layout))
+        d_bs.append(_outer(grad, s[:, : a.shape[1]], b.shape[0], dtype, layout))
         if wants_x:
             if weight is not None:
-                product = grad @ weight.to(x.dtype)
-                d_x = product if d_x is None else d_x.add_(product)
-            d_x = _times(e, a.to(x.dtype), layout, d_x)
+                weight = weight.to(x.dtype)
+                d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
+            d_x = _times(e, a, layout, d_x)
     return [x.new_empty(0) if d_x is None else d_x, *d_weights, *d_as, *d_bs]
 
 

@@ -169,8 +169,9 @@ def test_frozen_inputs_and_weights_get_no_gradient():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_contract(case):
-    inputs, grads, options = _make(case, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_contract(case, dtype):
+    inputs, grads, options = _make(case, dtype)
     count = len(grads)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
     weights, a, b, residuals = (leaves[1 + i * count : 1 + (i + 1) * count] for i in range(4))
@@ -184,7 +185,7 @@ def test_op_contract(case):
     if count == 1:
         x, *_, packed, index, rows, scale = arguments
         torch.library.opcheck(_single_op, (x, weights[0], a[0], b[0], None, packed, index, rows, scale))
-        residual = torch.randn(x.shape[0], b[0].shape[1], requires_grad=True)
+        residual = torch.randn(x.shape[0], b[0].shape[1], dtype=dtype, requires_grad=True)
         torch.library.opcheck(_single_op, (x, None, a[0], b[0], residual, packed, index, rows, scale))
 
 
@@ -195,6 +196,14 @@ def test_compiled_equals_eager_also_under_autocast():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             eager, traced = batched_lora(x, weight, a, b), compiled(x, weight, a, b)
         assert eager.dtype == torch.float32 and torch.equal(eager, traced)
+
+
+def test_adapters_of_another_dtype_are_kept_as_the_products_read_them():
+    x, a, b = torch.randn(6, 8), torch.randn(2, 4, 8), torch.randn(2, 5, 4).mT.contiguous().mT
+    for dtype, kept in ((torch.float32, 0), (torch.bfloat16, a.numel() + b.numel())):
+        *_, low = _single_op(x.to(dtype), None, a, b, None, None, None, 3, 1.0)
+        assert low.dtype == dtype and low.shape == (kept,)
+    assert torch.equal(low, torch.cat([a.flatten(), b.flatten()]).bfloat16())
 
 
 def test_strided_and_empty_inputs():
