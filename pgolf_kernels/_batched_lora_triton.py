@@ -75,6 +75,9 @@ MAX_SPLITS = 32  # programs a document, each of which writes its share of e in f
 STEP = LoraConfig(rows=64, columns=128, strips=4, stages=3, warps=4)
 SHORT_STEP = LoraConfig(rows=64, columns=128, depth=32, strips=4)
 SHORT_ROWS = 256  # rows a document, on the average, up to which a step is short
+# Strips of a tile where a packed batch's output has no multiple of 16: each element then has an address and a mask of
+# its own, for which a whole tile leaves no registers.
+MASKED_STRIPS = 8
 CAST_TILE = 8192  # elements a program casts
 MAP_TILE = 4096  # tiles times documents that a program of the map compares
 # Elements of the widest output from which on launches are no programmatic dependents. H200, forward and backward of 64
@@ -178,8 +181,12 @@ def _project(
     else:
         config = SHRINK if out.shape[1] <= SHRINK.columns else SHRINK_MANY
     bm, bn, bk = config.rows, config.columns, config.depth
-    strips = config.strips if residual is None else 2 * config.strips  # one of the residual lies beside the output's
     columns = out.shape[1]
+    if tiles.packed:
+        strips = 1 if columns % 16 == out.stride(0) % 16 == 0 else MASKED_STRIPS
+    else:
+        # A strip of the residual lies beside the output's.
+        strips = config.strips if residual is None else 2 * config.strips
     w_block = (1, bk, bn) if transposed else (1, bn, bk)
     s_desc, own_desc = descriptor(tiles.planes(s), (1, bm, bk)), descriptor(own, w_block)
     pairs = [(descriptor(tiles.planes(a), (1, bm, bk)), descriptor(w.unsqueeze(0), w_block)) for a, w in shared]

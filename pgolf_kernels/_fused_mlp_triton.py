@@ -7,7 +7,7 @@ written in strips of its columns that share one buffer; the shared memory this f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,6 +33,8 @@ class MlpConfig:
 
 UP = MlpConfig()
 GRAD_PRE = MlpConfig(depth=32, strips=4, stages=4)
+# Depths whose number of steps is no power of two, and those of one or two steps, want two more registers a thread.
+GRAD_PRE_ODD = replace(GRAD_PRE, strips=2)
 
 
 @triton.jit
@@ -143,7 +145,8 @@ def grad_pre(grad: Tensor, w_down: Tensor, kept: Tensor, slope: float, keeps_sig
     (rows, depth), hidden_dim = grad.shape, w_down.shape[1]
     grad, w_down, kept = described(grad), described(w_down), described(kept)
     out = new_described(grad, rows, hidden_dim)
-    config = GRAD_PRE
+    steps = triton.cdiv(depth, GRAD_PRE.depth)
+    config = GRAD_PRE if steps > 2 and steps & (steps - 1) == 0 else GRAD_PRE_ODD
     strip_block = (config.rows, config.columns // config.strips)
     with torch.cuda.device_of(grad):
         _grad_pre_kernel[_grid(grad, rows, hidden_dim, config)](

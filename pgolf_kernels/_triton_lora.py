@@ -107,12 +107,14 @@ def project_kernel(
             acc *= tl.where(adapter < 0, 0.0, scale)
         if PACKED:
             row = m + tl.arange(0, BM)
-            column_n = n + tl.arange(0, BN)
-            offsets = row.to(tl.int64)[:, None] * y_stride + column_n[None, :]
-            mask = (row < end)[:, None] & (column_n < columns)[None, :]
-            if RESIDUAL:
-                acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+            for i in tl.static_range(STRIPS):
+                part = strip(acc, i, STRIPS, BM, BN)
+                column_n = n + i * (BN // STRIPS) + tl.arange(0, BN // STRIPS)
+                offsets = row.to(tl.int64)[:, None] * y_stride + column_n[None, :]
+                mask = (row < end)[:, None] & (column_n < columns)[None, :]
+                if RESIDUAL:
+                    part += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                tl.store(y_ptr + offsets, part.to(y_ptr.dtype.element_ty), mask=mask)
         else:
             for i in tl.static_range(STRIPS):
                 part = strip(acc, i, STRIPS, BM, BN)

@@ -27,8 +27,9 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def fused_mlp(module: ModuleType, dtype: torch.dtype) -> None:
-    x, w_up, w_down = (empty(*shape, dtype=dtype) for shape in ((ROWS, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)))
+def fused_mlp(module: ModuleType, dtype: torch.dtype, width: int = WIDTH, hidden_dim: int = HIDDEN) -> None:
+    shapes = (ROWS, width), (hidden_dim, width), (width, hidden_dim)
+    x, w_up, w_down = (empty(*shape, dtype=dtype) for shape in shapes)
     keeps_sign = dtype == BF16
     hidden, pre = module.up(x, w_up, 0.5, keeps_sign)
     module.grad_pre(x, w_down, hidden if keeps_sign else pre, 0.5, keeps_sign)
@@ -47,12 +48,14 @@ def linear_softcap_ce(module: ModuleType, vocab: int) -> None:
     module.by_document(index[:3072], 64)
 
 
-def batched_lora(module: ModuleType, packed: bool, dtype: torch.dtype, outs: tuple[int, ...]) -> None:
+def batched_lora(
+    module: ModuleType, packed: bool, dtype: torch.dtype, outs: tuple[int, ...], width: int = WIDTH
+) -> None:
     """Three projections of one input, with adapters picked by an index and one residual; or the head's."""
     documents, length = 64, 2048
-    x = empty(documents * length, WIDTH, dtype=dtype)
-    weights = [empty(out, WIDTH, dtype=dtype) for out in outs]
-    a = [empty(documents, 96, WIDTH, dtype=FP32) for _ in outs]
+    x = empty(documents * length, width, dtype=dtype)
+    weights = [empty(out, width, dtype=dtype) for out in outs]
+    a = [empty(documents, 96, width, dtype=FP32) for _ in outs]
     b = [empty(documents, out, 96, dtype=FP32) for out in outs]
     index = empty(documents, dtype=torch.int64)
     bounds = empty(documents + 1, dtype=torch.int32)
@@ -169,6 +172,8 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (False, FP16, (512, 256, 256))),
         (batched_lora, (True, FP16, (512, 256, 256))),
         (batched_lora, (True, BF16, (VOCAB,))),
+        (batched_lora, (True, BF16, (520,))),
+        (batched_lora, (True, BF16, (500, 264, 264), 33)),
         *((batched_lora_once, (BF16, 2, 256, rank)) for rank in (96, 128, 64, 8)),
         (batched_lora_once, (FP16, 3, 256, 96)),
         (batched_lora_once, (BF16, 3, 96, 96)),
@@ -181,7 +186,12 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         *((document_map, (documents,)) for documents in (600, 3000)),
     ],
     "embedding": [(embedding, (dtype, vocab)) for dtype, vocab in ((BF16, VOCAB), (FP32, VOCAB), (BF16, 65536))],
-    "fused_mlp": [(fused_mlp, (BF16,)), (fused_mlp, (FP16,))],
+    "fused_mlp": [
+        (fused_mlp, (BF16,)),
+        (fused_mlp, (FP16,)),
+        *((fused_mlp, (BF16, *shape)) for shape in ((768, 3072), (520, 2042), (500, 2000), (33, 70), (8, 8))),
+        (fused_mlp, (FP16, 500, 2042)),
+    ],
     "linear_softcap_ce": [(linear_softcap_ce, (VOCAB,)), (linear_softcap_ce, (8200,))],
     "muon": [
         (muon, shape)
