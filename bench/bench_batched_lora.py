@@ -16,7 +16,6 @@ from bench.common import DEVICE, Call, Work
 from pgolf_kernels import batched_lora, batched_lora_multi
 
 GPU = DEVICE.type == "cuda"
-DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,11 @@ class Case:
     dim: int
     outs: tuple[int, ...]
     rank: int = 96
+    dtype: torch.dtype = torch.bfloat16  # of activations and weights; the adapters are float32
 
     def __str__(self) -> str:
-        return f"B{self.documents} T{self.length} {self.dim}->{'+'.join(map(str, self.outs))} r{self.rank}"
+        dtype = "" if GPU else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"B{self.documents} T{self.length} {self.dim}->{'+'.join(map(str, self.outs))} r{self.rank}{dtype}"
 
     @property
     def rows(self) -> int:
@@ -40,7 +41,13 @@ CASES = [
     Case(64, 2048, 512, (512, 256, 256)),
 ]  # fmt: skip
 if not GPU:
-    CASES = [Case(4, 128, 256, (256,), 32), Case(4, 128, 256, (256, 128, 128), 32)]
+    CASES = [
+        Case(documents, length, 512, outs, rank, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for documents, length, outs, rank in (
+            (8, 128, (512,), 16), (64, 64, (512,), 96), (64, 256, (512,), 96), (8, 128, (512, 256, 256), 16),
+        )
+    ]  # fmt: skip
 
 
 def setup(case: Case, device: torch.device) -> dict[str, Any]:
@@ -49,11 +56,11 @@ def setup(case: Case, device: torch.device) -> dict[str, Any]:
 
     documents, rank = case.documents, case.rank
     return {
-        "x": draw(1.0, documents, case.length, case.dim).to(DTYPE).requires_grad_(),
-        "weights": [draw(case.dim**-0.5, out, case.dim).to(DTYPE) for out in case.outs],
+        "x": draw(1.0, documents, case.length, case.dim).to(case.dtype).requires_grad_(),
+        "weights": [draw(case.dim**-0.5, out, case.dim).to(case.dtype) for out in case.outs],
         "a": [draw(case.dim**-0.5, documents, rank, case.dim).requires_grad_() for _ in case.outs],
         "b": [draw(rank**-0.5, documents, out, rank).requires_grad_() for out in case.outs],
-        "grads": [draw(1.0, documents, case.length, out).to(DTYPE) for out in case.outs],
+        "grads": [draw(1.0, documents, case.length, out).to(case.dtype) for out in case.outs],
     }
 
 
@@ -67,14 +74,14 @@ def _sizes(case: Case) -> tuple[int, int, int]:
 def forward_work(case: Case) -> Work:
     x, y, adapters = _sizes(case)
     per_row = sum(case.dim * out + case.rank * (case.dim + out) for out in case.outs)
-    return Work((x + y) * DTYPE.itemsize + 4 * adapters, 2 * case.rows * per_row)
+    return Work((x + y) * case.dtype.itemsize + 4 * adapters, 2 * case.rows * per_row)
 
 
 def both_work(case: Case) -> Work:
     """The base weights are frozen: no product for their gradient."""
     x, y, adapters = _sizes(case)
     per_row = sum(2 * case.dim * out + 3 * case.rank * (case.dim + out) for out in case.outs)
-    return Work((3 * x + 2 * y) * DTYPE.itemsize + 12 * adapters, 2 * case.rows * per_row)
+    return Work((3 * x + 2 * y) * case.dtype.itemsize + 12 * adapters, 2 * case.rows * per_row)
 
 
 def ours(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
@@ -84,7 +91,7 @@ def ours(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> 
 
 
 def linear_and_bmm(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    with torch.autocast(DEVICE.type, DTYPE, enabled=GPU):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         return [
             F.linear(x, weight) + torch.bmm(torch.bmm(x, lora_a.mT), lora_b.mT)
             for weight, lora_a, lora_b in zip(weights, a, b, strict=True)
