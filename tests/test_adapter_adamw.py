@@ -131,6 +131,18 @@ def test_op_contract():
     torch.library.opcheck(torch.ops.pgolf.adapter_adamw_.default, arguments)
 
 
+def test_compiled_equals_eager():
+    g, steps = torch.rand(2, 3, 4), torch.tensor([1, 0, 2])
+    compiled = torch.compile(adapter_adamw, fullgraph=True, backend="aot_eager")
+    found = []
+    for step in (adapter_adamw, compiled):
+        p, v = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+        step([p], [g], [v], steps, lr=0.1)
+        found.append((p, v))
+    for mine, wanted in zip(*found, strict=True):
+        assert torch.equal(mine, wanted) and mine.var() > 0
+
+
 @triton_aot.needs_triton
 def test_triton_kernel_through_the_interpreter():
     triton_aot.run_interpreted("tests.test_adapter_adamw")

@@ -9,6 +9,7 @@ import torch
 from pgolf_kernels import attention_backend_info, set_attention_backend, varlen_attention
 from pgolf_kernels.attention import (
     _backend_for,
+    _backward_op,
     _by_member_op,
     _fa3_backward,
     _fa3_forward,
@@ -150,6 +151,7 @@ def test_a_forced_backend_that_is_missing_is_named(monkeypatch):
 def test_op_contract():
     (q, k, v), (cu, _), grad = _case(SAME, torch.float32)
     out, lse = _forward_op(q, k, v, cu, cu, 32, 32, True, 0.3)
+    torch.library.opcheck(_backward_op, (grad, q, k, v, out, lse, cu, cu, 32, 32, True, 0.3))
     torch.library.opcheck(_by_member_op, (grad, q, k, v, out, lse, cu, cu, 32, 32, True, 0.3))
     for bounds in (SAME, SHORTER_KEYS):
         tensors, (cu_q, cu_k), _ = _case(bounds, torch.float32)

@@ -10,7 +10,7 @@ import torch
 
 from pgolf_kernels import batched_lora, batched_lora_multi
 from pgolf_kernels._triton_op import interpreting, kernels
-from pgolf_kernels.batched_lora import _forward_op, _single_op, reference
+from pgolf_kernels.batched_lora import _backward_op, _forward_op, _single_backward_op, _single_op, reference
 from tests import triton_aot
 
 
@@ -182,7 +182,17 @@ def test_op_contract(case, dtype):
         options.get("cu_seqlens"), options.get("adapter_index"), 0 if case.packed else case.length, case.scale,
     )  # fmt: skip
     torch.library.opcheck(_forward_op, arguments)
+    with torch.no_grad():
+        *_, shrunk, low = _forward_op(*arguments)
+    x, present, a, b = ([t.detach() for t in ts] for ts in ([arguments[0]], arguments[1], a, b))
+    upstream = [g.flatten(0, -2) for g in grads]
+    for wanted in (True, False):
+        saved = (upstream, *x, present, a, b, shrunk, low, *arguments[5:])
+        torch.library.opcheck(_backward_op, (*saved, wanted, [wanted] * len(present)))
     if count == 1:
+        saved = (*upstream, *x, *present, *a, *b, shrunk, low, *arguments[6:])
+        torch.library.opcheck(_single_backward_op, (*saved, True, False))
+        a, b = arguments[2:4]
         x, *_, packed, index, rows, scale = arguments
         torch.library.opcheck(_single_op, (x, weights[0], a[0], b[0], None, packed, index, rows, scale))
         residual = torch.randn(x.shape[0], b[0].shape[1], dtype=dtype, requires_grad=True)
@@ -196,6 +206,16 @@ def test_compiled_equals_eager_also_under_autocast():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             eager, traced = batched_lora(x, weight, a, b), compiled(x, weight, a, b)
         assert eager.dtype == torch.float32 and torch.equal(eager, traced)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_projections_and_gradients_equal_eager(packed):
+    inputs, grads, options = _make(Case(2, 6, 8, (12, 5, 7), (4, 2, 3), packed=packed), torch.bfloat16)
+    compiled = torch.compile(batched_lora_multi, fullgraph=True, backend="aot_eager")
+    with mock.patch(f"{__name__}.batched_lora_multi", compiled):
+        traced = _run(inputs, grads, options)
+    for mine, wanted in zip(traced, _run(inputs, grads, options), strict=True):
+        assert torch.equal(mine, wanted)
 
 
 def test_adapters_of_another_dtype_are_kept_as_the_products_read_them():

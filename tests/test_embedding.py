@@ -5,7 +5,7 @@ import torch
 
 from pgolf_kernels import embedding
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.embedding import _forward_op, reference
+from pgolf_kernels.embedding import _backward_op, _forward_op, reference
 from tests import triton_aot
 
 # (positions, rows, columns, how often row 3 comes): none, one, less than a tile, runs over many tiles, one row alone
@@ -57,6 +57,8 @@ def test_gradient_by_finite_differences():
 def test_op_contract():
     ids, table, _ = _case(SHAPES[2], torch.float32)
     torch.library.opcheck(_forward_op, (ids, table.requires_grad_(), torch.float16))
+    grad = torch.randn(*ids.shape, table.shape[1])
+    torch.library.opcheck(_backward_op, (grad, ids, len(table), torch.float64))
 
 
 def test_compiled_equals_eager_also_under_autocast():

@@ -124,6 +124,9 @@ def test_in_place_is_the_same_sum_and_gradient_on_the_residual_itself():
 def test_op_contract():
     (x, w_up, w_down), _ = _case(SHAPES[0], torch.float32)
     torch.library.opcheck(_hidden_op, (x, w_up, 0.5))
+    kept, upstream = _hidden_op(x, w_up, 0.5), torch.randn(x.shape[0], w_down.shape[0])
+    for wanted in ([True] * 3, [False, True, False]):
+        torch.library.opcheck(_backward_op, (upstream, x, w_up, w_down, *kept, 0.5, wanted))
     for tensor in (x, w_up, w_down):
         tensor.requires_grad_()
     torch.library.opcheck(_forward_op, (x, w_up, w_down, None, 0.5))

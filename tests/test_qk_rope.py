@@ -7,6 +7,7 @@ from pgolf_kernels import qk_rope, qk_rope_readers, qkv_rope
 from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.qk_rope import (
     EPS,
+    _backward_op,
     _forward_op,
     _project_backward_op,
     _project_op,
@@ -183,6 +184,7 @@ def test_op_contract():
     x, weight, gain = torch.randn(5, 8), torch.randn(128, 8), gain.detach()
     torch.library.opcheck(_project_op, (x, weight, gain, cos, sin, 2, EPS))
     q, k, raw = q.detach(), k.detach(), torch.randn(5, 128)
+    torch.library.opcheck(_backward_op, (q, k, q, k, gain, cos, sin, EPS))
     for wanted in (True, False):
         torch.library.opcheck(_readers_backward_op, (q, [k, k], [k, k, k], q, k, gain, cos, sin, EPS, wanted))
         rest = (x, weight, raw, gain, cos, sin, EPS, [True, not wanted, wanted])

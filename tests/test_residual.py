@@ -165,7 +165,16 @@ def test_op_contract():
     torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True, True))
     torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, False, True))
     torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, True, False))
-    torch.library.opcheck(op_module._norm_op, (inputs[0].detach(), 0.5, EPS))
+    inputs = [t.detach() for t in inputs]
+    x = inputs[0]
+    backward = op_module._backward_op
+    for d_total, through in ((None, [None] * 3), (x, [x, None, x])):
+        torch.library.opcheck(
+            backward, (inputs, coefficients.detach(), d_total, x, through, 0.5, EPS, [True, False, True, True])
+        )
+    torch.library.opcheck(op_module._norm_op, (x, 0.5, EPS))
+    for later in (None, x):
+        torch.library.opcheck(op_module._norm_backward_op, (x, *op_module._norm_op(x, 0.5, EPS), later, 0.5))
 
 
 def test_compiled_equals_eager_also_under_autocast():

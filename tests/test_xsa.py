@@ -5,7 +5,7 @@ import torch
 
 from pgolf_kernels import xsa
 from pgolf_kernels._triton_op import interpreting
-from pgolf_kernels.xsa import MIN_NORM, _forward_op, reference
+from pgolf_kernels.xsa import MIN_NORM, _backward_op, _forward_op, reference
 from tests import triton_aot
 
 SHAPES = [((5,), 4, 2, 16), ((2, 37), 6, 3, 24), ((70,), 8, 4, 64), ((3,), 2, 2, 8)]  # lead, H, Hkv, d
@@ -66,6 +66,7 @@ def test_op_contract():
     torch.library.opcheck(
         _forward_op, (torch.randn(5, 4, 8, requires_grad=True), torch.randn(5, 2, 8, requires_grad=True))
     )
+    torch.library.opcheck(_backward_op, (torch.randn(5, 4, 8), torch.randn(5, 4, 8), torch.randn(5, 2, 8)))
 
 
 def test_compiled_equals_eager_also_under_autocast():
