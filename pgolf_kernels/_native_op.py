@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pgolf_kernels import _native
 
@@ -81,8 +83,8 @@ def register_op(
     `kernel` runs on CPU tensors and, unless `cuda` is given, on CUDA tensors too: Triton slices choose inside.
     `backward` and `setup_context` are those of `torch.library.register_autograd`. Without them a derivative raises
     `RuntimeError` with the op's name and `not_differentiable`: an op with no formula at all would give silently wrong
-    second derivatives. Under autocast the op sees its arguments unchanged and its body runs below autocast, so that
-    eager and compiled results agree.
+    second derivatives. The op returns tensors or one list of them, and its arguments have no defaults. Under autocast
+    it sees its arguments unchanged and its body runs below autocast, so that eager and compiled results agree.
     """
     name, op = _define(schema, kernel, cuda or kernel, fake)
 
@@ -91,8 +93,54 @@ def register_op(
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(f"pgolf::{name}: {not_differentiable}")
 
-    torch.library.register_autograd(f"pgolf::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    LIBRARY.impl(name, _autograd(op, backward, setup_context), "Autograd", with_keyset=True)
     return op
+
+
+def _autograd(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None
+) -> Callable[..., Tensor | Sequence[Tensor]]:
+    """An op's kernel under the Autograd key, as `torch.library.register_autograd` makes one.
+
+    That one reads the schema anew at every call and takes lists through pytree, which costs the host more than the
+    rest of an eager call's way to its kernel. Here the schema is read once, and lists are spread among the arguments
+    of one flat node.
+    """
+    lists = [str(argument.type) in ("List[Tensor]", "List[Optional[Tensor]]") for argument in op._schema.arguments]
+    returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
+
+    def flat(values: Sequence[Any]) -> list[Any]:
+        return [t for value, spread in zip(values, lists, strict=True) for t in (value if spread else (value,))]
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+                if setup_context is not None:
+                    setup_context(ctx, args, result)
+            ctx.lengths = [len(value) if spread else None for value, spread in zip(args, lists, strict=True)]
+            return tuple(result) if returns_list else result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            needs = ctx.needs_input_grad
+            rest = iter(needs[2:])
+            ctx.needs_input_grad = tuple([next(rest) if n is None else list(islice(rest, n)) for n in ctx.lengths])
+            try:
+                results = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needs  # for another walk over a graph that is kept
+            return None, None, *flat(results if isinstance(results, tuple) else (results,))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            result = Node.apply(keyset, args, *flat(args))
+            return list(result) if returns_list else result
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
 
 
 def register_mutating_op(schema: str, kernel: Callable[..., Any], *, fake: Callable[..., Any]) -> Any:

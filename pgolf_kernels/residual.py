@@ -123,13 +123,17 @@ def _backward(
     scale: float,
     eps: float,
     wanted: list[bool],
-) -> tuple[list[Tensor], Tensor]:
-    """`wanted`: whether the coefficients' and each stream's gradient is; an unwanted one is empty."""
+) -> list[Tensor]:
+    """[gradient of each stream..., of the coefficients]; `wanted`: whether the coefficients' and each stream's is, an
+    unwanted one is empty."""
     first = streams[0]
     if _triton_op.runs_triton(first):
         launch = CONFIG.backward(len(streams))
         backward = _triton_op.kernels("residual").backward
-        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, launch)
+        d_streams, d_coefficients = backward(
+            streams, coefficients, d_total, d_normed, through, scale, eps, wanted, launch
+        )
+        return [*d_streams, d_coefficients]
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
     weights = coefficients.to(wide)
@@ -144,19 +148,19 @@ def _backward(
         for c, t, want in zip(weights, through, wanted[1:], strict=True)
     ]
     if not wanted[0]:
-        return d_streams, coefficients.new_empty(0)
-    return d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
+        return [*d_streams, coefficients.new_empty(0)]
+    return [*d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)]
 
 
-def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
+def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> list[Tensor]:
     wanted = rest[-1]
     d_streams = [s.new_empty(s.shape if want else 0) for s, want in zip(streams, wanted[1:], strict=True)]
-    return d_streams, coefficients.new_empty(coefficients.shape if wanted[0] else 0)
+    return [*d_streams, coefficients.new_empty(coefficients.shape if wanted[0] else 0)]
 
 
 _backward_op = register_op(
     "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed,"
-    " Tensor?[] through, float scale, float eps, bool[] wanted) -> (Tensor[], Tensor)",
+    " Tensor?[] through, float scale, float eps, bool[] wanted) -> Tensor[]",
     _backward,
     fake=_backward_fake,
     not_differentiable="double backward is not supported",
@@ -176,7 +180,7 @@ def _gradients(
     coefficients, *streams = ctx.saved_tensors
     if d_total is None and d_normed is None:
         return list(through), None
-    d_streams, d_coefficients = _backward_op(
+    *d_streams, d_coefficients = _backward_op(
         streams,
         coefficients,
         None if d_total is None else d_total.contiguous(),

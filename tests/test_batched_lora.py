@@ -252,6 +252,13 @@ def test_double_backward_raises():
         gradient.sum().backward()
 
 
+def test_a_kept_graph_may_be_walked_twice():
+    x, a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2, requires_grad=True)
+    loss = torch.stack(batched_lora_multi(x, [torch.randn(6, 8), None], [a, a], [b, b])).sum()
+    first, second = (torch.autograd.grad(loss, (x, b), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
 _GOOD = {
     "x": torch.randn(2, 3, 8), "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 4, 8),
     "lora_b": torch.randn(2, 6, 4),
