@@ -7,13 +7,11 @@ so that no length reaches the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from pgolf_kernels._triton_lora import (
@@ -27,8 +25,8 @@ from pgolf_kernels._triton_lora import (
     step_kernel,
     sum_kernel,
 )
-from pgolf_kernels._triton_op import block_at_least, can_describe, descriptor, grid_size, pdl
-from pgolf_kernels._triton_tile import described, new_described
+from pgolf_kernels._triton_op import block_at_least, can_describe, cdiv, descriptor, grid_size, pdl
+from pgolf_kernels._triton_tile import described, launch, new_described
 from pgolf_kernels.batched_lora import MAX_RANK, Layout, low_size, padded
 from pgolf_kernels.stepped_lora import AdamStep, Moments
 
@@ -104,15 +102,22 @@ class _Tiles:
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
-    def planes(self, tensor: Tensor) -> Tensor:
-        """[N, columns] as [documents, rows, columns]; a packed batch is one plane."""
-        return tensor.unsqueeze(0) if self.packed else tensor.view(self.documents, self.length, tensor.shape[1])
+    def planes(self, tensor: Tensor, block: tuple[int, int, int]) -> Any:
+        """A descriptor of [N, columns] as [documents, rows, columns]; a packed batch is one plane."""
+        planes, stride = 1 if self.packed else self.documents, tensor.stride(0)
+        return descriptor(tensor, block, (planes, self.length, tensor.shape[1]), (self.length * stride, stride, 1))
 
     def blocks(self, rows: int) -> int:
         """Upper bound of the tiles of so many rows."""
         if self.packed:
-            return triton.cdiv(self.length, rows) + self.documents + 1
-        return self.documents * triton.cdiv(self.length, rows)
+            return cdiv(self.length, rows) + self.documents + 1
+        return self.documents * cdiv(self.length, rows)
+
+
+def _plane(matrix: Tensor, block: tuple[int, int, int]) -> Any:
+    """A descriptor of one matrix as the only plane."""
+    (rows, columns), stride = matrix.shape, matrix.stride(0)
+    return descriptor(matrix, block, (1, rows, columns), (rows * stride, stride, 1))
 
 
 def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
@@ -121,12 +126,13 @@ def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
     if layout.cu_seqlens is None:
         return _Tiles(layout.rows, x.shape[0] // layout.rows, None, layout.index, None, None, options)
     rows, documents = x.shape[0], layout.cu_seqlens.shape[0] - 1
-    most = triton.cdiv(rows, PROJECT.rows) + documents + 1
+    most = cdiv(rows, PROJECT.rows) + documents + 1
     table = torch.empty((most, 3), dtype=torch.int32, device=x.device)
     count = torch.empty((), dtype=torch.int32, device=x.device)
     among = block_at_least(documents + 1, 128, 1 << 20)
     block = max(1, MAP_TILE // among)
-    map_kernel[(triton.cdiv(most, block),)](
+    launch(
+        map_kernel, (cdiv(most, block),),
         layout.cu_seqlens, layout.index, table, count, rows, documents, INDEX=layout.index is not None,
         DOCUMENTS=among, BM=PROJECT.rows, BLOCK=block, num_warps=4 if among <= MAP_TILE else 16, **pdl(x),
     )  # fmt: skip
@@ -138,14 +144,15 @@ def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
 
 def _views(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A stacked [adapters, sum of padded ranks, in] and each projection's B [adapters, out, padded rank] in `low`."""
-    adapters = lora_as[0].shape[0]
-    ranks = [padded(a.shape[1], low.dtype) for a in lora_as]
-    shapes = [(adapters, sum(ranks), padded(lora_as[0].shape[2], low.dtype))]
+    (adapters, _, depth), dtype, place = lora_as[0].shape, low.dtype, low.storage_offset()
+    ranks = [padded(a.shape[1], dtype) for a in lora_as]
+    shapes = [(adapters, sum(ranks), padded(depth, dtype))]
     shapes += [(adapters, b.shape[1], rank) for b, rank in zip(lora_bs, ranks, strict=True)]
-    stacked, *own = (
-        part.view(shape) for part, shape in zip(low.split([math.prod(n) for n in shapes]), shapes, strict=True)
-    )
-    return stacked, own
+    views = []
+    for planes, rows, columns in shapes:
+        views.append(low.as_strided((planes, rows, columns), (rows * columns, columns, 1), place))
+        place += planes * rows * columns
+    return views[0], views[1:]
 
 
 def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -159,8 +166,9 @@ def _cast(lora_as: list[Tensor], lora_bs: list[Tensor], low: Tensor) -> tuple[Te
         if width == rank and out * width % 512 == 0:
             out, width, padded_width = out * width // 512, 512, 512
         blocks = [block_at_least(columns, 16, 512) for columns in (depth, padded_width)]
-        tiles = [triton.cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, out), blocks, strict=True)]
-        cast_kernel[(sum(tiles),)](
+        tiles = [cdiv(adapters * n, CAST_TILE // block) for n, block in zip((rank, out), blocks, strict=True)]
+        launch(
+            cast_kernel, (sum(tiles),),
             a.contiguous(), b.contiguous(), stacked[:, row:], target, tiles[0], adapters,
             a.shape[1], a.shape[2], rank, depth, stacked.stride(0), out, width, padded_width,
             BLOCK_A=blocks[0], BLOCK_B=blocks[1], TILE=CAST_TILE, num_warps=8, **pdl(a),
@@ -188,18 +196,18 @@ def _project(
         # A strip of the residual lies beside the output's.
         strips = config.strips if residual is None else 2 * config.strips
     w_block = (1, bk, bn) if transposed else (1, bn, bk)
-    s_desc, own_desc = descriptor(tiles.planes(s), (1, bm, bk)), descriptor(own, w_block)
-    pairs = [(descriptor(tiles.planes(a), (1, bm, bk)), descriptor(w.unsqueeze(0), w_block)) for a, w in shared]
-    pairs += [(None, None)] * (MAX_SHARED - len(pairs))  # a descriptor costs the host some microseconds a launch
-    depths = [a.shape[1] for a, _ in shared] + [0] * (MAX_SHARED - len(shared))
+    missing = MAX_SHARED - len(shared)  # None there: a descriptor costs the host some microseconds a launch
+    pairs = [desc for a, w in shared for desc in (tiles.planes(a, (1, bm, bk)), _plane(w, w_block))]
+    depths = [a.shape[1] for a, _ in shared] + [0] * missing
     y_desc, residual_desc = (
-        None if tiles.packed or t is None else descriptor(tiles.planes(t), (1, bm, bn // strips))
-        for t in (out, residual)
+        None if tiles.packed or t is None else tiles.planes(t, (1, bm, bn // strips)) for t in (out, residual)
     )
-    grid = min(config.programs * grid_size(s), tiles.blocks(bm) * triton.cdiv(columns, bn))
-    project_kernel[(grid,)](
-        *pairs[0], *pairs[1], *pairs[2], s_desc, own_desc, y_desc, residual_desc, out, residual,
-        tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0), s_column, scale,
+    grid = min(config.programs * grid_size(s), tiles.blocks(bm) * cdiv(columns, bn))
+    launch(
+        project_kernel, (grid,),
+        *pairs, *[None] * (2 * missing), tiles.planes(s, (1, bm, bk)), descriptor(own, w_block), y_desc, residual_desc,
+        out, residual, tiles.map, tiles.count, tiles.index, tiles.length, tiles.documents, columns, out.stride(0),
+        s_column, scale,
         D0=depths[0], D1=depths[1], D2=depths[2], RANK=rank, TRANSPOSED=transposed, PACKED=tiles.packed,
         INDEX=tiles.index is not None and not tiles.packed, RESIDUAL=residual is not None, STRIPS=strips,
         BM=bm, BN=bn, BK=bk,
@@ -213,10 +221,11 @@ def _project_three(
     """out_p = a w_p^T + s_p own_p,b^T of a packed batch, without residuals; s_p lie side by side in s."""
     bm, bn, bk = PROJECT.rows, PROJECT.columns, PROJECT.depth
     columns, ranks = [out.shape[1] for out in outs], [b.shape[2] for b in own]
-    grid = min(grid_size(a), tiles.blocks(bm) * sum(triton.cdiv(n, bn) for n in columns))
-    project_three_kernel[(grid,)](
-        descriptor(tiles.planes(a), (1, bm, bk)), *(descriptor(w.unsqueeze(0), (1, bn, bk)) for w in weights),
-        descriptor(tiles.planes(s), (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
+    grid = min(grid_size(a), tiles.blocks(bm) * sum(cdiv(n, bn) for n in columns))
+    launch(
+        project_three_kernel, (grid,),
+        tiles.planes(a, (1, bm, bk)), *(_plane(w, (1, bn, bk)) for w in weights),
+        tiles.planes(s, (1, bm, bk)), *(descriptor(b, (1, bn, bk)) for b in own), *outs,
         tiles.map, tiles.count, *columns, *(out.stride(0) for out in outs), ranks[0], ranks[0] + ranks[1],
         D=a.shape[1], RANK=max(ranks), BM=bm, BN=bn, BK=bk,
         num_warps=PROJECT.warps, num_stages=PROJECT.stages, **tiles.options,
@@ -230,8 +239,9 @@ def _shrink(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
     missing = 4 - len(own)
     depths, ranks = [b.shape[1] for b in own], [b.shape[2] for b in own]
     grid = min(config.programs * grid_size(e), tiles.blocks(bm) * len(own))
-    shrink_kernel[(grid,)](
-        *(descriptor(tiles.planes(g), (1, bm, bk)) for g in grads), *[None] * missing,
+    launch(
+        shrink_kernel, (grid,),
+        *(tiles.planes(g, (1, bm, bk)) for g in grads), *[None] * missing,
         *(descriptor(b, (1, bk, bn)) for b in own), *[None] * missing, e, tiles.map, tiles.count,
         *depths, *[0] * missing, *ranks, *[0] * missing, e.stride(0), scale,
         COUNT=len(own), BM=bm, BN=bn, BK=bk, num_warps=config.warps, num_stages=config.stages, **tiles.options,
@@ -244,10 +254,11 @@ def _outer(
     """a = sum over each adapter's rows of e[:, column:]^T x; with `other` (grad, s, b) b of grad^T s[:, column:]."""
     bi, bj, bk = OUTER.rows, OUTER.columns, OUTER.depth
     grad, s, b = other or (e, x, a)  # stand where there is none, unread
-    count_a, count_b = (triton.cdiv(t.shape[1], bi) * triton.cdiv(t.shape[2], bj) for t in (a, b))
-    e_desc, grad_desc = (descriptor(tiles.planes(t), (1, bk, bi)) for t in (e, grad))
-    x_desc, s_desc = (descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s))
-    outer_kernel[(count_a + (count_b if other else 0), len(a))](
+    count_a, count_b = (cdiv(t.shape[1], bi) * cdiv(t.shape[2], bj) for t in (a, b))
+    e_desc, grad_desc = (tiles.planes(t, (1, bk, bi)) for t in (e, grad))
+    x_desc, s_desc = (tiles.planes(t, (1, bk, bj)) for t in (x, s))
+    launch(
+        outer_kernel, (count_a + (count_b if other else 0), len(a)),
         e_desc, x_desc, a, *a.shape[1:], column, grad_desc, s_desc, b, *b.shape[1:], column,
         count_a, tiles.cu_seqlens, tiles.index, tiles.length, tiles.documents,
         PACKED=tiles.packed, INDEX=tiles.index is not None, BI=bi, BJ=bj, BK=bk,
@@ -265,7 +276,7 @@ def _splits(programs: int, documents: int, most: int) -> int:
     """Programs a document, at most so many: the fewest whose rounds fill the device nearly as well as any."""
 
     def filled(splits: int) -> float:
-        return splits * documents / (triton.cdiv(splits * documents, programs) * programs)
+        return splits * documents / (cdiv(splits * documents, programs) * programs)
 
     fullest = max(map(filled, range(1, most + 1)))
     return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.9 * fullest)
@@ -280,25 +291,28 @@ def _shrink_outer(grad: Tensor, own: Tensor, s: Tensor, e: Tensor, b: Tensor, ti
     r1 = block_at_least(rank - r0, 16, MAX_RANK) if rank > r0 else 0
     stage = (bm + r0 + r1) * bn * own.element_size()
     room = SHARED_BYTES - (r0 + r1) * (bm * own.element_size() + bn * b.element_size())
-    splits = _splits(grid_size(e), documents, min(MAX_SPLITS, triton.cdiv(out, bn)))
+    splits = _splits(grid_size(e), documents, min(MAX_SPLITS, cdiv(out, bn)))
     shares = e if splits == 1 else e.new_empty((splits * e.shape[0], rank), dtype=torch.float32)
     # The copy engine writes no rows that are not multiples of 16 bytes.
     whole = b if can_describe(b) else new_described(b, documents * out, b.shape[2]).unflatten(0, (documents, out))
 
     def parts(tensor: Tensor, rows: int) -> list[Any]:
         """Descriptors of the first r0 ranks and of the rest."""
-        return [descriptor(tensor[..., a : a + n], (1, rows, n)) if n else None for a, n in ((0, r0), (r0, r1))]
+        describe = descriptor if tensor.dim() == 3 else tiles.planes
+        return [describe(tensor[..., a : a + n], (1, rows, n)) if n else None for a, n in ((0, r0), (r0, r1))]
 
-    shrink_outer_kernel[(splits, documents)](
-        descriptor(tiles.planes(grad), (1, bm, bn)), *parts(own, bn), *parts(tiles.planes(s), bm),
+    launch(
+        shrink_outer_kernel, (splits, documents),
+        tiles.planes(grad, (1, bm, bn)), *parts(own, bn), *parts(s, bm),
         *parts(shares.unflatten(0, (-1, tiles.length)), bm), *parts(whole, bn), out, scale, BM=bm, BN=bn, R0=r0, R1=r1,
         num_warps=config.warps, num_stages=max(2, min(config.stages, room // stage)), **tiles.options,
     )  # fmt: skip
     if splits > 1:
         block = 1024
-        sum_kernel[(triton.cdiv(e.numel(), block),)](
-            shares, e, e.numel(), rank, e.stride(0), PARTS=splits, BLOCK=block, **tiles.options
-        )
+        launch(
+            sum_kernel, (cdiv(e.numel(), block),), shares, e, e.numel(), rank, e.stride(0),
+            PARTS=splits, BLOCK=block, **tiles.options,
+        )  # fmt: skip
     if whole is not b:
         b.copy_(whole)
 
@@ -315,8 +329,7 @@ def _step(
     bi, bj, bk = config.rows, config.columns, config.depth
     outs, ranks = [b.value.shape[1] for b in lora_bs], [a.value.shape[1] for a in lora_as]
     counts = [
-        triton.cdiv(rank, bi) * triton.cdiv(depth, bj) + triton.cdiv(out, bi) * triton.cdiv(rank, bj)
-        for out, rank in zip(outs, ranks, strict=True)
+        cdiv(rank, bi) * cdiv(depth, bj) + cdiv(out, bi) * cdiv(rank, bj) for out, rank in zip(outs, ranks, strict=True)
     ]
     first = [sum(counts[:i]) for i in range(1, STEPPED)]
     some = next((scale for scale in out_scales if scale is not None), None)  # stands where there is none, unread
@@ -326,9 +339,10 @@ def _step(
     def four(values: Sequence[Any], missing: Any = None) -> list[Any]:
         return [*values, *[missing] * (STEPPED - len(values))]
 
-    step_kernel[(sum(counts), documents)](
-        descriptor(tiles.planes(e), (1, bk, bi)), *(descriptor(tiles.planes(t), (1, bk, bj)) for t in (x, s)), column,
-        *four([descriptor(tiles.planes(grad), (1, bk, bi)) for grad in grads]),
+    launch(
+        step_kernel, (sum(counts), documents),
+        tiles.planes(e, (1, bk, bi)), *(tiles.planes(t, (1, bk, bj)) for t in (x, s)), column,
+        *four([tiles.planes(grad, (1, bk, bi)) for grad in grads]),
         *(t for ts in zip(*lora_as, strict=True) for t in four(ts)), stacked, *stacked.stride()[:2],
         *(t for ts in zip(*lora_bs, strict=True) for t in four(ts)), *four(own), *four(scales), scaled,
         *four(ranks, 0), *four([b.shape[2] for b in own], 0), *four(outs, 0), depth, *first, tiles.cu_seqlens,
@@ -388,7 +402,7 @@ def _shrunk(grads: list[Tensor], own: list[Tensor], e: Tensor, tiles: _Tiles, sc
 
 def _by_projection(ranks: Tensor, own: list[Tensor]) -> Sequence[Tensor]:
     """The columns of e or s that are each projection's."""
-    return ranks.split([b.shape[2] for b in own], dim=1)
+    return ranks.split_with_sizes([b.shape[2] for b in own], dim=1)
 
 
 def _data_gradient(

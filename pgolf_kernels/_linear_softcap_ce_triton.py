@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pgolf_kernels import _native
 from pgolf_kernels._native_op import stream_of
-from pgolf_kernels._triton_op import block_at_least, can_describe, compute_capability, descriptor, grid_size, pdl
+from pgolf_kernels._triton_op import block_at_least, can_describe, cdiv, compute_capability, descriptor, grid_size, pdl
 from pgolf_kernels._triton_tile import strip, wait_for_previous
 
 LOG2E = 1.4426950408889634
@@ -212,10 +212,6 @@ def _order_kernel(ids_ptr, order_ptr, bounds_ptr, rows, documents, ROWS: tl.cons
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)  # triton.cdiv takes microseconds, which small chunks of rows would feel
-
-
 def takes(hidden: Tensor, weight: Tensor, softcap: float, temperature: float) -> bool:
     """Whether the kernels take this head: bfloat16 on Hopper or later (float32 through the interpreter), bounded z."""
     if not 0.0 < softcap <= LARGEST_TOP * temperature or not len(hidden):
@@ -253,7 +249,7 @@ def _launch_powers(
         return
     x_desc = descriptor(hidden, (config.rows, config.depth))
     g_desc = x_desc if out is None else descriptor(out, (config.rows, config.columns // config.strips))
-    tiles = _tiles(rows, config.rows) * _tiles(vocab, config.columns)
+    tiles = cdiv(rows, config.rows) * cdiv(vocab, config.columns)
     form = PLAIN if hidden.device.type == "cpu" else config.form  # the interpreter knows no instructions
     _powers_kernel[(min(grid_size(hidden) * config.programs, tiles),)](
         x_desc, descriptor(weight, (config.columns, config.depth)), g_desc, sums, targets, factor, at_target, rows,
@@ -271,11 +267,11 @@ def losses(
     """Losses [N] into `out`, log p(hint) into `hint_log_probs`, 1 / (S temperature) into `inverse`; with `powers`
     [N, V] also G, which times `inverse` is the gradient of the logits; with `scaled` [N, D] also hidden * inverse."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
-    tiles = _tiles(vocab, (SCORE if powers is None else TRAIN).columns)
+    tiles = cdiv(vocab, (SCORE if powers is None else TRAIN).columns)
     with torch.cuda.device_of(hidden):
         sums = hidden.new_empty((rows, tiles), dtype=torch.float32)
         _launch_powers(hidden, weight, powers, sums, None, None, None, softcap, temperature)
-        _finish_kernel[(_tiles(rows, FINISH_ROWS),)](
+        _finish_kernel[(cdiv(rows, FINISH_ROWS),)](
             hidden, weight, targets, hints, sums, out, hint_log_probs, inverse, powers, scaled, rows, vocab, tiles,
             hidden.stride(0), weight.stride(0), vocab, ignore_index, softcap, 1.0 / temperature,
             DEPTH=depth, DEPTH_BLOCK=block_at_least(depth, 16, 1 << 20), TILES_BLOCK=block_at_least(tiles, 16, 1 << 20),
@@ -300,7 +296,7 @@ def by_document(doc_ids: Tensor, documents: int) -> tuple[Tensor, Tensor]:
     bounds = torch.empty(documents + 1, dtype=torch.int32, device=doc_ids.device)
     rows = len(doc_ids)
     with torch.cuda.device_of(doc_ids):
-        _order_kernel[(_tiles(rows + documents + 1, ORDER_ROWS),)](
+        _order_kernel[(cdiv(rows + documents + 1, ORDER_ROWS),)](
             doc_ids, order, bounds, rows, documents, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4, **pdl(doc_ids)
         )
     return order, bounds
@@ -313,7 +309,7 @@ def scale_rows(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     per_program = max(1, 4096 // block)
     if rows.numel():
         with torch.cuda.device_of(rows):
-            _scale_rows_kernel[(_tiles(count, per_program),)](
+            _scale_rows_kernel[(cdiv(count, per_program),)](
                 rows, scale, out, count, rows.stride(0), out.stride(0), DEPTH=depth, DEPTH_BLOCK=block,
                 ROWS=per_program, num_warps=4,
             )  # fmt: skip

@@ -106,33 +106,34 @@ _descriptors: dict[tuple[Any, ...], Any] = {}
 _thread = threading.local()
 
 
-def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+def descriptor(
+    tensor: torch.Tensor, block: tuple[int, ...], shape: tuple[int, ...] = (), strides: tuple[int, ...] = ()
+) -> Any:
     """A host-side tensor-map descriptor of a tensor whose last stride is 1, cached.
 
-    The key is pointer, shape, strides, dtype and block: PyTorch's allocator returns the same few addresses step after
-    step, so nearly every call hits. A descriptor holds its tensor alive only through the base it was made from; the
-    cache therefore keeps an alias-free stand-in that carries the pointer alone.
+    `shape` and `strides`: of a view with the same first element, which is thus described without being made. The key is
+    pointer, shape, strides, dtype and block: PyTorch's allocator returns the same few addresses step after step, so
+    nearly every call hits. A descriptor holds its tensor alive only through the base it was made from; the cache
+    therefore keeps an alias-free stand-in that carries the pointer alone.
     """
     if tensor.is_cuda and not hasattr(_thread, "has_context"):
         # Triton encodes descriptors before anything makes a context current, which a thread of autograd may lack where
         # the allocator had its memory at hand. This query makes one current.
         torch.cuda.mem_get_info(tensor.device)
         _thread.has_context = True
-    key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), block)
+    shape, strides = shape or tensor.shape, strides or tensor.stride()
+    key = (tensor.data_ptr(), tensor.dtype, shape, strides, block)
     found = _descriptors.get(key)
     if found is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         if len(_descriptors) >= _MAX_DESCRIPTORS:
             _descriptors.clear()
-        found = _make_descriptor(tensor, block)
+        base = tensor if _interpreting else _Address(tensor)
+        found = TensorDescriptor(base, list(shape), list(strides), list(block))
+        found.kind = (tensor.dtype, tensor.get_device(), block)  # for `_triton_tile.launch`
         _descriptors[key] = found
     return found
-
-
-def _make_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    base = tensor if _interpreting else _Address(tensor)
-    return TensorDescriptor(base, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 class _Address:
@@ -162,7 +163,13 @@ def can_describe(tensor: torch.Tensor) -> bool:
     """Whether the copy engine can address a tensor: last stride 1, other strides and the base multiples of 16 bytes."""
     if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
         return False
-    return all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+    step = 16 // tensor.element_size()
+    return not any([stride % step for stride in tensor.stride()[:-1]])
+
+
+def cdiv(size: int, tile: int) -> int:
+    """Tiles that cover `size`. Triton's own function of the name takes the host over a microsecond."""
+    return -(-size // tile)
 
 
 def block_at_least(size: int, smallest: int, largest: int) -> int:

@@ -337,8 +337,8 @@ _forward_op = register_op(
 
 # ---- one projection --------------------------------------------------------------------------------------------------
 
-# The same without lists: PyTorch flattens and rebuilds every list that passes an autograd formula in Python, which
-# costs an eager call of one projection, forward and backward, a third of a millisecond.
+# The same without lists: the dispatcher takes every list apart and builds it anew on each of the four ways between
+# PyTorch and Python, which costs the host 5 to 10 % of an eager call of one projection, forward and backward.
 
 
 def _single_forward(

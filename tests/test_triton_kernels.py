@@ -255,3 +255,44 @@ def test_memory_before_the_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     for early in (False, True):
         module.early_kernel[(1,)](x, EARLY=early, **pdl(x))
     assert [kernel.races for kernel in seen] == [False, True]
+
+
+@triton_aot.needs_triton
+def test_a_launch_compiles_anew_for_whatever_a_kernel_is_compiled_for() -> None:
+    from pgolf_kernels._triton_op import descriptor
+    from pgolf_kernels._triton_tile import launch
+
+    log: list[str] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert grid[:3] == (2, 1, 1)
+
+            def run(*args: object) -> None:
+                assert len(args) == len(Kernel.arg_names)
+                log.append("again")
+
+            return run
+
+    class Kernel:
+        arg_names = ("x_ptr", "x_desc", "rows", "scale", "other_ptr", "BM", "BN")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            return lambda *_, **__: log.append("anew") or Compiled()
+
+    kernel, memory = Kernel(), torch.zeros(64, dtype=BF16)
+    first = (memory, descriptor(memory.view(4, 16), (2, 16)), 3, 0.5, None)
+
+    def seen(at: int | None = None, value: object = None, block: int = 16) -> str:
+        args = [value if i == at else argument for i, argument in enumerate(first)]
+        launch(kernel, (2,), *args, BM=block, BN=8, num_warps=4)
+        return log[-1]
+
+    assert [seen(), seen(), seen(0, memory[8:]), seen(3, 0.25)] == ["anew", "again", "again", "again"]
+    assert seen(1, descriptor(memory.view(2, 32), (2, 16))) == "again"
+    for at, value in (
+        (0, memory[1:]), (0, memory.half()), (1, descriptor(memory.view(4, 16), (4, 16))),
+        (1, descriptor(memory.half().view(4, 16), (2, 16))), (2, 1), (2, 16), (4, memory),
+    ):  # fmt: skip
+        assert [seen(at, value), seen(at, value)] == ["anew", "again"]
+    assert [seen(block=32), seen()] == ["anew", "again"]
