@@ -137,26 +137,14 @@ def descriptor(
 
 
 class _Address:
-    """A tensor's address, dtype and device without its storage: what a launch needs of a descriptor's base."""
+    """A tensor's address and dtype without its storage: what a launch needs of a descriptor's base."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._pointer = tensor.data_ptr()
         self.dtype = tensor.dtype
-        self.device = tensor.device
-        self.shape = tensor.shape
-        self._stride = tensor.stride()
 
     def data_ptr(self) -> int:
         return self._pointer
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-    def stride(self, dim: int | None = None) -> Any:
-        return self._stride if dim is None else self._stride[dim]
-
-    def dim(self) -> int:
-        return len(self.shape)
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
