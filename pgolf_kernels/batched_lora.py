@@ -335,109 +335,6 @@ _forward_op = register_op(
 )
 
 
-# ---- one projection --------------------------------------------------------------------------------------------------
-
-# The same without lists: the dispatcher takes every list apart and builds it anew on each of the four ways between
-# PyTorch and Python, which costs the host 5 to 10 % of an eager call of one projection, forward and backward.
-
-
-def _single_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    residual: Tensor | None,
-    cu_seqlens: Tensor | None,
-    index: Tensor | None,
-    rows: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights, residuals = [t for t in (weight,) if t is not None], [t for t in (residual,) if t is not None]
-    parts = [_WEIGHT * len(weights) | _RESIDUAL * len(residuals)]
-    y, shrunk, low = _forward(x, weights, [lora_a], [lora_b], residuals, parts, cu_seqlens, index, rows, scale)
-    return y, shrunk, low
-
-
-def _single_forward_fake(
-    x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, shrunk, low = _forward_fake(x, [], [lora_a], [lora_b])
-    return y, shrunk, low
-
-
-def _single_backward_kernel(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    shrunk: Tensor,
-    low: Tensor,
-    cu_seqlens: Tensor | None,
-    index: Tensor | None,
-    rows: int,
-    scale: float,
-    wants_x: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = [t for t in (weight,) if t is not None]
-    parts = [_WEIGHT * len(weights)]
-    d_x, *d_weights, d_a, d_b = _backward_kernel(
-        [grad], x, weights, [lora_a], [lora_b], shrunk, low, parts, cu_seqlens, index, rows, scale, wants_x,
-        [wants_weight] * len(weights),
-    )  # fmt: skip
-    return d_x, d_weights[0] if d_weights else x.new_empty(0), d_a, d_b
-
-
-def _single_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wants_x, wants_weight = rest[-2:]
-    d_weight = weight.new_empty(weight.shape if wants_weight else (0,)) if weight is not None else x.new_empty(0)
-    return (
-        x.new_empty(x.shape if wants_x else (0,)),
-        d_weight,
-        lora_a.new_empty(lora_a.shape),
-        lora_b.new_empty(lora_b.shape),
-    )
-
-
-_single_backward_op = register_op(
-    "batched_lora_single_backward(Tensor grad, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor shrunk, "
-    "Tensor low, Tensor? cu_seqlens, Tensor? adapter_index, SymInt rows, float scale, bool wants_x, bool wants_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _single_backward_kernel,
-    fake=_single_backward_fake,
-    not_differentiable="double backward is not supported",
-)
-
-
-def _single_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, lora_a, lora_b, _, cu_seqlens, index, ctx.rows, ctx.scale = inputs
-    ctx.set_materialize_grads(False)  # nobody differentiates the saved outputs: no zeros in their shapes
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, lora_a, lora_b, *output[1:], cu_seqlens, index)
-
-
-def _single_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    needs = ctx.needs_input_grad
-    results = _single_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.rows, ctx.scale, needs[0], needs[1])
-    d_inputs = (d if need else None for d, need in zip(results, needs, strict=False))
-    return *d_inputs, grad if needs[4] else None, None, None, None, None
-
-
-_single_op = register_op(
-    "batched_lora_single(Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? residual, Tensor? cu_seqlens, "
-    "Tensor? adapter_index, SymInt rows, float scale) -> (Tensor, Tensor, Tensor)",
-    _single_forward,
-    fake=_single_forward_fake,
-    backward=_single_backward,
-    setup_context=_single_setup_context,
-)
-
-
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
@@ -516,21 +413,18 @@ def batched_lora_multi(
                 )
         flat = x.reshape(-1, x.shape[-1])
         bounds, index = (None if t is None else t.contiguous() for t in (cu_seqlens, adapter_index))
-        shared = (bounds, index, x.shape[1] if cu_seqlens is None else 0, float(scale))
-        residual_rows = [None if p.residual is None else p.residual.reshape(flat.shape[0], -1) for p in adapted]
-        if len(adapted) == 1:
-            only = adapted[0]
-            results = _single_op(flat, only.weight, only.a, only.b, residual_rows[0], *shared)
-        else:
-            results = _forward_op(
-                flat,
-                [p.weight for p in adapted if p.weight is not None],
-                [p.a for p in adapted],
-                [p.b for p in adapted],
-                [residual for residual in residual_rows if residual is not None],
-                [_WEIGHT * (p.weight is not None) | _RESIDUAL * (p.residual is not None) for p in adapted],
-                *shared,
-            )
+        results = _forward_op(
+            flat,
+            [p.weight for p in adapted if p.weight is not None],
+            [p.a for p in adapted],
+            [p.b for p in adapted],
+            [p.residual.reshape(flat.shape[0], -1) for p in adapted if p.residual is not None],
+            [_WEIGHT * (p.weight is not None) | _RESIDUAL * (p.residual is not None) for p in adapted],
+            bounds,
+            index,
+            x.shape[1] if cu_seqlens is None else 0,
+            float(scale),
+        )
         for projection, y in zip(adapted, results, strict=False):
             outputs[projection.number] = y.view(*x.shape[:-1], y.shape[-1])
     return [outputs[i] for i in range(len(weights))]

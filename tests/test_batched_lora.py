@@ -10,7 +10,7 @@ import torch
 
 from pgolf_kernels import batched_lora, batched_lora_multi
 from pgolf_kernels._triton_op import interpreting, kernels
-from pgolf_kernels.batched_lora import _backward_op, _forward_op, _single_backward_op, _single_op, reference
+from pgolf_kernels.batched_lora import _backward_op, _forward_op, reference
 from tests import triton_aot
 
 
@@ -189,14 +189,6 @@ def test_op_contract(case, dtype):
     for wanted in (True, False):
         saved = (upstream, *x, present, a, b, shrunk, low, *arguments[5:])
         torch.library.opcheck(_backward_op, (*saved, wanted, [wanted] * len(present)))
-    if count == 1:
-        saved = (*upstream, *x, *present, *a, *b, shrunk, low, *arguments[6:])
-        torch.library.opcheck(_single_backward_op, (*saved, True, False))
-        a, b = arguments[2:4]
-        x, *_, packed, index, rows, scale = arguments
-        torch.library.opcheck(_single_op, (x, weights[0], a[0], b[0], None, packed, index, rows, scale))
-        residual = torch.randn(x.shape[0], b[0].shape[1], dtype=dtype, requires_grad=True)
-        torch.library.opcheck(_single_op, (x, None, a[0], b[0], residual, packed, index, rows, scale))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -221,7 +213,7 @@ def test_compiled_projections_and_gradients_equal_eager(packed):
 def test_adapters_of_another_dtype_are_kept_as_the_products_read_them():
     x, a, b = torch.randn(6, 8), torch.randn(2, 4, 8), torch.randn(2, 5, 4).mT.contiguous().mT
     for dtype, kept in ((torch.float32, 0), (torch.bfloat16, a.numel() + b.numel())):
-        *_, low = _single_op(x.to(dtype), None, a, b, None, None, None, 3, 1.0)
+        *_, low = _forward_op(x.to(dtype), [], [a], [b], [], [0], None, None, 3, 1.0)
         assert low.dtype == dtype and low.shape == (kept,)
     assert torch.equal(low, torch.cat([a.flatten(), b.flatten()]).bfloat16())
 
@@ -369,7 +361,7 @@ BACKWARD_IN_A_NEW_THREAD = """
 import sys
 import torch
 from pgolf_kernels import batched_lora
-from pgolf_kernels.batched_lora import _single_backward_op, _single_op
+from pgolf_kernels.batched_lora import _backward_op, _forward_op
 
 def draw(*size, dtype=torch.float32):
     return torch.randn(size, device=sys.argv[1], dtype=dtype).requires_grad_()
@@ -378,9 +370,9 @@ x, w, grad = (draw(*size, dtype=torch.bfloat16) for size in ((2, 64, 64), (32, 6
 a, b = draw(2, 16, 64), draw(2, 32, 16)
 with torch.no_grad():  # in this thread first: the allocator then has all that the other one asks for
     flat = x.flatten(0, 1)
-    _, shrunk, low = _single_op(flat, w, a, b, None, None, None, 64, 1.0)
-    rest = (flat, w, a, b, shrunk, low, None, None, 64, 1.0, True, False)
-    wanted = _single_backward_op(grad.flatten(0, 1), *rest)
+    _, shrunk, low = _forward_op(flat, [w], [a], [b], [], [1], None, None, 64, 1.0)
+    rest = (flat, [w], [a], [b], shrunk, low, [1], None, None, 64, 1.0, True, [False])
+    wanted = _backward_op([grad.flatten(0, 1)], *rest)
 found = torch.autograd.grad(batched_lora(x, w.detach(), a, b), [x, a, b], grad)
 for mine, expected in zip(found, (wanted[0].view_as(x), *wanted[2:]), strict=True):
     assert torch.equal(mine, expected)
