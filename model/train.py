@@ -26,6 +26,7 @@ from torch import Tensor
 
 from model import schedule
 from model.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from model.compilations import Compilations
 from model.config import Config
 from model.data.dataset import Dataset
 from model.data.loaders import LOADERS, Batch, Loader
@@ -54,6 +55,7 @@ class TrainResult:
     seconds: float
     tokens: int
     recordings: int  # micro-steps recorded after the warm-up: 0 unless a batch held more documents than any before
+    compilations: int  # kernels that Triton compiled in steps after the warm-up
     looped: bool  # whether the layer loop was ever active
     interrupted: int | None
 
@@ -115,6 +117,7 @@ class Trainer:
         self._saved_at = 0.0  # the time, as agreed, of the step with the last checkpoint
         self._resumed = False
         self._warm_recordings = 0
+        self.late_compilations = Compilations(ranks.device)
 
     # One step
 
@@ -239,7 +242,7 @@ class Trainer:
         return restarts_workers() and elapsed - self._saved_at >= RESTART_SECONDS
 
     def _one_step(self, settings: StepSettings, elapsed: float) -> None:
-        with self._memory("in a training step"):
+        with self._memory("in a training step"), self.late_compilations:
             values = self.train_step(settings)
             self.average.update()
         self.step += 1
@@ -303,6 +306,7 @@ class Trainer:
 
     def _result(self, interrupted: int | None) -> TrainResult:
         recordings = self.micro_step.recordings - self._warm_recordings
+        compilations = len(self.late_compilations.kernels)
         tokens = self.step * self.config.train.train_batch_tokens
         peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
         with torch.no_grad():
@@ -313,15 +317,28 @@ class Trainer:
             self.run_dir.save_model(self.model.state_dict(), self.config)
             self.monitor.say(
                 f"trained {self.step} steps, {tokens:,} tokens in {self.seconds:.1f} s"
-                + (f", {recordings} late recordings, peak memory {peak / 2**30:.1f} GiB" if peak is not None else "")
+                + (
+                    f", {recordings} late recordings, {compilations} late compilations, "
+                    f"peak memory {peak / 2**30:.1f} GiB"
+                    if peak is not None
+                    else ""
+                )
             )
         self.run_dir.merge_result(
             {
-                "train": {"steps": self.step, "tokens": tokens, "late_recordings": recordings, "peak_gpu_bytes": peak},
+                "train": {
+                    "steps": self.step,
+                    "tokens": tokens,
+                    "late_recordings": recordings,
+                    "late_compilations": compilations,
+                    "peak_gpu_bytes": peak,
+                },
                 "seconds": {"train": self.seconds},
             }
         )
-        return TrainResult(self.model, self.step, self.seconds, tokens, recordings, self.looped, interrupted)
+        return TrainResult(
+            self.model, self.step, self.seconds, tokens, recordings, compilations, self.looped, interrupted
+        )
 
     # The clock
 

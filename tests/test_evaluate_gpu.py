@@ -1,5 +1,7 @@
 """Document steps on a GPU: CUDA graphs, eager steps and the CPU agree, and nothing waits for the device."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from model.adapters import Adapters
 from model.evaluate.ledger import Ledger
 from model.evaluate.lora_ttt import evaluate_lora_ttt
+from model.evaluate.phased_ttt import evaluate_phased
 from model.evaluate.session import Session
 from tests.evaluation import arrays, golden_session
 from tests.test_evaluate_golden import golden_a
@@ -42,6 +45,16 @@ def test_graphs_score_as_eager_steps_do(slots: int) -> None:
     assert np.abs(eager.mean() - graphed.mean()) < 2e-3
     # bf16 rounds differently in another tile, and every step learns from the difference.
     assert np.quantile(np.abs(eager - graphed), 0.9) < 0.1
+
+
+@pytest.mark.parametrize("evaluate", [evaluate_lora_ttt, evaluate_phased])
+def test_nothing_is_compiled_once_graphs_are_recorded(evaluate: Callable[..., None]) -> None:
+    """Documents differ in length, and slots run empty in the end; phases change the weights in between."""
+    session = session_on_gpu(graphs=True, ttt_batch_size=5)
+    with session.compilations:
+        evaluate(session, initial_a=golden_a)
+    assert session.late.kernels == []
+    assert session.seconds["recording"] > 0
 
 
 def test_the_gpu_finds_the_golden_losses() -> None:

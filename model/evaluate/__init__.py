@@ -69,7 +69,9 @@ class EvalResult:
     tokens: int
     bytes: int
     seconds: float  # from opening the artifact to the result, interrupted calls included
-    seconds_by_part: dict[str, float]  # of the last call alone
+    seconds_by_part: dict[str, float]  # of the last call alone; no second is in two parts
+    compilations: int  # kernels that Triton compiled in the last call
+    late_compilations: int  # of these, in steps for which CUDA graphs had been recorded
     compute_dtype: str  # of the activations, "bfloat16" say: how exactly another computation agrees
     per_document: np.ndarray
     ledger: Ledger
@@ -150,11 +152,13 @@ def evaluate(
         if opening_seconds:
             session.seconds["opening"] = opening_seconds
         if session.ledger.missing():
-            with session.stoppable():
+            with session.stoppable(), session.compilations:
                 if scorer is None:
                     run_mode(session, mode, train_shards=dataset.train_shards)
                 else:
                     scorer(session)
+        if device.type == "cuda":
+            session.seconds["compiling"] = session.compilations.seconds
         session.exchange()
         session.ledger.finish()
         session.pause(last=True)
@@ -170,6 +174,8 @@ def evaluate(
         bytes=score.bytes,
         seconds=seconds,
         seconds_by_part=session.seconds,
+        compilations=len(session.compilations.kernels),
+        late_compilations=len(session.late.kernels),
         compute_dtype=compute_dtype,
         per_document=score_per_document(session.ledger.nll, session.token_bytes, find_documents(tokens)),
         ledger=session.ledger,

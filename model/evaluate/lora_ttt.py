@@ -14,6 +14,7 @@ few CUDA graphs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,7 +151,7 @@ class DocumentTrainer:
         if not len(sizes):
             return
         chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
-        with self.session.timed("compiling"), self.session.random_tokens():
+        with self.session.timed("recording"), self.session.random_tokens():
             self._graphs = StepGraphs(self.step, [self._warm_up_control(int(size)) for size in chosen], chosen)
 
     def read(self, part: np.ndarray, state: int) -> None:
@@ -161,11 +162,12 @@ class DocumentTrainer:
         """
         self._operands.copy_(self._cast())
         states = np.full(self.slots, state)
-        for number, step in enumerate(self._plan(self._open(part)), start=1):
-            states[step.new] = state
-            self._run(step, states)
-            if number % PAUSE_STEPS == 0 or self.session.asked_to_stop:
-                self.session.pause()
+        with self.session.late if self._graphs is not None else nullcontext():
+            for number, step in enumerate(self._plan(self._open(part)), start=1):
+                states[step.new] = state
+                self._run(step, states)
+                if number % PAUSE_STEPS == 0 or self.session.asked_to_stop:
+                    self.session.pause()
         self.session.pause()
 
     @torch.no_grad()

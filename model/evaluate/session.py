@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.compilations import Compilations
 from model.config import EvalConfig
 from model.data.tokenizer import ByteTables
 from model.errors import DataError
@@ -46,7 +47,8 @@ class Session:
     `graphs` allows CUDA graphs. `progress(score so far, tokens scored, tokens in all)` is called now and then: the
     score is that of the tokens this rank knows of, their number an estimate for all ranks. `ledger_path` is where the
     ledger is saved: by rank 0 there, by the others beside it. `started` is when the evaluation began
-    (`time.monotonic`), put back by what it took before an interruption.
+    (`time.monotonic`), put back by what it took before an interruption. `compilations` counts what is compiled where
+    the evaluation enters it, `late` what is in steps for which graphs were recorded before.
     """
 
     model: GPT
@@ -80,6 +82,7 @@ class Session:
         self.target_ids = self.input_ids
         if self.targets is not None:
             self.target_ids = torch.from_numpy(self.targets.astype(np.int64)).to(self.device)
+        self.compilations, self.late = Compilations(self.device), Compilations(self.device)
         self._received = [0]  # the number of a signal that asks to stop
         self._saved = time.monotonic()
         self._next_report = self._saved + REPORT_SECONDS
@@ -155,10 +158,11 @@ class Session:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Adds the seconds of the block to those of a part of the evaluation."""
-        started = time.monotonic()
+        """Adds the seconds of the block to those of a part of the evaluation, without those of compiling in it."""
+        started, compiling = time.monotonic(), self.compilations.seconds
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
+        compiling = self.compilations.seconds - compiling
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started - compiling
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

@@ -1,0 +1,73 @@
+"""Triton's compilations, counted: which kernels the steps of a run had to wait for, and for how long.
+
+A kernel is compiled on its first launch with a combination of dtypes, constants, alignments and options. One that lies
+in Triton's cache on the disk counts as well: loading it is not a step's work either.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+_Hook = Callable[..., "bool | None"]
+
+
+class Compilations:
+    """What Triton compiles for a GPU while this is entered; it adds up when it is entered again.
+
+    kernels: their names, in the order in which they were done. seconds: of wall-clock time in which at least one was
+    under way. Blocks may lie in one another, each counts all within it. On other devices, and without Triton, nothing
+    is compiled.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.kernels: list[str] = []
+        self.seconds = 0.0
+        self._hooks: Any = None
+        self._before: tuple[_Hook | None, _Hook | None] = (None, None)
+        self._under_way: set[tuple[str, Any]] = set()
+        self._since = 0.0
+        if device.type == "cuda" and importlib.util.find_spec("triton"):
+            from triton import knobs
+
+            self._hooks = knobs.runtime
+
+    def __enter__(self) -> Compilations:
+        if self._hooks is not None:
+            self._before = self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook
+            self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._begin, self._end
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._hooks is not None:
+            self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._before
+            self._count(set())  # one that failed has no end
+
+    def _begin(self, **facts: Any) -> bool | None:
+        """Before a kernel is compiled; True from a hook that was there before keeps Triton from it."""
+        outer = self._before[0]
+        refused = outer(**facts) if outer else None
+        if not refused:
+            self._count(self._under_way | {(facts["fn"].name, facts["key"])})
+        return refused
+
+    def _end(self, **facts: Any) -> bool | None:
+        outer = self._before[1]
+        if outer:
+            outer(**facts)
+        self.kernels.append(facts["fn"].name)
+        self._count(self._under_way - {(facts["fn"].name, facts["key"])})
+        return None
+
+    def _count(self, under_way: set[tuple[str, Any]]) -> None:
+        now = time.monotonic()
+        if self._under_way:
+            self.seconds += now - self._since
+        self._under_way, self._since = under_way, now
