@@ -30,6 +30,7 @@ class StepRecord:
     settings: StepSettings
     elapsed: float
     tokens: int
+    data_wait: float = 0.0  # seconds until the step's batches were ready
     loss: float = math.nan
     grad_norm: float = math.nan
     pairs: float = 0.0
@@ -148,6 +149,7 @@ class Monitor:
             "late_qat": settings.late_qat,
             "elapsed": record.elapsed,
             "step_ms": 1000 * record.seconds,
+            "data_wait_ms": 1000 * record.data_wait,
             "tokens_per_second": record.tokens / record.seconds if record.seconds else None,
             "mfu": self._mfu([record]),
         }

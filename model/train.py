@@ -56,6 +56,7 @@ class TrainResult:
     tokens: int
     recordings: int  # micro-steps recorded after the warm-up: 0 unless a batch held more documents than any before
     compilations: int  # kernels that Triton compiled in steps after the warm-up
+    data_wait: float  # share of `seconds` in which the host waited for a batch, on the rank that waited longest
     looped: bool  # whether the layer loop was ever active
     interrupted: int | None
 
@@ -113,6 +114,7 @@ class Trainer:
             self.model, weight=1 / self.accumulate, max_seqlen=longest, record=config.train.cuda_graphs
         )
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
+        self.data_wait = 0.0  # of `seconds`, those in which this rank's host waited for a batch
         self.looped = self.late_qat = False  # whether the last step was
         self._saved_at = 0.0  # the time, as agreed, of the step with the last checkpoint
         self._resumed = False
@@ -242,12 +244,15 @@ class Trainer:
         return restarts_workers() and elapsed - self._saved_at >= RESTART_SECONDS
 
     def _one_step(self, settings: StepSettings, elapsed: float) -> None:
+        waited = self.loader.waited
         with self._memory("in a training step"), self.late_compilations:
             values = self.train_step(settings)
             self.average.update()
+        waited = self.loader.waited - waited
+        self.data_wait += waited
         self.step += 1
         self.looped, self.late_qat = settings.loop, settings.late_qat
-        record = StepRecord(self.step, settings, elapsed, self.config.train.train_batch_tokens)
+        record = StepRecord(self.step, settings, elapsed, self.config.train.train_batch_tokens, waited)
         self._finish(self.in_flight.push(record, values))
 
     def _finish(self, records: list[StepRecord]) -> None:
@@ -307,6 +312,8 @@ class Trainer:
     def _result(self, interrupted: int | None) -> TrainResult:
         recordings = self.micro_step.recordings - self._warm_recordings
         compilations = len(self.late_compilations.kernels)
+        (waited,) = self.ranks.agree_max(self.data_wait)
+        data_wait = waited / self.seconds if self.seconds else 0.0
         tokens = self.step * self.config.train.train_batch_tokens
         peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
         with torch.no_grad():
@@ -316,7 +323,8 @@ class Trainer:
         if interrupted is None:
             self.run_dir.save_model(self.model.state_dict(), self.config)
             self.monitor.say(
-                f"trained {self.step} steps, {tokens:,} tokens in {self.seconds:.1f} s"
+                f"trained {self.step} steps, {tokens:,} tokens in {self.seconds:.1f} s, "
+                f"{data_wait:.2%} waiting for data"
                 + (
                     f", {recordings} late recordings, {compilations} late compilations, "
                     f"peak memory {peak / 2**30:.1f} GiB"
@@ -331,13 +339,14 @@ class Trainer:
                     "tokens": tokens,
                     "late_recordings": recordings,
                     "late_compilations": compilations,
+                    "data_wait": data_wait,
                     "peak_gpu_bytes": peak,
                 },
                 "seconds": {"train": self.seconds},
             }
         )
         return TrainResult(
-            self.model, self.step, self.seconds, tokens, recordings, compilations, self.looped, interrupted
+            self.model, self.step, self.seconds, tokens, recordings, compilations, data_wait, self.looped, interrupted
         )
 
     # The clock
@@ -363,8 +372,9 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         mine = {"loader": self.loader.state_dict(), "random": random_state(self.ranks.device)}
+        (data_wait,) = self.ranks.agree_max(self.data_wait)
         state = {
-            "seconds": self._elapsed(), "looped": self.looped, "late_qat": self.late_qat,
+            "seconds": self._elapsed(), "data_wait": data_wait, "looped": self.looped, "late_qat": self.late_qat,
             "ranks": self.ranks.gather_json(mine),
         }  # fmt: skip
         path = self.run_dir.checkpoints / f"step_{self.step:08d}"
@@ -406,6 +416,7 @@ class Trainer:
         self.loader.load_state_dict(mine["loader"])
         set_random_state(mine["random"], self.ranks.device)
         self.step, self.seconds = checkpoint.step, float(checkpoint.state["seconds"])
+        self.data_wait = float(checkpoint.state.get("data_wait", 0.0))
         self._saved_at = self.seconds
         self.looped, self.late_qat = bool(checkpoint.state["looped"]), bool(checkpoint.state.get("late_qat"))
         self.run_dir.forget_metrics_after(self.step)

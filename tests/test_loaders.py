@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -136,6 +137,24 @@ def test_state_is_the_same_on_every_rank(shards, name):
             loader.next_batch()
         states.append(loader.state_dict())
     assert states[0] == states[1]
+
+
+def test_a_loader_says_how_long_it_was_waited_for(shards):
+    """Of what is read ahead nothing but what the caller waits for counts."""
+    for prefetch in (0, 1):
+        loader = make("packing", shards, prefetch=prefetch)
+        read = loader._source.next
+        loader._source.next = lambda read=read: time.sleep(0.2) or read()
+        loader.next_batch()
+        late = loader.waited
+        assert late >= 0.2
+        if prefetch:
+            deadline = time.monotonic() + 60
+            while not loader._reader._ready.full() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        loader.next_batch()
+        assert loader.waited - late < 0.1 if prefetch else loader.waited - late >= 0.2
+        loader.close()
 
 
 def test_closing_forgets_the_thread_and_what_it_holds(shards):

@@ -241,6 +241,7 @@ def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
     assert page.startswith("a\n<!-- run:tiny,tiny -->\n") and page.endswith("<!-- /run -->\nb\n") and "old" not in page
     assert f"`{record['command']}`; " in page and "; a remark." in page
     assert "| bits per byte, lora_ttt | {0} | {0} |".format(f"{loaded.bpb['lora_ttt']:.5f}") in page
+    assert "| time waiting for data | {0:.2%} | {0:.2%} |".format(record["data_wait"]) in page
 
 
 def test_records_that_differ_by_their_seeds_have_a_mean(tmp_path):

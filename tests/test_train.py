@@ -63,6 +63,25 @@ def test_it_learns_and_writes_down_what_it_did(data, dataset, tmp_path, capsys):
     assert "step 24/24" in capsys.readouterr().out
 
 
+def test_waiting_for_data_shows(data, dataset, tmp_path, monkeypatch):
+    """In the steps, in their sum over an interruption, and as a share of the training time without the warm-up."""
+    config = tiny_config(data, tmp_path, warmup_steps=2, checkpoint_every=2, iterations=2)
+    quick = train(config, dataset, run_of(config, "quick"), Dist.single())
+    loader = LOADERS[config.data.loader]
+    source = loader._make_source
+    read = source.next
+    monkeypatch.setattr(source, "next", lambda self: time.sleep(0.1) or read(self))
+    run = run_of(config)
+    train(config, dataset, run, Dist.single())
+    slow = train(config.replace(iterations=4), dataset, run, Dist.single(), resume=True)
+    steps = [record for record in run.metrics() if "loss" in record]
+    waits = [record["data_wait_ms"] / 1000 for record in steps]
+    assert len(waits) == 4 and all(0 <= wait <= step["step_ms"] / 1000 for wait, step in zip(waits, steps, strict=True))
+    assert sum(waits) > 0.1 and quick.data_wait < slow.data_wait <= 1
+    assert slow.data_wait == pytest.approx(sum(waits) / slow.seconds) == run.result()["train"]["data_wait"]
+    assert f"{slow.data_wait:.2%} waiting for data" in (run.path / "log.txt").read_text()
+
+
 def test_one_seed_twice_gives_the_same_weights(data, dataset, tmp_path):
     config = tiny_config(data, tmp_path)
     one, two = (train(config, dataset, run_of(config, name), Dist.single()).model.state_dict() for name in "ab")

@@ -16,6 +16,7 @@ import json
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -251,7 +252,8 @@ class _StreamSource:
 class Loader:
     """Batches of a source on a device, read ahead by a thread. Use one of the subclasses.
 
-    Not thread-safe itself. `close()` ends the thread; so does dropping the loader.
+    Not thread-safe itself. `close()` ends the thread; so does dropping the loader. `waited` are the seconds that
+    `next_batch` has spent until a batch was ready, all calls together.
     """
 
     kind: str
@@ -293,6 +295,7 @@ class Loader:
         self._prefetch = prefetch
         self._reader: _Reader | None = None
         self._position = self._source.position()
+        self.waited = 0.0
 
     def _check(self, share: Share) -> None:
         tokens, seq_len = share.tokens, share.seq_len
@@ -309,13 +312,13 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """The next batch, on the device. Raises DataError for a damaged shard or ids beyond the vocabulary."""
-        if self._prefetch > 0:
-            if self._reader is None:
-                self._reader = _Reader(self._source, self._prefetch, self._pin)
-                self._stop = weakref.finalize(self, self._reader.stop)
-            tokens, cu_seqlens, max_seqlen, self._position = self._reader.get()
-        else:
-            tokens, cu_seqlens, max_seqlen, self._position = _read(self._source, self._pin)
+        if self._prefetch > 0 and self._reader is None:
+            self._reader = _Reader(self._source, self._prefetch, self._pin)
+            self._stop = weakref.finalize(self, self._reader.stop)
+        started = time.perf_counter()
+        ready = _read(self._source, self._pin) if self._reader is None else self._reader.get()
+        self.waited += time.perf_counter() - started
+        tokens, cu_seqlens, max_seqlen, self._position = ready
         tokens = tokens.to(self._device, non_blocking=True)
         # Converted on the device, into tensors of their own: slices of one would not be aligned.
         inputs = tokens[..., :-1].to(torch.int64).view(-1, self._row)
