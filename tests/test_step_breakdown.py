@@ -8,6 +8,9 @@ import torch
 
 from bench import real_runs, step_breakdown
 from bench.step_breakdown import COMMUNICATION, HIDDEN, KINDS, OPTIMISER, ROWS, STEPS, Span, breakdown, covered, kind_of
+from model.distributed import Dist
+from model.gpt import GPT
+from tests.tiny import tiny_config
 
 # As the profiler names them, some without what follows.
 NAMES = {
@@ -106,6 +109,31 @@ def test_a_column_is_kept_by_the_number_of_gpus(world: int, name: str, tmp_path,
     page = real_runs.rendered(f"<!-- run:{name} -->\n<!-- /run -->\n", tmp_path)
     rows = re.findall(r"^\| (.+) \| .+ ms \|$", page, re.MULTILINE)
     assert rows == list(ROWS) and "| communication | 1.00 ms |" in page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+def test_a_column_for_each_case_with_the_optimiser_in_the_step(tmp_path, monkeypatch) -> None:
+    """On a CPU, with a small network and made-up kernels: each call that is profiled has its own."""
+    config = tiny_config(tmp_path, tmp_path)
+
+    def profiled(call) -> list[Span]:
+        call()
+        return spans(("nccl", 0.0, 1.0)) if call.__name__ == "finish" else spans(("nvjet", 0.0, 2.0))
+
+    monkeypatch.setattr(step_breakdown, "RECORDS", tmp_path)
+    monkeypatch.setattr(step_breakdown, "spans_of", profiled)
+    monkeypatch.setattr(step_breakdown, "config", lambda: config)
+    monkeypatch.setattr(step_breakdown, "our_model", lambda: GPT(config.model))
+    monkeypatch.setattr(step_breakdown, "our_micro_step", lambda case, inputs: lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    table = step_breakdown.measure(Dist.single(), record=True)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[0] for row in rows] == list(ROWS) and all(len(row) == 3 for row in rows)
+    found = {row[0]: row[1:] for row in rows}
+    assert found["other matrix products"] == ("2.00", "2.00") and found[COMMUNICATION] == ("1.00", "1.00")
+    assert all(float(total) > 0 for total in found["total"])
+    assert {path.name for path in tmp_path.iterdir()} == {"micro_step_loop_off.json", "micro_step_loop_on.json"}
 
 
 def test_no_record_has_another_row() -> None:
