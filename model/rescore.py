@@ -46,6 +46,9 @@ from model.gpt import GPT
 
 SAVED_SCORES = "saved scores"
 LEAST_WINDOWS = 8  # so that there are several places, however long the windows are
+# Of a document, at most so many windows' worth of tokens: a long one would be read in hundreds of steps, one after the
+# other, and beyond its first window every step is like the next.
+DOCUMENT_WINDOWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +158,9 @@ def _pieces(session: Session, batch: np.ndarray) -> np.ndarray:
 
 
 def _rescore_documents(session: Session, name: str, tokens_wanted: int, rng: np.random.Generator) -> int:
-    """Each document takes up to half of what is left, in whole chunks, so that there are several."""
+    """Each document takes up to half of what is left, and no more than `DOCUMENT_WINDOWS`, in whole chunks."""
     config, documents = session.config, find_documents(session.tokens)
+    most = DOCUMENT_WINDOWS * config.ttt_eval_seq_len
     eligible = np.arange(len(documents))
     if name == "phased":
         eligible = phases_of(session, documents)[0][0]
@@ -165,7 +169,7 @@ def _rescore_documents(session: Session, name: str, tokens_wanted: int, rng: np.
     for index in rng.permutation(eligible).tolist():
         if left <= 0:
             break
-        chunks = max(1, left // 2 // config.ttt_chunk_size)
+        chunks = max(1, min(left // 2, most) // config.ttt_chunk_size)
         # The beginning of a document does not know what follows.
         documents[index, 1] = min(documents[index, 1], 1 + chunks * config.ttt_chunk_size)
         left -= int(documents[index, 1]) - 1

@@ -10,8 +10,10 @@ import torch
 
 from model.checks import FAIL, PASS, Check
 from model.evaluate import EvalResult, evaluate
+from model.evaluate.documents import find_documents
 from model.evaluate.ledger import Ledger
-from model.rescore import LEAST_WINDOWS, SAVED_SCORES, TOLERANCES, Saved, check_saved_scores, rescore
+from model.evaluate.lora_ttt import DocumentTrainer
+from model.rescore import DOCUMENT_WINDOWS, LEAST_WINDOWS, SAVED_SCORES, TOLERANCES, Saved, check_saved_scores, rescore
 from tests import test_evaluate_modes as modes
 from tests import test_verify as small
 
@@ -67,7 +69,7 @@ def doctored(ledger: Ledger, path: Path, where: Any, factor: float) -> Ledger:
 
 
 @each_case
-def test_honest_scores_pass(mode: str, changes: dict[str, Any]) -> None:
+def test_honest_scores_pass(mode: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     result = scored(mode, changes)
     assert result.compute_dtype == "float32"
     for seed in range(3):
@@ -79,6 +81,7 @@ def test_honest_scores_pass(mode: str, changes: dict[str, Any]) -> None:
         assert f"{len(found):,} of {rescored[1]:,} tokens rescored" in check.figure
         assert 100 <= len(found) <= min(rescored[1], 300)
         assert (np.diff(found) > 1).any()  # several places
+    monkeypatch.setattr("model.rescore.DOCUMENT_WINDOWS", 100)
     everything = part(mode, changes, tokens_wanted=100_000)
     assert np.isfinite(everything[0].nll).sum() == everything[1]
     assert everything[1] == len(TOKENS) - 1 or mode in ("sgd-ttt", "phased", "sliding-cache")
@@ -102,6 +105,24 @@ def test_other_places_with_another_seed() -> None:
     found = [~np.isnan(part("lora-ttt", {}, seed=seed)[0].nll) for seed in range(6)]
     assert len({mask.tobytes() for mask in found}) > 3
     assert np.any(found, axis=0).sum() > found[0].sum()
+
+
+@pytest.mark.parametrize("tokens_wanted", [400, 100_000])
+def test_a_long_document_takes_no_more_steps_than_its_first_windows(
+    tokens_wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, runs = modes.dataset(modes.stream(2000, 40, 1000, 3000)), []
+    config, run = CONFIG.replace(ttt_batch_size=4), DocumentTrainer._run
+    monkeypatch.setattr(DocumentTrainer, "_run", lambda self, *step: runs.append(step) or run(self, *step))
+    ledger, drawn_from, _ = rescore(
+        small.model(), data, "lora-ttt", config, device="cpu", tokens_wanted=tokens_wanted, seed=0
+    )
+    most = DOCUMENT_WINDOWS * config.eval.ttt_eval_seq_len
+    assert len(runs) <= most // config.eval.ttt_chunk_size
+    assert drawn_from == len(data.valid_tokens) - 1
+    for start, length in find_documents(data.valid_tokens):
+        assert np.isnan(ledger.nll[start + 1 + most : start + length]).all()
+    assert np.isfinite(ledger.nll).sum() > most
 
 
 def test_few_tokens_are_still_several_windows() -> None:
