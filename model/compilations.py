@@ -6,13 +6,13 @@ in Triton's cache on the disk counts as well: loading it is not a step's work ei
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
+
+from pgolf_kernels._triton_op import has_triton
 
 _Hook = Callable[..., "bool | None"]
 
@@ -32,7 +32,7 @@ class Compilations:
         self._before: tuple[_Hook | None, _Hook | None] = (None, None)
         self._under_way: set[tuple[str, Any]] = set()
         self._since = 0.0
-        if device.type == "cuda" and importlib.util.find_spec("triton"):
+        if device.type == "cuda" and has_triton():
             from triton import knobs
 
             self._hooks = knobs.runtime
@@ -43,9 +43,7 @@ class Compilations:
             self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._begin, self._end
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._hooks is not None:
             self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._before
             self._count(set())  # one that failed has no end
@@ -53,10 +51,10 @@ class Compilations:
     def _begin(self, **facts: Any) -> bool | None:
         """Before a kernel is compiled; True from a hook that was there before keeps Triton from it."""
         outer = self._before[0]
-        refused = outer(**facts) if outer else None
-        if not refused:
-            self._count(self._under_way | {(facts["fn"].name, facts["key"])})
-        return refused
+        if outer and outer(**facts):
+            return True
+        self._count(self._under_way | {(facts["fn"].name, facts["key"])})
+        return None
 
     def _end(self, **facts: Any) -> bool | None:
         outer = self._before[1]

@@ -42,10 +42,13 @@ _PACKAGES = ("model", "pgolf_kernels")
 _SOURCE = Path(__file__).resolve().parent.parent
 _NATIVE = "pgolf_kernels._native"
 _DEVICE = ("_triton_tile", "_triton_lora")  # modules of device code that modules of Triton kernels import
-# Modules of operators that the network alone calls: neither a file nor a user decides what they are given.
-_OPERATORS = (
-    "adapter_adamw", "batched_lora", "embedding", "fused_mlp", "linear_softcap_ce", "_linear_softcap_ce_head", "muon",
-    "qk_rope", "residual", "softcap_ce", "stepped_lora", "xsa",
+# Modules of the network and of operators that it alone calls: neither a file nor a user decides what they are given.
+_UNCHECKED = (
+    "model.adapters", "model.gpt",
+    *(f"pgolf_kernels.{name}" for name in (
+        "adapter_adamw", "attention", "batched_lora", "embedding", "fused_mlp", "linear_softcap_ce",
+        "_linear_softcap_ce_head", "muon", "qk_rope", "residual", "softcap_ce", "stepped_lora", "xsa",
+    )),
 )  # fmt: skip
 _KERNELS = "_triton"  # ending of the modules of Triton kernels, which are imported by name where they run
 
@@ -156,7 +159,7 @@ def packed_files(*, ngram: bool) -> dict[str, str]:
         ("model.packed_entry", _NATIVE),
         false=missing,
         by_name=_KERNELS,
-        unchecked=[f"pgolf_kernels.{name}" for name in _OPERATORS],
+        unchecked=_UNCHECKED,
     )
     own = _own_names(pruned)
     files = {}

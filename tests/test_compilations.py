@@ -107,6 +107,7 @@ def test_nothing_is_counted_where_nothing_can_be_compiled(kernel, monkeypatch):
     with Compilations(torch.device("cpu")) as on_cpu:
         compile_for(kernel, torch.float32)
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr("model.compilations.has_triton", lambda: False)
     with Compilations(GPU) as without:
         pass
     assert on_cpu.kernels == without.kernels == []
