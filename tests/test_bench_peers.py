@@ -27,8 +27,8 @@ from bench.peers import Absent
 UNTIMED = {"attention_backend_info", "set_attention_backend", "gptq_quantize", "encode_codes", "decode_codes"}
 HEADS = bench_head_ops.Case(rows=2, length=24, dim=16, width=32)
 SETS = [
-    (bench_batched_lora, "FORWARD BOTH", "setup", bench_batched_lora.Case(3, 5, 16, (12,), 4)),
-    (bench_batched_lora, "FORWARD BOTH", "setup", bench_batched_lora.Case(3, 5, 16, (12, 8), 4)),
+    (bench_batched_lora, "FORWARD BOTH", "setup", bench_batched_lora.Case(3, 5, 16, (12,), 4, torch.float32)),
+    (bench_batched_lora, "FORWARD BOTH", "setup", bench_batched_lora.Case(3, 5, 16, (12, 8), 4, torch.float32)),
     (bench_stepped_lora, "PROVIDERS", "setup", bench_stepped_lora.Case(3, 7, 16, 8, 4)),
     (bench_residual, "FORWARD BOTH SUM_FORWARD SUM_BOTH", "setup", bench_residual.Case(3, 6, 16)),
     (bench_residual, "NORM_FORWARD NORM_BOTH", "setup", bench_residual.Case(1, 6, 16)),
