@@ -42,9 +42,17 @@ WIDTH = 512  # columns that launch shapes were measured with
 def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """(u, n) by the formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
     wide = torch.promote_types(streams[0].dtype, torch.float32)
-    total = sum(c.to(wide) * s.to(wide) for c, s in zip(coefficients, streams, strict=True))
+    total = _weighted_sum([s.to(wide) for s in streams], coefficients.to(wide))
     normed = total * (scale * (total.square().mean(-1, keepdim=True) + eps).rsqrt())
     return total.to(streams[0].dtype), normed.to(streams[0].dtype)
+
+
+def _weighted_sum(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """One pass a stream on a CPU, where a sum of products takes two."""
+    total = coefficients[0] * streams[0]
+    for c, s in zip(coefficients[1:], streams[1:], strict=True):
+        total = torch.addcmul(total, c, s)
+    return total
 
 
 @dataclass(frozen=True)
@@ -137,19 +145,25 @@ def _backward(
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
     weights = coefficients.to(wide)
-    g = torch.zeros_like(inputs[0]) if d_total is None else d_total.to(wide)
-    if d_normed is not None:
-        total = sum(c * s for c, s in zip(weights, inputs, strict=True))
+    if d_normed is None:
+        assert d_total is not None, "one of them is"
+        g = d_total.to(wide)
+    else:
+        total, d = _weighted_sum(inputs, weights), d_normed.to(wide)
         r = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
-        d = d_normed.to(wide)
-        g = g + scale * r * (d - total * (r.square() * (d * total).mean(-1, keepdim=True)))
+        along = r.square() * (d * total).mean(-1, keepdim=True)
+        g = total.mul_(-along).add_(d).mul_(scale * r)
+        if d_total is not None:
+            g.add_(d_total)
     d_streams = [
-        (c * g if t is None else c * g + t.to(wide)).to(first.dtype) if want else first.new_empty(0)
+        (c * g if t is None else torch.addcmul(t.to(wide), c, g)).to(first.dtype) if want else first.new_empty(0)
         for c, t, want in zip(weights, through, wanted[1:], strict=True)
     ]
     if not wanted[0]:
         return [*d_streams, coefficients.new_empty(0)]
-    return [*d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)]
+    product = torch.empty_like(g)
+    sums = [torch.mul(g, s, out=product).flatten(0, -2).sum(0) for s in inputs]
+    return [*d_streams, torch.stack(sums).to(coefficients.dtype)]
 
 
 def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> list[Tensor]:
