@@ -238,15 +238,17 @@ def test_strided_and_empty_inputs():
 
 
 def test_double_backward_raises():
-    x, a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2)
-    (gradient,) = torch.autograd.grad(batched_lora(x, None, a, b).sum(), x, create_graph=True)
+    x, a, b = torch.randn(6, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2)
+    packed = batched_lora(x, None, a, b, cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32))
+    (gradient,) = torch.autograd.grad(packed.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()
 
 
 def test_a_kept_graph_may_be_walked_twice():
-    x, a, b = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2, requires_grad=True)
-    loss = torch.stack(batched_lora_multi(x, [torch.randn(6, 8), None], [a, a], [b, b])).sum()
+    x, a, b = torch.randn(6, 8, requires_grad=True), torch.randn(2, 2, 8), torch.randn(2, 6, 2, requires_grad=True)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    loss = torch.stack(batched_lora_multi(x, [torch.randn(6, 8), None], [a, a], [b, b], cu_seqlens=bounds)).sum()
     first, second = (torch.autograd.grad(loss, (x, b), retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -375,7 +377,10 @@ with torch.no_grad():  # in this thread first: the allocator then has all that t
     wanted = _backward_op([grad.flatten(0, 1)], *rest)
 found = torch.autograd.grad(batched_lora(x, w.detach(), a, b), [x, a, b], grad)
 for mine, expected in zip(found, (wanted[0].view_as(x), *wanted[2:]), strict=True):
-    assert torch.equal(mine, expected)
+    if x.is_cuda:
+        assert torch.equal(mine, expected)
+    else:  # by PyTorch's own expression, which rounds elsewhere
+        assert (mine - expected).norm() < 2**-7 * expected.norm()
 """
 
 
