@@ -182,6 +182,7 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (stepped_lora, (96, (512, 256, 256), False, False)),
         (stepped_lora, (96, (512, 256, 256), True, True)),
         (stepped_lora, (96, (512,), True, False)),
+        (stepped_lora, (96, (264,), True, False)),
         (stepped_lora, (2048, (512,), True, True)),
         *((document_map, (documents,)) for documents in (600, 3000)),
     ],
