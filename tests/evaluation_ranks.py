@@ -1,6 +1,7 @@
 """What tests/test_evaluate_ranks.py runs in several processes."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def break_off(rank: int, ranks: int, mode: str, path: Path, pauses: int) -> None
         pause(self, last=last)
         done += 1
         if done == pauses:
+            while not sessions.rank_paths(path):  # the others may not have come to their first pause yet
+                time.sleep(0.01)
             os._exit(1)
 
     Session.pause = stop  # type: ignore[method-assign]
