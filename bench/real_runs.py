@@ -178,11 +178,12 @@ def table(names: Sequence[str], records: Sequence[Record]) -> list[str]:
         ]
         parts += [f"commit `{record['commit'][:12]}`" if record.get("commit") else "", record.get("note", "")]
         text += [f"**{name}**: " + "; ".join(filter(None, parts)) + ".", ""]
-    cells = [[line.title, *map(line.of, records)] for line in lines_of(records)]
-    header = ["", *names]
-    if differ_by_seed(records):
+    header, by_seed = ["", *names], differ_by_seed(records)
+    if by_seed:
         header.append("mean ± standard deviation")
-        cells = [[*row, line.spread(records)] for row, line in zip(cells, lines_of(records), strict=True)]
+    cells = [
+        [line.title, *map(line.of, records), *([line.spread(records)] if by_seed else [])] for line in lines_of(records)
+    ]
     kept = [row for row in cells if any(row[1:])]
     return [*text, *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *kept])]
 

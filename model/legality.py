@@ -52,7 +52,7 @@ SECONDS_BUDGET = 600.0
 TIME = "evaluation time"
 ALL_UP_TO, CANDIDATES = 128, 32  # of the normalisation check: all of a small vocabulary, some of a large one
 # Of the validation set: its beginning where no ledger of the whole is there, else drawn to compare saved scores.
-EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 32_768}
+EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}
 DECODED_DOCUMENTS = 2_000
 SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
 _SCRIPT = "train_gpt.py"

@@ -43,6 +43,7 @@ _SOURCE = Path(__file__).resolve().parent.parent
 _NATIVE = "pgolf_kernels._native"
 _DEVICE = ("_triton_tile", "_triton_lora")  # modules of device code that modules of Triton kernels import
 # Modules of the network and of operators that it alone calls: neither a file nor a user decides what they are given.
+# Only PGOLF_ATTENTION is a user's: a wrong name there ends the script with a KeyError that quotes it.
 _UNCHECKED = (
     "model.adapters", "model.gpt",
     *(f"pgolf_kernels.{name}" for name in (

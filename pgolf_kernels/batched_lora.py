@@ -41,8 +41,7 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The formula in PyTorch for x [B, T, in], differentiable: the linear and two bmm of the public systems."""
-    y = torch.bmm(torch.bmm(x, lora_a.to(x.dtype).mT), lora_b.to(x.dtype).mT)
-    y = y if scale == 1.0 else y * scale
+    y = torch.bmm(torch.bmm(x, lora_a.to(x.dtype).mT) * scale, lora_b.to(x.dtype).mT)
     if weight is not None:
         y = y + F.linear(x, weight.to(x.dtype))
     return y if residual is None else y + residual
@@ -412,35 +411,28 @@ def batched_lora_multi(
                     f"lora_a of projection {projection.number}: got {projection.a.shape[0]} adapters, wanted "
                     f"{adapted[0].a.shape[0]} as projection {adapted[0].number} has"
                 )
-        if cu_seqlens is None and adapter_index is None and x.device.type == "cpu" and not runs_narrow_triton(x):
-            # An op in Python costs small calls more than PyTorch's own expression does altogether.
+        if x.device.type == "cpu" and cu_seqlens is None and adapter_index is None and not runs_narrow_triton(x):
+            # An op in Python costs small calls more than PyTorch's own expression takes altogether.
             with torch.autocast("cpu", enabled=False):
                 results = [reference(x, p.weight, p.a, p.b, scale, p.residual) for p in adapted]
         else:
-            results = _adapted(x, adapted, cu_seqlens, adapter_index, float(scale))
-        outputs.update((projection.number, y) for projection, y in zip(adapted, results, strict=True))
+            flat = x.reshape(-1, x.shape[-1])
+            bounds, index = (None if t is None else t.contiguous() for t in (cu_seqlens, adapter_index))
+            results = _forward_op(
+                flat,
+                [p.weight for p in adapted if p.weight is not None],
+                [p.a for p in adapted],
+                [p.b for p in adapted],
+                [p.residual.reshape(flat.shape[0], -1) for p in adapted if p.residual is not None],
+                [_WEIGHT * (p.weight is not None) | _RESIDUAL * (p.residual is not None) for p in adapted],
+                bounds,
+                index,
+                x.shape[1] if cu_seqlens is None else 0,
+                float(scale),
+            )
+        for projection, y in zip(adapted, results, strict=False):
+            outputs[projection.number] = y.view(*x.shape[:-1], y.shape[-1])
     return [outputs[i] for i in range(len(weights))]
-
-
-def _adapted(
-    x: Tensor, adapted: Sequence[_Projection], cu_seqlens: Tensor | None, index: Tensor | None, scale: float
-) -> list[Tensor]:
-    """The op's results in x's leading dimensions."""
-    flat = x.reshape(-1, x.shape[-1])
-    bounds, index = (None if t is None else t.contiguous() for t in (cu_seqlens, index))
-    results = _forward_op(
-        flat,
-        [p.weight for p in adapted if p.weight is not None],
-        [p.a for p in adapted],
-        [p.b for p in adapted],
-        [p.residual.reshape(flat.shape[0], -1) for p in adapted if p.residual is not None],
-        [_WEIGHT * (p.weight is not None) | _RESIDUAL * (p.residual is not None) for p in adapted],
-        bounds,
-        index,
-        x.shape[1] if bounds is None else 0,
-        scale,
-    )
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in results[: len(adapted)]]
 
 
 @dataclass(frozen=True)

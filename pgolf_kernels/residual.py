@@ -146,7 +146,7 @@ def _backward(
     inputs = [s.to(wide) for s in streams]
     weights = coefficients.to(wide)
     if d_normed is None:
-        assert d_total is not None, "one of them is"
+        assert d_total is not None, "no gradient at all never comes here"
         g = d_total.to(wide)
     else:
         total, d = _weighted_sum(inputs, weights), d_normed.to(wide)

@@ -116,6 +116,22 @@ def _assert_no_worse_than_pytorch(case, dtype, device="cpu"):
         assert error <= 2 * allowed + 1e-6, f"result {position} of {case}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.packed and not case.indexed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_op_where_a_cpu_has_an_expression(case, dtype):
+    """Dense batches with an adapter a document: the op's own PyTorch path, which a GPU takes in float32."""
+
+    def op(x, weights, a, b, *, residuals, scale):
+        present = [[t for t in ts if t is not None] for ts in (weights, residuals)]
+        parts = [(w is not None) + 2 * (r is not None) for w, r in zip(weights, residuals, strict=True)]
+        rows = [t.flatten(0, 1) for t in (x, *present[1])]
+        *ys, _, _ = _forward_op(rows[0], present[0], a, b, rows[1:], parts, None, None, x.shape[1], scale)
+        return [y.unflatten(0, x.shape[:2]) for y in ys]
+
+    with mock.patch(f"{__name__}.batched_lora_multi", op):
+        _assert_no_worse_than_pytorch(case, dtype)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_and_gradients_are_no_worse_than_pytorch(case, dtype):
