@@ -312,10 +312,10 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """The next batch, on the device. Raises DataError for a damaged shard or ids beyond the vocabulary."""
+        started = time.perf_counter()
         if self._prefetch > 0 and self._reader is None:
             self._reader = _Reader(self._source, self._prefetch, self._pin)
             self._stop = weakref.finalize(self, self._reader.stop)
-        started = time.perf_counter()
         ready = _read(self._source, self._pin) if self._reader is None else self._reader.get()
         self.waited += time.perf_counter() - started
         tokens, cu_seqlens, max_seqlen, self._position = ready
