@@ -30,7 +30,7 @@ class Compilations:
         self.seconds = 0.0
         self._hooks: Any = None
         self._before: tuple[_Hook | None, _Hook | None] = (None, None)
-        self._under_way: set[tuple[str, Any]] = set()
+        self._under_way = 0
         self._since = 0.0
         if device.type == "cuda" and has_triton():
             from triton import knobs
@@ -46,25 +46,24 @@ class Compilations:
     def __exit__(self, *_: object) -> None:
         if self._hooks is not None:
             self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._before
-            self._count(set())  # one that failed has no end
+            self._count(0)  # one that failed has no end
 
     def _begin(self, **facts: Any) -> bool | None:
         """Before a kernel is compiled; True from a hook that was there before keeps Triton from it."""
         outer = self._before[0]
         if outer and outer(**facts):
             return True
-        self._count(self._under_way | {(facts["fn"].name, facts["key"])})
+        self._count(self._under_way + 1)
         return None
 
-    def _end(self, **facts: Any) -> bool | None:
+    def _end(self, **facts: Any) -> None:
         outer = self._before[1]
         if outer:
             outer(**facts)
         self.kernels.append(facts["fn"].name)
-        self._count(self._under_way - {(facts["fn"].name, facts["key"])})
-        return None
+        self._count(self._under_way - 1)
 
-    def _count(self, under_way: set[tuple[str, Any]]) -> None:
+    def _count(self, under_way: int) -> None:
         now = time.monotonic()
         if self._under_way:
             self.seconds += now - self._since

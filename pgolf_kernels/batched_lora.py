@@ -135,11 +135,8 @@ def _kept_size(x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) 
 
 def _kept(adapters: Sequence[Tensor], low: Tensor) -> list[Tensor]:
     """The adapters where they have low's dtype, and the places of the others in `low`, one behind the other."""
-    places, end = [], 0
-    for adapter in adapters:
-        start, end = end, end + (adapter.numel() if adapter.dtype != low.dtype else 0)
-        places.append(low[start:end].view(adapter.shape) if adapter.dtype != low.dtype else adapter)
-    return places
+    parts = low.split([t.numel() * (t.dtype != low.dtype) for t in adapters])
+    return [t if t.dtype == low.dtype else part.view(t.shape) for t, part in zip(adapters, parts, strict=True)]
 
 
 def _spread(present: Sequence[Tensor], parts: Sequence[int], bit: int) -> list[Tensor | None]:
@@ -168,10 +165,9 @@ def _forward(
     for place, adapter in zip(adapters, (*lora_as, *lora_bs), strict=True):
         if place is not adapter:
             place.copy_(adapter)
+    lora_as, lora_bs = adapters[: len(lora_as)], adapters[len(lora_as) :]
     ys, shrunk = [], []
-    for weight, a, b, residual in zip(
-        per_weight, adapters[: len(lora_as)], adapters[len(lora_as) :], per_residual, strict=True
-    ):
+    for weight, a, b, residual in zip(per_weight, lora_as, lora_bs, per_residual, strict=True):
         s = _times(x, a.mT, layout)
         s = s if scale == 1.0 else s.mul_(scale)
         y = None
@@ -183,11 +179,7 @@ def _forward(
         ys.append(_times(s, b.mT, layout, y))
         missing = padded(s.shape[1], x.dtype) - s.shape[1]
         shrunk.append(F.pad(s, (0, missing)) if missing else s)
-    return [
-        *ys,
-        torch.cat(shrunk, dim=1) if len(shrunk) > 1 else shrunk[0],
-        low,
-    ]
+    return [*ys, torch.cat(shrunk, dim=1) if len(shrunk) > 1 else shrunk[0], low]
 
 
 def _forward_fake(
@@ -234,12 +226,10 @@ def _backward_kernel(
     d_x = None
     d_as, d_bs = [], []
     columns = shrunk.split([padded(a.shape[1], x.dtype) for a in lora_as], dim=1)
-    adapters = [*lora_as, *lora_bs]
+    dtypes, adapters = [a.dtype for a in lora_as], [*lora_as, *lora_bs]
     adapters = _kept(adapters, low) if low.numel() else [t.to(x.dtype) for t in adapters]
-    for grad, weight, a, b, s, dtype in zip(
-        grads, per_weight, adapters[: len(lora_as)], adapters[len(lora_as) :], columns, (a.dtype for a in lora_as),
-        strict=True,
-    ):  # fmt: skip
+    lora_as, lora_bs = adapters[: len(grads)], adapters[len(grads) :]
+    for grad, weight, a, b, s, dtype in zip(grads, per_weight, lora_as, lora_bs, columns, dtypes, strict=True):
         e = _times(grad, b, layout)
         e = e if scale == 1.0 else e.mul_(scale)
         d_as.append(_outer(e, x, a.shape[0], dtype, layout))

@@ -161,9 +161,7 @@ def _backward(
     ]
     if not wanted[0]:
         return [*d_streams, coefficients.new_empty(0)]
-    product = torch.empty_like(g)
-    sums = [torch.mul(g, s, out=product).flatten(0, -2).sum(0) for s in inputs]
-    return [*d_streams, torch.stack(sums).to(coefficients.dtype)]
+    return [*d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)]
 
 
 def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> list[Tensor]:
