@@ -210,13 +210,14 @@ def minified(source: str, *, kernels: bool, own: Collection[str] = ()) -> str:
 
     Assertions go: they tell a type checker what is known. Other global names stay because other modules refer to them.
     Triton reads its kernels' source, where names of arguments are those of launches and annotations say what is
-    constant: there all names stay.
+    constant: there only other locals get short names.
     """
+    arguments = {node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)}
     return python_minifier.minify(
         source,
         remove_annotations=not kernels,
         remove_literal_statements=True,
-        rename_locals=not kernels,
+        preserve_locals=sorted(arguments) if kernels else None,
         rename_globals=not kernels,
         preserve_globals=sorted({*re.findall(r"\w+", source)} - {*own}),
         hoist_literals=False,
