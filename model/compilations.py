@@ -1,4 +1,4 @@
-"""Triton's compilations, counted: which kernels the steps of a run had to wait for, and for how long.
+"""Triton's compilations: counted, with the time that they take, and made side by side.
 
 A kernel is compiled on its first launch with a combination of dtypes, constants, alignments and options. One that lies
 in Triton's cache on the disk counts as well: loading it is not a step's work either.
@@ -6,8 +6,11 @@ in Triton's cache on the disk counts as well: loading it is not a step's work ei
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ class Compilations:
         self._before: tuple[_Hook | None, _Hook | None] = (None, None)
         self._under_way = 0
         self._since = 0.0
+        self._lock = threading.Lock()
         if device.type == "cuda" and has_triton():
             from triton import knobs
 
@@ -46,14 +50,14 @@ class Compilations:
     def __exit__(self, *_: object) -> None:
         if self._hooks is not None:
             self._hooks.jit_cache_hook, self._hooks.jit_post_compile_hook = self._before
-            self._count(0)  # one that failed has no end
+            self._count(-self._under_way)  # one that failed has no end
 
     def _begin(self, **facts: Any) -> bool | None:
         """Before a kernel is compiled; True from a hook that was there before keeps Triton from it."""
         outer = self._before[0]
         if outer and outer(**facts):
             return True
-        self._count(self._under_way + 1)
+        self._count(1)
         return None
 
     def _end(self, **facts: Any) -> None:
@@ -61,10 +65,40 @@ class Compilations:
         if outer:
             outer(**facts)
         self.kernels.append(facts["fn"].name)
-        self._count(self._under_way - 1)
+        self._count(-1)
 
-    def _count(self, under_way: int) -> None:
-        now = time.monotonic()
-        if self._under_way:
-            self.seconds += now - self._since
-        self._under_way, self._since = under_way, now
+    def _count(self, more: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._under_way:
+                self.seconds += now - self._since
+            self._under_way, self._since = self._under_way + more, now
+
+
+@contextmanager
+def compiled_together(device: torch.device) -> Iterator[None]:
+    """Leaves launches of kernels that are not compiled out of the block, and compiles them at its end, in threads.
+
+    What they would have written keeps what its memory held: nobody may read it, nor take an address from it. The block
+    is to make every launch that is wanted compiled, whichever comes first.
+    """
+    from triton import knobs
+
+    waiting: dict[tuple[Any, ...], str] = {}
+
+    def put_off(**facts: Any) -> bool:
+        waiting[facts["fn"].jit_function, facts["key"]] = facts["compile"]["specialization_data"]
+        return True
+
+    def compile_one(item: tuple[tuple[Any, ...], str]) -> None:
+        (kernel, _), specialization = item
+        with torch.cuda.device(device):
+            kernel.preload(specialization)
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, put_off
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, waiting.items()))

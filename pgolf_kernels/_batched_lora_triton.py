@@ -128,7 +128,7 @@ def tiles_of(x: Tensor, layout: Layout, widest: int = 0) -> _Tiles:
     rows, documents = x.shape[0], layout.cu_seqlens.shape[0] - 1
     most = cdiv(rows, PROJECT.rows) + documents + 1
     table = torch.empty((most, 3), dtype=torch.int32, device=x.device)
-    count = torch.empty((), dtype=torch.int32, device=x.device)
+    count = torch.zeros((), dtype=torch.int32, device=x.device)  # no tile where the launch is left out
     among = block_at_least(documents + 1, 128, 1 << 20)
     block = max(1, MAP_TILE // among)
     launch(

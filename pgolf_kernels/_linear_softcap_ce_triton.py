@@ -292,8 +292,9 @@ def gradient(
 
 def by_document(doc_ids: Tensor, documents: int) -> tuple[Tensor, Tensor]:
     """As `by_document` of the head's module, for up to MOST_COMPARED rows, in one launch."""
-    order = torch.empty_like(doc_ids)
-    bounds = torch.empty(documents + 1, dtype=torch.int32, device=doc_ids.device)
+    # Addresses also where the launch is left out because others are compiled first.
+    order = torch.zeros_like(doc_ids)
+    bounds = torch.zeros(documents + 1, dtype=torch.int32, device=doc_ids.device)
     rows = len(doc_ids)
     with torch.cuda.device_of(doc_ids):
         _order_kernel[(cdiv(rows + documents + 1, ORDER_ROWS),)](

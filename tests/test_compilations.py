@@ -1,13 +1,15 @@
 """Triton's compilations are counted, in training and evaluating too: kernels for sm_90, compiled without a GPU."""
 
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.compilations import Compilations
+from model.compilations import Compilations, compiled_together
 from model.data.dataset import open_dataset
 from model.distributed import Dist
 from model.evaluate import evaluate
@@ -101,6 +103,36 @@ def test_a_kernel_that_does_not_compile_takes_time_but_does_not_count(kernel):
     with compilations:
         time.sleep(0.2)
     assert compilations.kernels == [] and 0 < seconds == compilations.seconds
+
+
+def test_kernels_that_are_not_compiled_are_left_out_and_compiled_together(kernel, monkeypatch):
+    """Launches would fail: there is no GPU."""
+    from triton import knobs
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    threads = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **facts: threads.append(threading.get_ident()))
+    compilations, tensors = Compilations(GPU), [torch.ones(16, dtype=dtype) for dtype in (torch.float32, torch.int32)]
+    with compilations:
+        with compiled_together(GPU):
+            for x in (*tensors, *tensors):
+                kernel[(1,)](x, 4, BLOCK=16, num_warps=2)
+            assert threads == []
+        assert compilations.kernels == ["double", "double"] and compilations.seconds > 0
+        for x in tensors:
+            kernel.warmup(x, 4, grid=(1,), BLOCK=16, num_warps=2)
+        assert len(threads) == 2 and threading.get_ident() not in threads
+        kernel.warmup(tensors[0], 4, grid=(1,), BLOCK=16, num_warps=4)
+    assert len(compilations.kernels) == 3
+
+
+def test_a_block_that_breaks_off_compiles_nothing(kernel, monkeypatch):
+    from triton import knobs
+
+    with pytest.raises(ValueError, match="broken"), Compilations(GPU) as compilations, compiled_together(GPU):
+        kernel[(1,)](torch.ones(16), 4, BLOCK=16)
+        raise ValueError("broken")
+    assert compilations.kernels == [] and knobs.runtime.jit_cache_hook is None
 
 
 def test_nothing_is_counted_where_nothing_can_be_compiled(kernel, monkeypatch):

@@ -1,12 +1,15 @@
 """Document steps on a GPU: CUDA graphs, eager steps and the CPU agree, and nothing waits for the device."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from model.adapters import Adapters
+from model.evaluate import step_graphs
 from model.evaluate.ledger import Ledger
 from model.evaluate.lora_ttt import evaluate_lora_ttt
 from model.evaluate.phased_ttt import evaluate_phased
@@ -55,6 +58,39 @@ def test_nothing_is_compiled_once_graphs_are_recorded(evaluate: Callable[..., No
         evaluate(session, initial_a=golden_a)
     assert session.late.kernels == []
     assert session.seconds["recording"] > 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_all_kernels_are_compiled_before_one_runs(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Of those that have been compiled before, some run in the first steps, on what the others have not written."""
+    from triton.runtime.jit import JITFunction
+
+    from pgolf_kernels import _triton_tile
+
+    want = scores(graphs=True)
+    modules = [module for name, module in sys.modules.items() if name.startswith("pgolf_kernels._")]
+    kernels = {id(value): value for module in modules for value in vars(module).values()}
+    kernels = [value for value in kernels.values() if isinstance(value, JITFunction)]
+    for kernel in kernels[::every]:
+        kernel.device_caches.clear()
+    _triton_tile._compiled.clear()
+    session = session_on_gpu(graphs=True)
+    together, in_time = step_graphs.compiled_together, []
+
+    @contextmanager
+    def counting(device: torch.device) -> Iterator[None]:
+        with together(device):
+            yield
+            assert session.compilations.kernels == []
+        in_time.extend(session.compilations.kernels)
+
+    monkeypatch.setattr(step_graphs, "compiled_together", counting)
+    with session.compilations:
+        evaluate_lora_ttt(session, initial_a=golden_a)
+    assert in_time == session.compilations.kernels and len(in_time) > 30 // every
+    session.ledger.finish()
+    got = session.ledger.nll[1:]
+    assert np.quantile(np.abs(got - want), 0.9) < 0.1 and abs(got.mean() - want.mean()) < 2e-3
 
 
 def test_the_gpu_finds_the_golden_losses() -> None:

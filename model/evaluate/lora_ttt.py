@@ -142,7 +142,7 @@ class DocumentTrainer:
     def prepare(self, parts: list[np.ndarray]) -> None:
         """On a GPU: one CUDA graph for each step size that reading the `parts` in turn will need.
 
-        Kernels are compiled and warmed up on random tokens; the stream's own are put aside meanwhile.
+        Kernels are compiled, side by side, and warmed up on random tokens; the stream's own are put aside meanwhile.
         """
         if self.session.device.type != "cuda" or not self.session.graphs:
             return
@@ -153,6 +153,8 @@ class DocumentTrainer:
         chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
         with self.session.timed("recording"), self.session.random_tokens():
             self._graphs = StepGraphs(self.step, [self._warm_up_control(int(size)) for size in chosen], chosen)
+        # A slot that waits for its first document takes part with what it has, which must be finite.
+        self.bank.hand_over(np.arange(self.slots), np.arange(self.slots))
 
     def read(self, part: np.ndarray, state: int) -> None:
         """Scores this rank's share of the documents `part`, each starting from the base weights' `state`.
