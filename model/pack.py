@@ -212,9 +212,11 @@ def minified(source: str, *, kernels: bool, own: Collection[str] = ()) -> str:
     Triton reads its kernels' source, where names of arguments are those of launches and annotations say what is
     constant: there only other locals get short names.
     """
-    arguments = {node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)}
+    tree = ast.parse(source)
+    _make_positional(tree, own)
+    arguments = {each.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for each in node.args}
     return python_minifier.minify(
-        source,
+        ast.unparse(tree),
         remove_annotations=not kernels,
         remove_literal_statements=True,
         preserve_locals=sorted(arguments) if kernels else None,
@@ -224,6 +226,20 @@ def minified(source: str, *, kernels: bool, own: Collection[str] = ()) -> str:
         combine_imports=False,  # shorter before compression alone
         remove_asserts=True,
     )
+
+
+def _make_positional(tree: ast.Module, own: Collection[str]) -> None:
+    """Makes the arguments positional of functions in `own` that are only called, and without keywords.
+
+    Nobody says their names then, and they get short ones too.
+    """
+    nodes = list(ast.walk(tree))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and not node.keywords]
+    others = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+    others.subtract(call.func.id for call in calls if isinstance(call.func, ast.Name))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in own and not (others[node.name] or node.decorator_list):
+            node.args.posonlyargs, node.args.args = node.args.args, []
 
 
 def _missing_native(stand_in: str) -> Callable[[ast.expr], bool]:
