@@ -13,11 +13,12 @@ from torch import Tensor
 
 from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_op import pdl
-from pgolf_kernels._triton_tile import sum_rows, wait_for_previous
+from pgolf_kernels._triton_tile import TINY, sum_rows, wait_for_previous
 
 TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
 PROGRAMS = 6  # a multiprocessor, of the backward's persistent grid: so many fit at a time
+TURNED_TOKENS, TURNED_WARPS, TURNED_PROGRAMS = 2, 4, 8  # of the backward that reads what the forward pass gave
 
 
 @triton.jit
@@ -91,52 +92,72 @@ def _forward_kernel(q, k, gain, cos, sin, out_q, out_k, tokens, q_stride, k_stri
 
 
 @triton.jit
-def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, tile, tokens, stride, d_stride,
-               length, eps, TWO: tl.constexpr, GAIN: tl.constexpr, SUMS: tl.constexpr, HEADS: tl.constexpr,
-               HEADS_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr,
-               TOKENS: tl.constexpr):  # fmt: skip
+def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin_ptr, inverse_ptr, tile, tokens,
+               stride, d_stride, inverse_stride, length, eps, TWO: tl.constexpr, GAIN: tl.constexpr, SUMS: tl.constexpr,
+               TURNED: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM: tl.constexpr,
+               DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     token, head, column, swapped, mask, cos, sin = _tile(
         tile, tokens, length, cos_ptr, sin_ptr, HEADS, HEADS_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS
     )
     packed = (token * (HEADS * DIM) + head * DIM)[:, None]
-    x = tl.load(x_ptr + (token * stride + head * DIM)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    own = (token * stride + head * DIM)[:, None]
+    x = tl.load(x_ptr + own + column[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_ptr + packed + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(grad_ptr + packed + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
+    turns = mask
+    if TURNED:  # otherwise fewer loads would want more registers
+        turns = mask & (column < 2 * PAIRS)[None, :]
+    other = tl.load(grad_ptr + packed + swapped[None, :], mask=turns, other=0.0).to(tl.float32)
     if TWO:
         g += tl.load(grad2_ptr + packed + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        other += tl.load(grad2_ptr + packed + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
-    normed = x * inverse[:, None]
-    back = g * cos - other * sin
-    inner = tl.sum(back * normed, axis=1)
-    factor = inverse
+        other += tl.load(grad2_ptr + packed + swapped[None, :], mask=turns, other=0.0).to(tl.float32)
+    if TURNED:
+        # The rotation keeps inner products; its result over the gain is what was normed, turned.
+        factor = tl.load(inverse_ptr + token * inverse_stride + head, mask=(token < tokens) & (head < HEADS), other=0.0)
+        inner = tl.sum(g * x, axis=1)
+        share = inner / DIM
+        if GAIN:
+            gain = tl.load(gain_ptr + head, mask=head < HEADS, other=1.0).to(tl.float32)
+            gain = tl.where(gain == 0.0, TINY, gain)
+            inner /= gain
+            share = inner / (DIM * gain)
+            factor *= gain
+        other_x = tl.load(x_ptr + own + swapped[None, :], mask=turns, other=0.0).to(tl.float32)
+        centred = (g - x * share[:, None]) * cos - (other - other_x * share[:, None]) * sin
+    else:
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
+        normed = x * factor[:, None]
+        back = g * cos - other * sin
+        inner = tl.sum(back * normed, axis=1)
+        centred = back - normed * (inner / DIM)[:, None]
+        if GAIN:
+            factor *= tl.load(gain_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
     if SUMS:
         d_gain += inner
-    if GAIN:
-        factor *= tl.load(gain_ptr + head, mask=head < HEADS, other=0.0).to(tl.float32)
-    d = factor[:, None] * (back - normed * (inner / DIM)[:, None])
+    d = factor[:, None] * centred
     target = (token * d_stride + head * DIM)[:, None] + column[None, :]
     tl.store(d_ptr + target, d.to(d_ptr.dtype.element_ty), mask=mask)
     return d_gain
 
 
 @triton.jit
-def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, gain, cos, sin, d_q, d_k, d_v, partial,
-                     tokens, q_stride, k_stride, d_q_stride, d_k_stride, d_v_stride, length, eps,
-                     KEYS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr, H: tl.constexpr,
-                     H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr, DIM: tl.constexpr,
-                     DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+def _backward_kernel(grad_q, grad_k, grad_k2, grad_v, grad_v2, grad_v3, q, k, gain, cos, sin, inverse, d_q, d_k, d_v,
+                     partial, tokens, q_stride, k_stride, d_q_stride, d_k_stride, d_v_stride, length, eps,
+                     KEYS: tl.constexpr, VALUES: tl.constexpr, SUMS: tl.constexpr, TURNED: tl.constexpr,
+                     H: tl.constexpr, H_PADDED: tl.constexpr, HKV: tl.constexpr, HKV_PADDED: tl.constexpr,
+                     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
                      PDL: tl.constexpr):  # fmt: skip
     """KEYS and VALUES: how many gradients of keys (1 or 2) and of values (0 to 3) there are to be added. SUMS: the
-    gain's gradient is asked for."""
+    gain's gradient is asked for. TURNED: q and k are what the forward pass gave, `inverse` of their norms."""
     wait_for_previous(PDL)
     d_gain = tl.zeros((TOKENS * H_PADDED,), tl.float32)
     unused = tl.zeros((TOKENS * HKV_PADDED,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
-        d_gain = _turn_back(grad_q, grad_q, q, d_q, gain, d_gain, cos, sin, tile, tokens, q_stride, d_q_stride, length,
-                            eps, False, True, SUMS, H, H_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
-        unused = _turn_back(grad_k, grad_k2, k, d_k, gain, unused, cos, sin, tile, tokens, k_stride, d_k_stride, length,
-                            eps, KEYS > 1, False, False, HKV, HKV_PADDED, DIM, DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
+        d_gain = _turn_back(grad_q, grad_q, q, d_q, gain, d_gain, cos, sin, inverse, tile, tokens, q_stride, d_q_stride,
+                            H + HKV, length, eps, False, True, SUMS, TURNED, H, H_PADDED, DIM, DIM_PADDED, PAIRS,
+                            TOKENS)  # fmt: skip
+        unused = _turn_back(grad_k, grad_k2, k, d_k, gain, unused, cos, sin, inverse + H, tile, tokens, k_stride,
+                            d_k_stride, H + HKV, length, eps, KEYS > 1, False, False, TURNED, HKV, HKV_PADDED, DIM,
+                            DIM_PADDED, PAIRS, TOKENS)  # fmt: skip
         if VALUES > 0:
             _gather(grad_v, grad_v2, grad_v3, d_v, tile, tokens, d_v_stride, VALUES, HKV * DIM,
                     HKV_PADDED * DIM_PADDED, TOKENS)  # fmt: skip
@@ -186,22 +207,29 @@ def backward(
 def backward_into(
     grad_q: Tensor, grad_ks: list[Tensor], grad_vs: list[Tensor], q: Tensor, k: Tensor, gain: Tensor, cos: Tensor,
     sin: Tensor, eps: float, d_q: Tensor, d_k: Tensor, d_v: Tensor | None, wants_gain: bool = True,
+    inverse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v; returns gain's, empty if unwanted."""
+    """Writes d_q, d_k from the sum of k's gradients, and the sum of v's into d_v; returns gain's, empty if unwanted.
+
+    With `inverse` [N, H + Hkv], 1 / norms, q and k are what the forward pass made of them.
+    """
     q, k = _triton_op.packed_heads(q), _triton_op.packed_heads(k)
     grad_q, gain, cos, sin = (t.contiguous() for t in (grad_q, gain, cos, sin))
     grad_ks, grad_vs = _at_most(grad_ks, 2), _at_most(grad_vs, 3)
     shape = _shape(q, k, cos)
-    tokens = q.shape[0]
-    programs = min(triton.cdiv(tokens, TOKENS), PROGRAMS * _triton_op.grid_size(q))
+    tokens, warps, most = q.shape[0], WARPS, PROGRAMS
+    if inverse is not None:
+        shape["TOKENS"], warps, most = TURNED_TOKENS, TURNED_WARPS, TURNED_PROGRAMS
+    programs = min(triton.cdiv(tokens, shape["TOKENS"]), most * _triton_op.grid_size(q))
     partial = torch.empty(programs if wants_gain else 0, shape["H_PADDED"], dtype=torch.float32, device=q.device)
     unused, written_v = grad_ks[0], d_k if d_v is None else d_v
     with torch.cuda.device_of(q):
         _backward_kernel[(programs,)](
-            grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin, d_q, d_k,
-            written_v, partial, tokens, q.stride(0), k.stride(0), *(t.stride(0) for t in (d_q, d_k, written_v)),
-            cos.shape[0], eps, KEYS=len(grad_ks), VALUES=len(grad_vs), SUMS=wants_gain,
-            **shape, num_warps=WARPS, **pdl(q),
+            grad_q, *(*grad_ks, unused)[:2], *(*grad_vs, unused, unused, unused)[:3], q, k, gain, cos, sin,
+            cos if inverse is None else inverse, d_q, d_k, written_v, partial,
+            tokens, q.stride(0), k.stride(0), *(t.stride(0) for t in (d_q, d_k, written_v)), cos.shape[0], eps,
+            KEYS=len(grad_ks), VALUES=len(grad_vs), SUMS=wants_gain, TURNED=inverse is not None,
+            **shape, num_warps=warps, **pdl(q),
         )  # fmt: skip
     return sum_rows(partial)[: gain.numel()].to(gain.dtype) if wants_gain else gain.new_empty(0)
 

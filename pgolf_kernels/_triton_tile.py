@@ -13,6 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pgolf_kernels._triton_op import can_describe, pdl
 
+# Stands for a gain of 0 where a backward pass divides by gains: a query times it changes no score.
+TINY = tl.constexpr(1e-12)
+
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):

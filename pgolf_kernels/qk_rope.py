@@ -11,8 +11,10 @@ one table. With g = dq', t = gain * R^T g (R^T turns back) and s = 1 / sqrt(mean
 
 All inside in fp32 (fp64 for fp64), one rounding at the end: the public systems round to bf16 after each of the three
 steps. `qk_rope_readers` returns keys and values once for each reader and adds the readers' gradients in the same pass.
-`qkv_rope` does so from the block's input on: q, k and v are one matrix product on a GPU, v stays where the product has
-written it, and the backward writes the three gradients side by side, so that dx and dW are one product each.
+`qkv_rope` does so from the block's input on: q, k and v are one matrix product on a GPU, in which bfloat16 heads are
+normed and turned before they are written, and the backward writes the three gradients side by side, so that dx and dW
+are one product each. It then has r(q) and s, of the formula above, where others compute them again from q: with the
+rotation as a whole taken back last, dq = s gain R^T (g - r mean_d(g r)).
 Source: pull requests 1413, 1514, 1530, 1727.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from pgolf_kernels._native_op import register_op
-from pgolf_kernels._triton_op import kernels, runs_triton
+from pgolf_kernels._triton_op import kernels, runs_narrow_triton, runs_triton
 
 EPS = torch.finfo(torch.float32).eps  # torch's rms_norm takes this for eps=None in bfloat16 as well
 
@@ -106,12 +108,13 @@ def _backward_into(
     sin: torch.Tensor,
     eps: float,
     wants_gain: bool,
+    inverse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Writes the gradients of q, of k and of v, the `targets`, from those of all their readers; returns gain's, empty
-    if it is not wanted."""
+    if it is not wanted. With `inverse`, of the norms, q and k are what the forward pass made of them."""
     if runs_triton(q) and q.numel() and k.numel():
         tensors = (grad_q, grad_ks, grad_vs, q, k, gain, cos, sin)
-        return kernels("qk_rope").backward_into(*tensors, eps, *targets, wants_gain)
+        return kernels("qk_rope").backward_into(*tensors, eps, *targets, wants_gain, inverse)
     grad_k, grad_v = (torch.stack(grads).sum(0) if len(grads) > 1 else grads[0] for grads in (grad_ks, grad_vs))
     *found, d_gain = _backward_kernel(grad_q, grad_k, q, k, gain, cos, sin, eps)
     for target, value in zip(targets, (*found, grad_v), strict=True):
@@ -232,15 +235,27 @@ def _project(
     sin: torch.Tensor,
     kv_heads: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q', k', the three projections side by side)."""
+) -> tuple[torch.Tensor, ...]:
+    """(q', k', the three projections side by side, an empty tensor), or from one kernel
+    (two empty tensors, q', k' and v side by side, 1 / norms of queries and keys)."""
+    if _in_one_kernel(x, weight, gain, cos, kv_heads):
+        empty = x.new_empty(0), x.new_empty(0)
+        return *empty, *kernels("qkv_rope").project(x, weight, gain, cos, sin, kv_heads, eps)
     if runs_triton(x) and x.numel():
         raw = x @ weight.t()
     else:
         # Three products: a single one may round otherwise on some processors, and adapters need them apart.
         raw = torch.cat([x @ part.t() for part in split_projections(weight, gain.numel(), kv_heads)], 1)
     q, k, _ = split_heads(raw, gain.numel(), kv_heads)
-    return *_forward(q, k, gain, cos, sin, eps), raw
+    return *_forward(q, k, gain, cos, sin, eps), raw, gain.new_empty(0, dtype=torch.float32)
+
+
+def _in_one_kernel(x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor, kv_heads: int) -> bool:
+    return (
+        runs_narrow_triton(x)
+        and x.numel() > 0
+        and kernels("qkv_rope").takes(x, weight, gain.numel(), kv_heads, cos.shape[1])
+    )
 
 
 def split_heads(raw: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
@@ -259,10 +274,12 @@ def split_projections(
 
 
 def _project_fake(x, weight, gain, cos, sin, kv_heads, eps):
-    heads = gain.shape[0]
+    heads, rows = gain.shape[0], x.shape[0]
     dim = weight.shape[0] // (heads + 2 * kv_heads)
-    q, k = (x.new_empty((x.shape[0], n, dim)) for n in (heads, kv_heads))
-    return q, k, x.new_empty((x.shape[0], weight.shape[0]))
+    raw, empty = x.new_empty((rows, weight.shape[0])), x.new_empty(0, dtype=torch.float32)
+    if _in_one_kernel(x, weight, gain, cos, kv_heads):
+        return x.new_empty(0), x.new_empty(0), raw, empty.new_empty((rows, heads + kv_heads))
+    return x.new_empty((rows, heads, dim)), x.new_empty((rows, kv_heads, dim)), raw, empty
 
 
 def _project_backward_kernel(
@@ -272,27 +289,29 @@ def _project_backward_kernel(
     x: torch.Tensor,
     weight: torch.Tensor,
     raw: torch.Tensor,
+    inverse: torch.Tensor,
     gain: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dW, dgain); what is not wanted is empty."""
+    """(dx, dW, dgain); what is not wanted is empty. raw and inverse: what `_project` gave."""
     heads, kv_heads = grad_q.shape[1], grad_ks[0].shape[1]
     q, k, _ = split_heads(raw, heads, kv_heads)
     d_raw = torch.empty_like(raw)
     d_heads = split_heads(d_raw, heads, kv_heads)
-    d_gain = _backward_into(d_heads, grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, wanted[2])
+    norms = inverse if inverse.numel() else None
+    d_gain = _backward_into(d_heads, grad_q, grad_ks, grad_vs, q, k, gain, cos, sin, eps, wanted[2], norms)
     d_x = d_raw @ weight if wanted[0] else x.new_empty(0)
     return d_x, d_raw.t() @ x if wanted[1] else x.new_empty(0), d_gain
 
 
 _project_backward_op = register_op(
     "qkv_rope_backward(Tensor grad_q, Tensor[] grad_ks, Tensor[] grad_vs, Tensor x, Tensor weight, Tensor raw,"
-    " Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    " Tensor inverse, Tensor gain, Tensor cos, Tensor sin, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _project_backward_kernel,
-    fake=lambda grad_q, grad_ks, grad_vs, x, weight, raw, gain, cos, sin, eps, wanted: tuple(
+    fake=lambda grad_q, grad_ks, grad_vs, x, weight, raw, inverse, gain, cos, sin, eps, wanted: tuple(
         t.new_empty(t.shape if want else (0,)) for t, want in zip((x, weight, gain), wanted, strict=True)
     ),
     not_differentiable="double backward is not supported",
@@ -300,10 +319,10 @@ _project_backward_op = register_op(
 
 _project_op = register_op(
     "qkv_rope(Tensor x, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _project,
     fake=_project_fake,
-    not_differentiable="its values are a part of its last result: pgolf_kernels.qkv_rope differentiates",
+    not_differentiable="its values are a part of one result: pgolf_kernels.qkv_rope differentiates",
 )
 
 
@@ -323,18 +342,20 @@ class _QkvRope(torch.autograd.Function):
         key_readers: int,
         value_readers: int,
     ) -> tuple[torch.Tensor, ...]:
-        q, k, raw = _project_op(x, weight, gain, cos, sin, kv_heads, eps)
-        ctx.save_for_backward(x, weight, raw, gain, cos, sin)
+        q, k, raw, inverse = _project_op(x, weight, gain, cos, sin, kv_heads, eps)
+        ctx.save_for_backward(x, weight, raw, inverse, gain, cos, sin)
         ctx.set_materialize_grads(False)
         ctx.kv_heads, ctx.eps, ctx.key_readers = kv_heads, eps, key_readers
-        v = split_heads(raw, q.shape[1], kv_heads)[2]
+        own_q, own_k, v = split_heads(raw, gain.numel(), kv_heads)
+        if inverse.numel():
+            q, k = own_q, own_k
         return q, *_aliases(k, v, key_readers, value_readers)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             raise RuntimeError("pgolf::qkv_rope: cos and sin are not differentiable")
-        _, _, raw, gain, *_ = ctx.saved_tensors
+        _, _, raw, _, gain, *_ = ctx.saved_tensors
         heads = split_heads(raw, gain.numel(), ctx.kv_heads)
         (grad_q,), grad_ks, grad_vs = _of_readers(grads, ctx.key_readers, list(heads))
         wanted = list(ctx.needs_input_grad[:3])
@@ -362,8 +383,8 @@ def qkv_rope(
     x [..., T, D]; weight [(H + 2 kv_heads) d, D] in x's dtype: W_q, W_k and W_v one below the other; gain [H], cos and
     sin as in :func:`qk_rope`.
     Returns q' [..., T, H, d], and k' and v [..., T, Hkv, d] as often as they will be read: the gradients of all readers
-    are added within this function's backward kernel. v is a strided view of all three projections. Raises ValueError
-    for shapes, TypeError for dtypes.
+    are added within this function's backward kernel. v is a strided view of all three projections, and so are q' and k'
+    where one kernel does it all. Raises ValueError for shapes, TypeError for dtypes.
     """
     _check_readers(key_readers, value_readers)
     if gain.dim() != 1 or gain.numel() == 0:

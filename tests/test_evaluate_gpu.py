@@ -87,7 +87,7 @@ def test_all_kernels_are_compiled_before_one_runs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(step_graphs, "compiled_together", counting)
     with session.compilations:
         evaluate_lora_ttt(session, initial_a=golden_a)
-    assert in_time == session.compilations.kernels and len(in_time) > 30 // every
+    assert in_time == session.compilations.kernels and len(in_time) > 5
     session.ledger.finish()
     got = session.ledger.nll[1:]
     assert np.quantile(np.abs(got - want), 0.9) < 0.1 and abs(got.mean() - want.mean()) < 2e-3

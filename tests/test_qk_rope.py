@@ -13,6 +13,7 @@ from pgolf_kernels.qk_rope import (
     _project_op,
     _readers_backward_op,
     reference,
+    split_heads,
 )
 from tests import triton_aot
 
@@ -108,6 +109,38 @@ def _assert_frozen_gain_changes_nothing(shape, dtype, device="cpu"):
         assert torch.equal(mine, wanted)
 
 
+def _assert_a_gain_of_zero_learns(dtype, device="cpu"):
+    """Its queries are 0 to all scores, and its gradient is theirs times the turned ones."""
+    (_, _, gain, cos, sin), (grad_q, grad_k) = _case(SHAPES[2], dtype, device)
+    gain[1] = 0.0
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 32, generator=generator).to(device, dtype) for n in (len(grad_q), 16 * 64))
+
+    def run(function, convert):
+        leaves = [convert(t.clone()).requires_grad_() for t in (x, weight, gain)]
+        q, *rest = function(*leaves, convert(cos), convert(sin))
+        torch.autograd.backward([q, *rest], [grad_q.to(q.dtype), *(grad_k.to(q.dtype) for _ in rest)])
+        return [q.detach()[:, 1], leaves[0].grad, leaves[2].grad]
+
+    def ours(*args):
+        q, ks, vs = qkv_rope(*args, kv_heads=4)
+        return q, *ks, *vs
+
+    def plainly(x, weight, gain, cos, sin):
+        q, k, v = split_heads(x @ weight.t(), 8, 4)
+        return *reference(q, k, gain, cos, sin), v
+
+    (q, *mine), (_, *truth) = run(ours, lambda t: t), run(plainly, lambda t: t.double())
+    assert q.abs().max() <= 1e-10
+    for got, want in zip(mine, truth, strict=True):
+        assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gain_of_zero_learns(dtype):
+    _assert_a_gain_of_zero_learns(dtype)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_frozen_gain_changes_nothing(shape):
     _assert_frozen_gain_changes_nothing(shape, torch.float32)
@@ -187,7 +220,7 @@ def test_op_contract():
     torch.library.opcheck(_backward_op, (q, k, q, k, gain, cos, sin, EPS))
     for wanted in (True, False):
         torch.library.opcheck(_readers_backward_op, (q, [k, k], [k, k, k], q, k, gain, cos, sin, EPS, wanted))
-        rest = (x, weight, raw, gain, cos, sin, EPS, [True, not wanted, wanted])
+        rest = (x, weight, raw, torch.empty(0), gain, cos, sin, EPS, [True, not wanted, wanted])
         torch.library.opcheck(_project_backward_op, (q, [k, k], [k, k, k], *rest))
 
 
@@ -306,8 +339,14 @@ def test_triton_kernels_on_a_gpu(shape, dtype):
             _assert_projections_no_worse_than_pytorch(shape, dtype, "cuda", readers, apart)
 
 
+@pytest.mark.gpu
+def test_a_gain_of_zero_learns_on_a_gpu():
+    _assert_a_gain_of_zero_learns(torch.bfloat16, "cuda")
+
+
 if __name__ == "__main__":
     with interpreting():
+        _assert_a_gain_of_zero_learns(torch.float32)
         for case in SHAPES:
             for precision in (torch.float32, torch.float16):
                 _assert_no_worse_than_pytorch(case, precision)

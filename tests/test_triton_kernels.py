@@ -128,6 +128,14 @@ def qk_rope(module: ModuleType) -> None:
         module.backward_into(q, [k] * keys, [k] * values, *parts[:2], gain, cos, cos, EPS, *parts)
     for wants_gain in (True, False):
         module.backward_into(q, [k] * 2, [k] * 3, q, k, gain, cos, cos, EPS, q, k, k, wants_gain)
+    inverse = empty(ROWS, HEADS + KV_HEADS, dtype=FP32)
+    module.backward_into(q, [k] * 2, [k] * 3, *parts[:2], gain, cos, cos, EPS, *parts, True, inverse)
+
+
+def qkv_rope(module: ModuleType) -> None:
+    gain, cos = empty(HEADS, dtype=FP32), empty(2048, 8, dtype=FP32)
+    weight = empty((HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH)
+    module.project(empty(ROWS, WIDTH), weight, gain, cos, cos, KV_HEADS, EPS)
 
 
 def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
@@ -199,6 +207,7 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         for shape in ((22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048), (1, 512, 128), (1, 33, 70))
     ],
     "qk_rope": [(qk_rope, ())],
+    "qkv_rope": [(qkv_rope, ())],
     "residual": [
         *((residual, (count, WIDTH)) for count in range(1, 9)),
         *((residual, shape) for shape in ((3, 768), (3, 2048), (8, 2048))),
