@@ -230,7 +230,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
-    """Leaves out a file of another machine, and rows that were measured on another text or other codes."""
+    """Leaves out a file of another machine, and rows measured on another text, other codes or with other attention."""
     run, here = config.stash[RUN], machine_info["pgolf"]
     recorded = compared_benchmark["machine_info"].get("pgolf", {})
     found, kept = compared_benchmark["benchmarks"], []
@@ -242,11 +242,11 @@ def pytest_benchmark_compare_machine_info(
     else:
         for each in found:
             row = each["extra_info"]
-            if machine.same_inputs(row["suite"], row["case"], recorded, here):
+            if machine.comparable(row["suite"], row["case"], recorded, here):
                 kept.append(each)
         if len(kept) < len(found):
             count = f"{len(found) - len(kept)} of {len(found)} rows"
-            benchmarksession.logger.info(f"Left out: {count}, measured on another text or other codes")
+            benchmarksession.logger.info(f"Left out: {count}, measured on another text, other codes or other attention")
         run.matched = True
     compared_benchmark["benchmarks"] = kept
     run.recorded.update(each["fullname"] for each in kept)

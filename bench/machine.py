@@ -21,9 +21,10 @@ from pgolf_kernels.attention import attention_backend
 # What two results must agree in for their times to be compared, where both say it. A GPU's hosts differ in their number
 # of threads, which decides little there.
 SAME_CPU = ("device", "cpu", "cpu_model", "threads")
-SAME_GPU = ("device", "torch", "cuda", "attention")
+SAME_GPU = ("device", "torch", "cuda")
 GIVEN = ("PGOLF_BENCH_TOKENS", "PGOLF_BENCH_TOKENIZER", "PGOLF_CODES")  # files that a run was given, see data.py
 ON_TOKENS = frozenset({"embedding", "evaluate", "train_step"})  # files that measure on data.tokens()
+ON_ATTENTION = frozenset({"attention", "evaluate", "quantize", "train_step"})  # files in which attention runs
 
 
 class Refused(Exception):
@@ -89,10 +90,14 @@ def text_of(suite: str, environment: Mapping[str, Any]) -> str:
     return "given text" if "PGOLF_BENCH_TOKENS" in environment.get("given", {}) else "bundled text"
 
 
-def same_inputs(suite: str, case: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether a recorded row was measured on the text or the codes that it would be measured on here."""
+def comparable(suite: str, case: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether a recorded row was measured on the text or the codes that it would be measured on here, and with the
+    attention that would run here."""
     if suite == "packing/codes" and case.startswith("own run"):
         return False  # the newest run of whoever measured
+    attention = recorded.get("attention"), here.get("attention")
+    if suite.split("/")[0] in ON_ATTENTION and None not in attention and attention[0] != attention[1]:
+        return False
     before, now = recorded.get("given", {}), here.get("given", {})
     return all(before.get(name) == now.get(name) for name in given_to(suite, case))
 

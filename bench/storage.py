@@ -23,7 +23,7 @@ from typing import Any
 from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import get_machine_id, safe_dumps
 
-from bench.machine import Refused, machine_name, refuse_another, same_inputs
+from bench.machine import Refused, comparable, machine_name, refuse_another
 from bench.table import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -161,5 +161,5 @@ def suites_on_record(results: Path, here: dict[str, Any]) -> set[str]:
     return {
         suite
         for suite, record in matching
-        if any(row.seconds and same_inputs(row.suite, row.case, record.environment, here) for row in record.rows)
+        if any(row.seconds and comparable(row.suite, row.case, record.environment, here) for row in record.rows)
     }

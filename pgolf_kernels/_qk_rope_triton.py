@@ -18,8 +18,7 @@ from pgolf_kernels._triton_tile import TINY, sum_rows, wait_for_previous
 TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
 PROGRAMS = 6  # a multiprocessor, of the backward's persistent grid: so many fit at a time
-# Of the backward that reads what the forward pass gave and holds more: tokens, warps, programs. On an H200 other tokens a
-# tile, more warps and other grids were slower.
+# The same of the backward that reads what the forward pass gave, and holds more. Other values were slower on an H200.
 TURNED_TOKENS, TURNED_WARPS, TURNED_PROGRAMS = 2, 4, 7
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import matplotlib
 import pytest
@@ -84,7 +85,6 @@ ON_GPU = {**ENVIRONMENT, "attention": "fa3"}
         (ON_CPU, "threads", 8),
         (ON_GPU, "device", "NVIDIA H100"),
         (ON_GPU, "torch", "2.12"),
-        (ON_GPU, "attention", "torch"),
     ],
 )
 def test_results_of_another_machine_are_refused(recorded, name, value):
@@ -124,16 +124,31 @@ def test_suites_that_measure_on_tokens():
 )
 def test_rows_of_another_text_are_not_compared(suite, case, variable):
     given = {"given": {variable: "aa"}}
-    assert machine.same_inputs(suite, case, given, given)
-    assert not machine.same_inputs(suite, case, given, {"given": {variable: "bb"}})
-    assert not machine.same_inputs(suite, case, given, {})
-    assert not machine.same_inputs(suite, case, {}, given)
+    assert machine.comparable(suite, case, given, given)
+    assert not machine.comparable(suite, case, given, {"given": {variable: "bb"}})
+    assert not machine.comparable(suite, case, given, {})
+    assert not machine.comparable(suite, case, {}, given)
+
+
+def test_rows_of_another_attention_are_not_compared():
+    fa3, other = {"attention": "fa3"}, {"attention": "torch"}
+    for suite in ("attention/forward", "train_step/step"):
+        assert machine.comparable(suite, "98304 tokens", fa3, fa3)
+        assert machine.comparable(suite, "98304 tokens", {}, fa3)  # what an old record does not say
+        assert not machine.comparable(suite, "98304 tokens", fa3, other)
+    assert machine.comparable("muon/update", "11 layers", fa3, other)
+
+
+def test_suites_in_which_attention_runs():
+    sources = {name: file.read_text() for name, file in runner.bench_files().items()}
+    runs = re.compile(r"\b(varlen_attention|GPT\(|our_model)")
+    assert {name for name, source in sources.items() if runs.search(source)} == machine.ON_ATTENTION
 
 
 def test_rows_that_need_no_given_file_are_compared_whatever_was_given():
     given = {"given": dict.fromkeys(machine.GIVEN, "aa")}
     for suite, case in (("gptq/model", "all"), ("ngram/stream", "five orders, bundled text of 10 tokens")):
-        assert machine.same_inputs(suite, case, given, {})
+        assert machine.comparable(suite, case, given, {})
 
 
 def test_no_comparison_without_a_record(tmp_path):
