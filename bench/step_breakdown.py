@@ -47,7 +47,7 @@ KINDS = (
     ("MLP's products with an activation", r"mlp|product_kernel|_up_kernel|grad_pre"),
     ("loss", r"softcap|cross_entropy|powers|finish|scale_rows|loss"),
     ("norms, mixing, RoPE, XSA", r"_forward_kernel|_backward_kernel|norm|sum_rows"),
-    ("other matrix products", r"nvjet|gemm|cutlass|xmma|cublas|matmul"),
+    ("other matrix products", r"nvjet|gemm|cutlass|xmma|cublas|matmul|project_kernel"),
     ("embedding", r"_tiles_kernel|_joins_kernel|radix|gather"),
     ("copies and the rest", r""),
 )

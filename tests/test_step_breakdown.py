@@ -39,6 +39,7 @@ NAMES = {
         "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_NNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_kernel__5x_cublas",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_256x128_32x3_tn_align8>(Params)",
+        "_project_kernel",
     ],
     "embedding": [
         "_tiles_kernel",
