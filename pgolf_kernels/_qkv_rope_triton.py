@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgolf_kernels._triton_op import can_describe, cdiv, descriptor, grid_size
-from pgolf_kernels._triton_tile import TINY, strip
+from pgolf_kernels._triton_op import cdiv, descriptor, grid_size
+from pgolf_kernels._triton_tile import TINY, described, strip
 
 ROWS, COLUMNS, STEP, STRIPS = 128, 128, 64, 2  # outputs a tile, depth a step, parts in which a head is written
 STAGES, WARPS, PROGRAMS = 3, 4, 2
+LEAST_DIM, MOST_DIM = (
+    16,
+    64,
+)  # a head's: the copy engine writes at least 16 bytes of a row, a thread holds a row's share
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -54,17 +58,14 @@ def _project_kernel(x_desc, w_desc, out_desc, gain_ptr, cos_ptr, sin_ptr, invers
                 out_desc.store([m, n + i * DIM + j * (DIM // STRIPS)], out)
 
 
-def _columns(heads: int, kv_heads: int, dim: int) -> int:
-    """Columns a tile: whole heads, of queries, of keys or of values alone."""
-    return math.gcd(COLUMNS, heads * dim, kv_heads * dim)
-
-
 def takes(x: Tensor, weight: Tensor, heads: int, kv_heads: int, pairs: int) -> bool:
-    """Whether the kernel computes this projection; fp16 has no number for a tiny gain's queries."""
+    """Whether the kernel computes this projection: a matter of shapes and dtypes, which a compiler knows too.
+
+    fp16 has no number for a tiny gain's queries.
+    """
     dim = weight.shape[0] // (heads + 2 * kv_heads)
-    powers = all(n & (n - 1) == 0 for n in (dim, pairs))
-    fits = powers and pairs > 0 and _columns(heads, kv_heads, dim) >= max(dim, 16)
-    return fits and x.dtype != torch.float16 and can_describe(x) and can_describe(weight)
+    powers = dim & (dim - 1) == 0 and pairs & (pairs - 1) == 0
+    return x.dtype != torch.float16 and powers and pairs > 0 and LEAST_DIM <= dim <= MOST_DIM
 
 
 def project(
@@ -73,7 +74,8 @@ def project(
     """(q', k' and v side by side [N, (H + 2 Hkv) d], 1 / norms fp32 [N, H + Hkv]) of x [N, D]."""
     (rows, depth), heads, width = x.shape, gain.numel(), weight.shape[0]
     dim = width // (heads + 2 * kv_heads)
-    columns = _columns(heads, kv_heads, dim)
+    columns = math.gcd(COLUMNS, heads * dim, kv_heads * dim)  # whole heads, of queries, of keys or of values alone
+    x, weight = described(x), described(weight)
     gain, cos, sin = gain.contiguous(), cos.contiguous(), sin.contiguous()
     out = x.new_empty(rows, width)
     inverse = x.new_empty((rows, heads + kv_heads), dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pgolf_kernels import qk_rope, qk_rope_readers, qkv_rope
 from pgolf_kernels._triton_op import interpreting
@@ -50,7 +51,7 @@ def _assert_no_worse_than_pytorch(shape, dtype, device="cpu"):
         assert error <= 2 * allowed + 1e-6, f"{name} of {shape} in {dtype}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", readers=1, apart=False):
+def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", readers=1, apart=False, width=32):
     """`qkv_rope`, or three linears and `qk_rope_readers`, with so many readers of the keys and one more of the values,
     beside three linears and the formula."""
     lead, heads, kv_heads, dim, _ = shape
@@ -60,7 +61,6 @@ def _assert_projections_no_worse_than_pytorch(shape, dtype, device="cpu", reader
     def draw(*size):
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    width = 32
     weights = [draw(n * dim, width) / width**0.5 for n in (heads, kv_heads, kv_heads)]
     inputs = [draw(*lead, width), *weights, gain]
     grad_ks = [grad_k, *(draw(*grad_k.shape) for _ in range(readers - 1))]
@@ -224,6 +224,21 @@ def test_op_contract():
         torch.library.opcheck(_project_backward_op, (q, [k, k], [k, k, k], *rest))
 
 
+@triton_aot.needs_triton
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.bfloat16, 8), (torch.float16, 64)])
+def test_a_compiler_sees_the_projections_of_a_gpu(dtype, head_dim):
+    """Shapes and strides alone say whether one kernel does it all: nothing else is known of traced tensors."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 32, dtype=dtype, device="cuda") for n in (5, 8 * head_dim))
+        gain, cos = torch.empty(4, device="cuda"), torch.empty(5, 4, device="cuda")
+        q, k, raw, inverse = _project_op(x, weight, gain, cos, cos, 2, EPS)
+        out, (key,), (value,) = qkv_rope(x, weight, gain, cos, cos, kv_heads=2)
+    one_kernel = (dtype, head_dim) == (torch.bfloat16, 64)
+    assert inverse.shape == ((5, 6) if one_kernel else (0,)) and raw.shape == (5, 8 * head_dim)
+    assert q.numel() == (0 if one_kernel else 20 * head_dim) and k.numel() == q.numel() // 2
+    assert (out.shape, key.shape, value.shape) == ((5, 4, head_dim), (5, 2, head_dim), (5, 2, head_dim))
+
+
 def test_compiled_equals_eager_also_under_autocast():
     inputs, _ = _case(SHAPES[0], torch.float32)
     compiled = torch.compile(qk_rope, fullgraph=True, backend="aot_eager")
@@ -354,3 +369,4 @@ if __name__ == "__main__":
                 for count in (1, 2, 4):
                     for separate in (False, True):
                         _assert_projections_no_worse_than_pytorch(case, precision, readers=count, apart=separate)
+            _assert_projections_no_worse_than_pytorch(case, torch.float32, width=33)  # rows of no multiple of 16 bytes

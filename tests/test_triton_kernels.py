@@ -133,9 +133,11 @@ def qk_rope(module: ModuleType) -> None:
 
 
 def qkv_rope(module: ModuleType) -> None:
-    gain, cos = empty(HEADS, dtype=FP32), empty(2048, 8, dtype=FP32)
-    weight = empty((HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH)
-    module.project(empty(ROWS, WIDTH), weight, gain, cos, cos, KV_HEADS, EPS)
+    """The systems', other heads and rotations, and rows that the copy engine cannot address."""
+    gain = empty(HEADS, dtype=FP32)
+    for dim, pairs, width in ((HEAD_DIM, 8, WIDTH), (HEAD_DIM, 32, WIDTH), (32, 1, WIDTH), (16, 4, 33)):
+        weight, cos = empty((HEADS + 2 * KV_HEADS) * dim, width), empty(2048, pairs, dtype=FP32)
+        module.project(empty(ROWS, width), weight, gain, cos, cos, KV_HEADS, EPS)
 
 
 def embedding(module: ModuleType, dtype: torch.dtype, vocab: int) -> None:
