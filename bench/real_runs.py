@@ -118,14 +118,16 @@ class Line:
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    def under(key: str, form: Callable[[Any], str], prefix: str = "") -> list[Line]:
-        names = dict.fromkeys(name for record in records for name in record.get(key) or {})
+    def under(
+        key: str, form: Callable[[Any], str], prefix: str = "", order: Callable[[str], int] = lambda name: 0
+    ) -> list[Line]:
+        names = sorted(dict.fromkeys(name for record in records for name in record.get(key) or {}), key=order)
         return [
             Line(prefix + name, lambda record, name=name: (record.get(key) or {}).get(name), form) for name in names
         ]
 
     return [
-        *under("loss", "{:.4f}".format, "train loss, step "),
+        *under("loss", "{:.4f}".format, "train loss, step ", order=int),
         *under("step_ms", "{:,.1f} ms".format, "step time, "),
         *under("tokens_per_second", "{:,.0f}".format, "tokens per second, "),
         *under("mfu", "{:.1%}".format, "MFU, "),

@@ -79,9 +79,13 @@ class Compilations:
 def compiled_together(device: torch.device) -> Iterator[None]:
     """Leaves launches of kernels that are not compiled out of the block, and compiles them at its end, in threads.
 
-    What they would have written keeps what its memory held: nobody may read it, nor take an address from it. The block
-    is to make every launch that is wanted compiled, whichever comes first.
+    What they would have written keeps what its memory held: nobody may read it, nor take an address from it. Every
+    launch must come in the block whatever the tensors hold: one that a value decides may be missed. On other devices,
+    and without Triton, nothing is left out.
     """
+    if device.type != "cuda" or not has_triton():
+        yield
+        return
     from triton import knobs
 
     waiting: dict[tuple[Any, ...], str] = {}

@@ -1,7 +1,8 @@
 """Triton kernel of qk_rope.py: the projections of queries, keys and values, turned before they are written.
 
 Persistent, as the kernels of _fused_mlp_triton.py. A strip of a tile is one head's columns. In the accumulators of a
-product one thread holds a row's columns c and c + 8, c + 16 and so on: the rotation needs no other thread.
+product one thread holds a row's columns c and c + 8, c + 16 and so on: where PAIRS is a
+multiple of 8 the rotation needs no other thread.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ from pgolf_kernels._triton_tile import TINY, described, strip
 
 ROWS, COLUMNS, STEP, STRIPS = 128, 128, 64, 2  # outputs a tile, depth a step, parts in which a head is written
 STAGES, WARPS, PROGRAMS = 3, 4, 2
-LEAST_DIM, MOST_DIM = (
-    16,
-    64,
-)  # a head's: the copy engine writes at least 16 bytes of a row, a thread holds a row's share
+# Of a head: the copy engine writes 16 bytes of a row or more, and of wider heads that turn as a whole registers spill.
+LEAST_DIM, MOST_DIM = 16, 64
 
 
 @triton.jit(do_not_specialize=["rows", "length"])

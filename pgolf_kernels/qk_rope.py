@@ -327,7 +327,7 @@ _project_op = register_op(
 
 
 class _QkvRope(torch.autograd.Function):
-    """The op with v as a view of what is saved, keys and values for several readers: an op's schema can say neither."""
+    """The op with views of what is saved, keys and values for several readers: an op's schema can say neither."""
 
     @staticmethod
     def forward(
@@ -384,7 +384,8 @@ def qkv_rope(
     sin as in :func:`qk_rope`.
     Returns q' [..., T, H, d], and k' and v [..., T, Hkv, d] as often as they will be read: the gradients of all readers
     are added within this function's backward kernel. v is a strided view of all three projections, and so are q' and k'
-    where one kernel does it all. Raises ValueError for shapes, TypeError for dtypes.
+    where one kernel does it all: none may be written to. There, in bfloat16 on a GPU, a gain of 0 counts as 1e-12, so
+    that the backward pass can divide by it. Raises ValueError for shapes, TypeError for dtypes.
     """
     _check_readers(key_readers, value_readers)
     if gain.dim() != 1 or gain.numel() == 0:

@@ -140,8 +140,10 @@ def test_nothing_is_counted_where_nothing_can_be_compiled(kernel, monkeypatch):
         compile_for(kernel, torch.float32)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr("model.compilations.has_triton", lambda: False)
-    with Compilations(GPU) as without:
-        pass
+    ran = []
+    with Compilations(GPU) as without, compiled_together(GPU):
+        ran.append(True)
+    assert ran
     assert on_cpu.kernels == without.kernels == []
 
 

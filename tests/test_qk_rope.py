@@ -227,11 +227,15 @@ def test_op_contract():
 @triton_aot.needs_triton
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.bfloat16, 8), (torch.float16, 64)])
 def test_a_compiler_sees_the_projections_of_a_gpu(dtype, head_dim):
-    """Shapes and strides alone say whether one kernel does it all: nothing else is known of traced tensors."""
+    """Shapes and dtypes alone say whether one kernel does it all: a traced tensor has no address."""
     with FakeTensorMode():
         x, weight = (torch.empty(n, 32, dtype=dtype, device="cuda") for n in (5, 8 * head_dim))
         gain, cos = torch.empty(4, device="cuda"), torch.empty(5, 4, device="cuda")
         q, k, raw, inverse = _project_op(x, weight, gain, cos, cos, 2, EPS)
+        options = {"dtype": dtype, "device": "cuda"}
+        strided = torch.empty_strided((5, 32), (33, 1), **options)
+        turned = torch.empty_strided(tuple(weight.shape), (1, len(weight)), **options)
+        assert _project_op(strided, turned, gain, cos, cos, 2, EPS)[3].shape == inverse.shape
         out, (key,), (value,) = qkv_rope(x, weight, gain, cos, cos, kv_heads=2)
     one_kernel = (dtype, head_dim) == (torch.bfloat16, 64)
     assert inverse.shape == ((5, 6) if one_kernel else (0,)) and raw.shape == (5, 8 * head_dim)

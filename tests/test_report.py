@@ -244,6 +244,14 @@ def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
     assert "| time waiting for data | {0:.2%} | {0:.2%} |".format(record["data_wait"]) in page
 
 
+def test_losses_of_runs_that_logged_other_steps_stand_in_the_order_of_steps():
+    records = [{"loss": {"1": 9.0, "55": 4.9, "600": 2.5}}, {"loss": {"5": 9.6, "100": 4.4, "600": 2.6}}]
+    steps = [
+        line.title.removeprefix("train loss, step ") for line in real_runs.lines_of(records) if "loss" in line.title
+    ]
+    assert steps == ["1", "5", "55", "100", "600"]
+
+
 def test_records_that_differ_by_their_seeds_have_a_mean(tmp_path):
     base = {"machine": "A GPU", "versions": {}, "preset": "demo", "commit": "c" * 40, "tokens": 1000}
     records = [

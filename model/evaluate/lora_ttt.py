@@ -153,8 +153,8 @@ class DocumentTrainer:
         chosen = choose_sizes(-(-sizes // multiple) * multiple, MAX_SIZES)
         with self.session.timed("recording"), self.session.random_tokens():
             self._graphs = StepGraphs(self.step, [self._warm_up_control(int(size)) for size in chosen], chosen)
-        # A slot that waits for its first document takes part with what it has, which must be finite.
-        self.bank.hand_over(np.arange(self.slots), np.arange(self.slots))
+            # The first steps ran on what had not been written: every slot, also one that waits, gets finite values.
+            self.bank.hand_over(np.arange(self.slots), np.arange(self.slots))
 
     def read(self, part: np.ndarray, state: int) -> None:
         """Scores this rank's share of the documents `part`, each starting from the base weights' `state`.
