@@ -77,7 +77,7 @@ class Compilations:
 
 @contextmanager
 def compiled_together(device: torch.device) -> Iterator[None]:
-    """Leaves launches of kernels that are not compiled out of the block, and compiles them at its end, in threads.
+    """Leaves launches of kernels that are not compiled out of the block; compiles and loads them at its end, together.
 
     What they would have written keeps what its memory held: nobody may read it, nor take an address from it. Every
     launch must come in the block whatever the tensors hold: one that a value decides may be missed. On other devices,
@@ -94,10 +94,11 @@ def compiled_together(device: torch.device) -> Iterator[None]:
         waiting[facts["fn"].jit_function, facts["key"]] = facts["compile"]["specialization_data"]
         return True
 
-    def compile_one(item: tuple[tuple[Any, ...], str]) -> None:
+    def compile_one(item: tuple[tuple[Any, ...], str]) -> Any:
         (kernel, _), specialization = item
         with torch.cuda.device(device):
-            kernel.preload(specialization)
+            compiled = kernel.preload(specialization)
+            return compiled and compiled.run  # which Triton makes by another compiler, loading the kernel, when asked
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, put_off
     try:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels._triton_op import descriptor, grid_size
-from pgolf_kernels._triton_tile import described, new_described, strip
+from pgolf_kernels._triton_tile import described, new_described, product_tile, strip
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def _up_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
         n = (tile % tiles_n) * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        acc = product_tile(x_desc, w_desc, m, n, DEPTH, BM, BN, BK)
         for i in tl.static_range(STRIPS):
             column = n + i * (BN // STRIPS)
             u = strip(acc, i, STRIPS, BM, BN)

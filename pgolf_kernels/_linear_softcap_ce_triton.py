@@ -24,7 +24,7 @@ from torch import Tensor
 from pgolf_kernels import _native
 from pgolf_kernels._native_op import stream_of
 from pgolf_kernels._triton_op import block_at_least, can_describe, cdiv, compute_capability, descriptor, grid_size, pdl
-from pgolf_kernels._triton_tile import strip, wait_for_previous
+from pgolf_kernels._triton_tile import product_tile, strip, wait_for_previous
 
 LOG2E = 1.4426950408889634
 PLAIN, APPROXIMATE, EXACT = 0, 1, 2  # forms of the hyperbolic tangent; PLAIN is EXACT without instructions of the GPU
@@ -85,9 +85,7 @@ def _powers_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
         n = (tile % tiles_n) * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        acc = product_tile(x_desc, w_desc, m, n, DEPTH, BM, BN, BK)
         row = m + tl.arange(0, BM)
         total = tl.zeros((BM,), tl.float32)
         if not SUMS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_op import pdl
-from pgolf_kernels._triton_tile import TINY, sum_rows, wait_for_previous
+from pgolf_kernels._triton_tile import dividing, sum_rows, wait_for_previous
 
 TOKENS = 4  # a tile; 4 warps then hold 16 values a thread
 WARPS = 4
@@ -117,8 +117,7 @@ def _turn_back(grad_ptr, grad2_ptr, x_ptr, d_ptr, gain_ptr, d_gain, cos_ptr, sin
         inner = tl.sum(g * x, axis=1)
         share = inner / DIM
         if GAIN:
-            gain = tl.load(gain_ptr + head, mask=head < HEADS, other=1.0).to(tl.float32)
-            gain = tl.where(gain == 0.0, TINY, gain)
+            gain = dividing(tl.load(gain_ptr + head, mask=head < HEADS, other=1.0).to(tl.float32))
             inner /= gain
             share = inner / (DIM * gain)
             factor *= gain

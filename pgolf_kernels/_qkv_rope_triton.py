@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pgolf_kernels._triton_op import cdiv, descriptor, grid_size
-from pgolf_kernels._triton_tile import TINY, described, strip
+from pgolf_kernels._triton_tile import described, dividing, product_tile, strip
 
 ROWS, COLUMNS, STEP, STRIPS = 128, 128, 64, 2  # outputs a tile, depth a step, parts in which a head is written
 STAGES, WARPS, PROGRAMS = 3, 4, 2
@@ -32,9 +32,7 @@ def _project_kernel(x_desc, w_desc, out_desc, gain_ptr, cos_ptr, sin_ptr, invers
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
         n = (tile % tiles_n) * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        acc = product_tile(x_desc, w_desc, m, n, DEPTH, BM, BN, BK)
         row = m + tl.arange(0, BM)
         entry = (row % length)[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
         cos = tl.load(cos_ptr + entry).to(tl.float32)[:, None, :]
@@ -46,7 +44,7 @@ def _project_kernel(x_desc, w_desc, out_desc, gain_ptr, cos_ptr, sin_ptr, invers
             inverse = tl.rsqrt(tl.sum(part * part, axis=1) / DIM + eps)
             tl.store(inverse_ptr + row.to(tl.int64) * (H + HKV) + head, inverse, mask=(row < rows) & turned)
             gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
-            part *= tl.where(turned, inverse * tl.where(gain == 0.0, TINY, gain), 1.0)[:, None]
+            part *= tl.where(turned, inverse * dividing(gain), 1.0)[:, None]
             turns = (tl.arange(0, DIM // 2 // PAIRS) == 0)[None, :, None] & turned
             first, second = tl.split(tl.permute(tl.reshape(part, (BM, DIM // 2 // PAIRS, 2, PAIRS)), (0, 1, 3, 2)))
             c, s = tl.where(turns, cos, 1.0), tl.where(turns, sin, 0.0)

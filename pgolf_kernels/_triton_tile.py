@@ -13,9 +13,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pgolf_kernels._triton_op import can_describe, pdl
 
-# Stands for a gain of 0 where a backward pass divides by gains: a query times it changes no score.
-TINY = tl.constexpr(1e-12)
-
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
@@ -36,6 +33,21 @@ def prefetch(pointers):
     """
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def product_tile(x_desc, w_desc, m, n, DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The tile [BM, BN] of x W^T from row m and column n on, fp32; descriptors of x [N, DEPTH] and W [F, DEPTH]."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, DEPTH, BK):
+        acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+    return acc
+
+
+@triton.jit
+def dividing(gain):
+    """The gain, and 1e-12 for one of 0: a backward pass divides by it, and a query times either changes no score."""
+    return tl.where(gain == 0.0, 1e-12, gain)
 
 
 @triton.jit

@@ -35,10 +35,17 @@ def kernel(tmp_path, monkeypatch):
 
     from tests import triton_kernel
 
+    def load(name, binary, shared, device):
+        here.loaded.append(threading.get_ident())
+        return object(), object(), 32, 0, 1024
+
     here = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
+        launcher_cls=lambda source, metadata: None,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 2**17}, load_binary=load),
+        loaded=[],
     )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", here)
@@ -108,6 +115,7 @@ def test_a_kernel_that_does_not_compile_takes_time_but_does_not_count(kernel):
 def test_kernels_that_are_not_compiled_are_left_out_and_compiled_together(kernel, monkeypatch):
     """Launches would fail: there is no GPU."""
     from triton import knobs
+    from triton.runtime.driver import driver
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     threads = []
@@ -119,6 +127,7 @@ def test_kernels_that_are_not_compiled_are_left_out_and_compiled_together(kernel
                 kernel[(1,)](x, 4, BLOCK=16, num_warps=2)
             assert threads == []
         assert compilations.kernels == ["double", "double"] and compilations.seconds > 0
+        assert sorted(driver.active.loaded) == sorted(threads)
         for x in tensors:
             kernel.warmup(x, 4, grid=(1,), BLOCK=16, num_warps=2)
         assert len(threads) == 2 and threading.get_ident() not in threads

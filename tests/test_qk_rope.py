@@ -20,6 +20,9 @@ from tests import triton_aot
 
 SHAPES = [((5,), 4, 2, 16, 4), ((2, 37), 6, 3, 24, 5), ((70,), 8, 4, 64, 8), ((3,), 2, 2, 8, 0), ((4,), 2, 1, 8, 4)]
 
+# What the kernel that projects and turns does otherwise: heads that turn as a whole, tiles of fewer columns.
+TURNED_SHAPES = [((130,), 4, 1, 64, 32), ((2, 65), 6, 2, 32, 1)]
+
 
 def _case(shape, dtype, device="cpu"):
     """(q, k, gain, cos, sin), upstream gradients."""
@@ -359,6 +362,13 @@ def test_triton_kernels_on_a_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", TURNED_SHAPES)
+@pytest.mark.parametrize("width", [32, 33])
+def test_other_projections_on_a_gpu(shape, width):
+    _assert_projections_no_worse_than_pytorch(shape, torch.bfloat16, "cuda", readers=2, width=width)
+
+
+@pytest.mark.gpu
 def test_a_gain_of_zero_learns_on_a_gpu():
     _assert_a_gain_of_zero_learns(torch.bfloat16, "cuda")
 
@@ -373,4 +383,5 @@ if __name__ == "__main__":
                 for count in (1, 2, 4):
                     for separate in (False, True):
                         _assert_projections_no_worse_than_pytorch(case, precision, readers=count, apart=separate)
+        for case in (*SHAPES, *TURNED_SHAPES):
             _assert_projections_no_worse_than_pytorch(case, torch.float32, width=33)  # rows of no multiple of 16 bytes
