@@ -1,18 +1,24 @@
-"""Document-wise test-time training: a whole validation set, and one chunk step of a batch of documents.
+"""Document-wise test-time training: a whole validation set, one chunk step of a batch of documents, and a cold start.
 
 The set is the text of data.py, documents over 2,500 tokens left out, and one of 25,000 tokens made from its start; on a
 CPU a small part of that and a small network. The peer is the evaluation function of pull request 1727, loaded
 from PGOLF_PEER_DIR, compiled and warmed up as its script does before its clock starts, on the same weights. Its chunk
 step is compiled for its one context, which is no slower than the script's compilation for all of them, and takes less
 time to compile.
+
+A cold start is what a fresh process does between having its network and the first document: ours compiles every kernel
+and records every graph, the peer does what its script does before its clock starts. The caches on the disk are empty.
 """
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -262,3 +268,48 @@ def test_chunk_step(recording: Any, context: int, provider: str) -> None:
 
         steps()
         recorder.measure(steps, calls=STEPS, rounds=3)
+
+
+def _prepare_when_asked(connection: Connection, provider: str) -> None:
+    """A fresh process: says when it could begin, begins when it is told to, and says when it is ready."""
+    try:
+        found = built(provider)
+        common.synchronize()
+        connection.send(None)
+        connection.recv()
+        found.prepare()
+        common.synchronize()
+        connection.send(None)
+    except Exception as error:  # which the other end of the pipe raises
+        connection.send(error)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("provider", WHOLE)
+def test_cold_start(recording: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    with recording("a fresh process with empty caches", provider) as recorder:
+        if not GPU:
+            raise Absent("kernels are compiled for a GPU")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_prepare_when_asked, args=(there, provider), daemon=True)
+        process.start()
+        there.close()  # so that the end of the process is seen here
+
+        def answer() -> None:
+            error = here.recv()
+            if error is not None:
+                raise error
+
+        def prepare() -> None:
+            here.send(None)
+            answer()
+
+        try:
+            answer()
+            recorder.measure(prepare)
+        finally:
+            process.kill()
+            process.join()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.test_operators  # pytester forgets modules, torch not what they registered
 
-import pgolf_kernels  # noqa: F401  # pytester forgets modules, torch not what they registered
+import pgolf_kernels  # noqa: F401  # likewise
 from bench import __main__ as runner
 from bench import common, machine, storage
 
