@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from bench import common, data
+from bench.machine import Neighbours
 from bench.peers import Absent, peer_module
 from model.config import Config, ModelConfig
 from model.convert import to_reference
@@ -271,15 +272,17 @@ def test_chunk_step(recording: Any, context: int, provider: str) -> None:
 
 
 def _prepare_when_asked(connection: Connection, provider: str) -> None:
-    """A fresh process: says when it could begin, begins when it is told to, and says when it is ready."""
+    """A fresh process: says when it could begin, begins when it is told to, and says when it is ready, and how many
+    cores processes that are not its own took meanwhile."""
     try:
         found = built(provider)
         common.synchronize()
         connection.send(None)
         connection.recv()
-        found.prepare()
-        common.synchronize()
-        connection.send(None)
+        with Neighbours() as neighbours:
+            found.prepare()
+            common.synchronize()
+        connection.send(neighbours.cores)
     except Exception as error:  # which the other end of the pipe raises
         connection.send(error)
 
@@ -298,18 +301,22 @@ def test_cold_start(recording: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         process.start()
         there.close()  # so that the end of the process is seen here
 
-        def answer() -> None:
-            error = here.recv()
-            if error is not None:
-                raise error
+        def answer() -> Any:
+            found = here.recv()
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        cores = []
 
         def prepare() -> None:
             here.send(None)
-            answer()
+            cores.append(answer())
 
         try:
             answer()
             recorder.measure(prepare)
+            recorder.row.others = round(cores[0], 2)
         finally:
             process.kill()
             process.join()
