@@ -1,6 +1,7 @@
 """Records of whole runs, which bench.render puts into the documentation.
 
     python -m bench.real_runs RUN NAME --note TEXT    # keeps what RUN's folder says as bench/runs/NAME.json; no paths
+    python -m bench.real_runs RUN NAME --like OTHER   # with the losses of the steps of which OTHER has them
 
 `<!-- run:NAME,OTHER -->` ... `<!-- /run -->` in a page encloses a table with a column for each record, and
 one with means and standard deviations where they differ by their seeds alone.
@@ -13,7 +14,7 @@ import json
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ SHOWN_STEPS = 12
 Record = dict[str, Any]
 
 
-def record_of(run: RunDir) -> Record:
-    """What a run's folder says, without what belongs to the machine's file system."""
+def record_of(run: RunDir, shown: Collection[int] | None = None) -> Record:
+    """What a run's folder says, without what belongs to the machine's file system; `shown`: the steps of its losses."""
     config, result = run.config(), run.result()
     origin = json.loads((run.path / "provenance.json").read_text(encoding="utf-8"))
     preset = {name: value for _, name, value in get_preset(config.preset).items()}
@@ -45,7 +46,7 @@ def record_of(run: RunDir) -> Record:
         "versions": {"python": origin["python"], "torch": origin["packages"]["torch"], "cuda": origin["cuda"]},
         "commit": origin["commit"],
         "data_sha256": origin["data_sha256"],
-        "loss": {str(r["step"]): round(r["loss"], 4) for r in _thinned(steps)},
+        "loss": {str(r["step"]): round(r["loss"], 4) for r in _shown(steps, shown)},
         "step_ms": _by_loop(steps, "step_ms"),
         "tokens_per_second": _by_loop(steps, "tokens_per_second"),
         "mfu": _by_loop(steps, "mfu"),
@@ -80,8 +81,10 @@ def _command(words: Sequence[str], data_dir: str) -> str:
     return " ".join(word if "$CORPUS" in word else shlex.quote(word) for word in map(placed, words))
 
 
-def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """About SHOWN_STEPS of them, the first and the last among them."""
+def _shown(steps: list[dict[str, Any]], shown: Collection[int] | None) -> list[dict[str, Any]]:
+    """Those that are asked for, or about SHOWN_STEPS of them, the first and the last among them."""
+    if shown is not None:
+        return [record for record in steps if record["step"] in shown]
     count = min(SHOWN_STEPS, len(steps))
     return [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
 
@@ -206,8 +209,11 @@ def main(arguments: list[str] | None = None, folder: Path = RECORDS) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--note", help="what else a reader must know of the run")
+    parser.add_argument("--like", metavar="OTHER", help="a record beside which this one will stand: of the same steps")
     options = parser.parse_args(arguments)
-    found = record_of(RunDir(options.run, writes=False)) | ({"note": options.note} if options.note else {})
+    like = json.loads((folder / f"{options.like}.json").read_text())["loss"] if options.like else None
+    shown = None if like is None else {int(step) for step in like}
+    found = record_of(RunDir(options.run, writes=False), shown) | ({"note": options.note} if options.note else {})
     (folder / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -244,6 +244,13 @@ def test_a_run_is_kept_as_a_record_without_paths(run, tmp_path):
     assert "| time waiting for data | {0:.2%} | {0:.2%} |".format(record["data_wait"]) in page
 
 
+def test_a_record_has_the_losses_of_the_steps_of_another(run, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"loss": {"2": 9.0, "3": 8.5, "100000": 0.1}}))
+    real_runs.main([str(run), "tiny", "--like", "other"], tmp_path)
+    losses = {str(r["step"]): round(r["loss"], 4) for r in RunDir(run, writes=False).metrics() if "loss" in r}
+    assert json.loads((tmp_path / "tiny.json").read_text())["loss"] == {step: losses[step] for step in ("2", "3")}
+
+
 def test_losses_of_runs_that_logged_other_steps_stand_in_the_order_of_steps():
     records = [{"loss": {"1": 9.0, "55": 4.9, "600": 2.5}}, {"loss": {"5": 9.6, "100": 4.4, "600": 2.6}}]
     steps = [
