@@ -285,7 +285,6 @@ def setup_adapters(case: AdapterCase, device: torch.device) -> dict[str, Tensor]
         "targets": torch.randint(case.vocab, (rows,), device=device),
         "lora_a": a.requires_grad_(),
         "lora_b": b.requires_grad_(),
-        "doc_ids": torch.arange(case.documents, device=device).repeat_interleave(case.positions),
     }
 
 

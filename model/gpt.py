@@ -107,6 +107,10 @@ class Tail:
     cu_seqlens: Tensor  # int32, bounds of the documents on `positions`, as many as on the rows
     max_seqlen: int
 
+    def is_even(self, documents: int) -> bool:
+        """Whether it has as many rows of each of so many documents: of none are there more than max_seqlen."""
+        return len(self.positions) == documents * self.max_seqlen
+
     def of(self, x: Tensor) -> Tensor:
         """These rows of x [1, N, ...]: [1, n, ...]."""
         return x.index_select(1, self.positions)
@@ -304,7 +308,7 @@ class GPT(nn.Module):
         flat_targets = targets.reshape(-1)
         lora_a, lora_b = adapters.head() if adapters is not None else (None, None)
         documents = None
-        if lora_a is not None:
+        if lora_a is not None and not (tail is not None and adapters.index is None and tail.is_even(len(lora_a))):
             rows, length = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
             documents = adapters.document_ids(rows, length, hidden.device)
         if chosen is not None:

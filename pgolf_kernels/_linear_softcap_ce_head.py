@@ -27,7 +27,7 @@ from pgolf_kernels.softcap_ce import check_float, check_indices, loss_dtype
 def check_head(
     hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, doc_ids: Tensor | None
 ) -> Tensor | None:
-    """doc_ids as the ops take them, int64 and contiguous.
+    """doc_ids as the ops take them, int64 and contiguous; None where there are none.
 
     Raises TypeError for a dtype and ValueError for a shape or device that :class:`Head` does not take.
     """
@@ -38,30 +38,35 @@ def check_head(
     if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {width}] with V > 0")
     given = [tensor is not None for tensor in (lora_a, lora_b, doc_ids)]
-    if any(given) != all(given):
-        raise ValueError(f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted all three or none")
+    if given not in ([False] * 3, [True] * 3, [True, True, False]):
+        raise ValueError(f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted both adapters, or none of all")
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor is None:
             continue
         check_float(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: got device {tensor.device}, wanted {hidden.device}")
-    if lora_a is None or lora_b is None or doc_ids is None:
+    if lora_a is None or lora_b is None:
         return None
     if lora_a.dim() != 3 or lora_a.shape[2] != width or not 1 <= lora_a.shape[1] <= MAX_RANK:
         raise ValueError(f"lora_a: got shape {list(lora_a.shape)}, wanted [B, r, {width}] with 1 <= r <= {MAX_RANK}")
     wanted = (lora_a.shape[0], weight.shape[0], lora_a.shape[1])
     if lora_b.shape != wanted:
         raise ValueError(f"lora_b: got shape {list(lora_b.shape)}, wanted {list(wanted)}")
-    return check_indices("doc_ids", doc_ids, rows, hidden.device)
+    if doc_ids is not None:
+        return check_indices("doc_ids", doc_ids, rows, hidden.device)
+    if rows % len(lora_a) if len(lora_a) else rows:
+        raise ValueError(f"hidden: got {rows} rows without doc_ids, wanted as many for each of {len(lora_a)} documents")
+    return None
 
 
 class Head:
     """Hidden states and weight in the compute dtype, adapters, and the products that a chunk of rows needs.
 
-    hidden [N, D], weight [V, D]; lora_a [B, r, D], lora_b [B, V, r] and doc_ids [N], or None each. With adapters the
-    rows are sorted by document (`order`), for batched_lora.py's products by document. Raises IndexError for a document
-    outside [0, B) on the CPU; on CUDA, where a look would wait for the device, such a row goes without adapters.
+    hidden [N, D], weight [V, D]; lora_a [B, r, D], lora_b [B, V, r] and doc_ids [N], or None each. With doc_ids the
+    rows are sorted by document (`order`), for batched_lora.py's products by document; with adapters alone they lie so
+    already, as many of each. Raises IndexError for a document outside [0, B) on the CPU; on CUDA, where a look would
+    wait for the device, such a row goes without adapters.
     """
 
     def __init__(
@@ -71,10 +76,14 @@ class Head:
         self.weight = weight.to(hidden.dtype)
         self.dtypes = dtypes_of(hidden, weight, lora_a, lora_b)
         self.order: Tensor | None = None
-        if lora_a is None or lora_b is None or doc_ids is None:
+        self.adapters: tuple[list[Tensor], list[Tensor]] = [], []
+        if lora_a is None or lora_b is None:
             return
         self.adapters = [lora_a], [lora_b]
         documents = len(lora_a)
+        if doc_ids is None:
+            self.each = len(hidden) // max(1, documents)
+            return
         if (
             not doc_ids.is_cuda
             and len(doc_ids)
@@ -88,7 +97,7 @@ class Head:
 
     def fused(self, softcap: float, temperature: float) -> Any:
         """The module of Triton kernels if they take this head, else None."""
-        if self.order is not None or not runs_triton(self.hidden):
+        if self.adapters[0] or not runs_triton(self.hidden):
             return None
         module = kernels("linear_softcap_ce")
         return module if module.takes(self.hidden, self.weight, softcap, temperature) else None
@@ -109,20 +118,26 @@ class Head:
         for start in range(0, max(1, len(self.hidden)), count):
             yield slice(start, min(start + count, len(self.hidden)))
 
-    def bounds_in(self, rows: slice) -> Tensor:
-        """Where each document begins and the last one ends among these rows, int32 [B + 1]."""
-        if rows == slice(0, len(self.hidden)):
-            return self.bounds
-        return (self.bounds - rows.start).clamp(0, rows.stop - rows.start)
+    def layout(self, rows: slice) -> tuple[Tensor | None, int]:
+        """Where each document begins and the last one ends among these rows, int32 [B + 1], or how many each has."""
+        whole = rows == slice(0, len(self.hidden))
+        if self.order is not None:
+            bounds = self.bounds
+        elif whole:
+            return None, self.each
+        else:
+            count = len(self.adapters[0][0]) + 1
+            bounds = self.each * torch.arange(count, dtype=torch.int32, device=self.hidden.device)
+        return bounds if whole else (bounds - rows.start).clamp(0, rows.stop - rows.start), 0
 
     def logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """A chunk's logits, and what the adapters' gradients need: x A^T and the adapters in hidden's dtype."""
         hidden = self.hidden[rows]
-        if self.order is None:
+        if not self.adapters[0]:
             return torch.mm(hidden, self.weight.T, out=out), []
         base = hidden @ self.weight.T
-        a, b = self.adapters
-        logits, *kept = lora_forward(hidden, [], a, b, [base], [RESIDUAL], self.bounds_in(rows), None, 0, 1.0)
+        bounds, each = self.layout(rows)
+        logits, *kept = lora_forward(hidden, [], *self.adapters, [base], [RESIDUAL], bounds, None, each, 1.0)
         return logits if out is None else out.copy_(logits), kept
 
 
@@ -169,10 +184,9 @@ class Gradients:
         dhidden = None
         if kept:
             inner, low = kept
-            a, b = head.adapters
-            bounds, wants = head.bounds_in(rows), self.needs[0]
-            low_rank: tuple[Any, ...] = (times(inner, scale), low, [0], bounds, None, 0, 1.0, wants, [])
-            dhidden, d_a, d_b = lora_backward([dlogits], scaled, [], a, b, *low_rank)
+            bounds, each = head.layout(rows)
+            low_rank: tuple[Any, ...] = (times(inner, scale), low, [0], bounds, None, each, 1.0, self.needs[0], [])
+            dhidden, d_a, d_b = lora_backward([dlogits], scaled, [], *head.adapters, *low_rank)
             self.lora_a = d_a if self.lora_a is None else self.lora_a + d_a
             self.lora_b = d_b if self.lora_b is None else self.lora_b + d_b
         del scaled  # as large as what comes next

@@ -55,7 +55,10 @@ def head_reference(
     """The logits [N, V] in hidden's dtype, in plain PyTorch."""
     dtype = hidden.dtype
     logits = hidden @ weight.to(dtype).T
-    if lora_a is not None and lora_b is not None and doc_ids is not None:
+    if lora_a is not None and lora_b is not None:
+        if doc_ids is None:
+            documents = torch.arange(len(lora_a), device=hidden.device)
+            doc_ids = documents.repeat_interleave(len(hidden) // max(1, len(documents)))
         inner = torch.einsum("nd,nrd->nr", hidden, lora_a.to(dtype)[doc_ids])
         logits = logits + torch.einsum("nr,nvr->nv", inner, lora_b.to(dtype)[doc_ids])
     return logits
@@ -462,8 +465,10 @@ def linear_softcap_cross_entropy(
         weight: [V, D], of any of these dtypes.
         targets: [N], integers in [0, V) or `ignore_index`. Out of range: IndexError on the CPU, a nan loss on CUDA.
         softcap: positive, or None for none.
-        lora_a, lora_b, doc_ids: adapters [B, r, D] and [B, V, r], and each row's document in [0, B) [N]; all or none.
-            Out of range: IndexError on the CPU; on CUDA the row goes without adapters.
+        lora_a, lora_b: adapters [B, r, D] and [B, V, r]; both or none.
+        doc_ids: each row's document in [0, B) [N]. Out of range: IndexError on the CPU; on CUDA the row goes without
+            adapters. None with adapters: the rows are those of the B documents in turn, N / B of each, which spares
+            the device sorting them.
         temperature: positive; divides the softcapped logits.
         hints: [N], integers in [0, V) or -1 (none): the call then returns a pair.
         reduction: "mean" (over the targets not ignored; nan when all are), "sum" or "none".

@@ -12,6 +12,7 @@ from pgolf_kernels.linear_softcap_ce import linear_softcap_ce_reference, linear_
 CPU = torch.device("cpu")
 DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LORAS = [False, True, "even"]  # without adapters; with each row's document; with as many rows of each, one by one
 MODES = [pytest.param(False, id="keep"), pytest.param(True, id="recompute")]
 
 
@@ -53,7 +54,7 @@ def draw(
     device: torch.device = CPU,
     *,
     weight_dtype: torch.dtype | None = None,
-    lora: bool = False,
+    lora: bool | str = False,
     shuffled: bool = False,
     rows: int = 96,
     width: int = 32,
@@ -66,6 +67,7 @@ def draw(
     def normal(*shape: int, scale: float, of: torch.dtype) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(of).to(device).requires_grad_()
 
+    docs = 4 if lora == "even" else docs
     weights = weight_dtype or dtype
     hidden = normal(rows, width, scale=1.0, of=dtype)
     weight = normal(vocab, width, scale=5 / width**0.5, of=weights)
@@ -78,7 +80,7 @@ def draw(
     hints = torch.randint(-1, vocab, (rows,), generator=generator)
     hints[0] = -1
     upstream = torch.randn(rows, generator=generator).to(device)
-    ids = ids.to(device) if lora else None
+    ids = ids.to(device) if lora is True else None
     return Problem(hidden, weight, targets.to(device), a, b, ids, hints.to(device), upstream)
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 import pgolf_kernels.linear_softcap_ce as face
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
-from tests.head import DEVICES, DTYPES, MODES, draw, reference, relative
+from tests.head import DEVICES, DTYPES, LORAS, MODES, draw, reference, relative
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", LORAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_float64(dtype: torch.dtype, lora: bool, recompute: bool, device: torch.device) -> None:
+def test_against_float64(dtype: torch.dtype, lora: bool | str, recompute: bool, device: torch.device) -> None:
     problem = draw(dtype, device, lora=lora)
     for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
         wide, wide_hints, gradients = reference(problem.converted(torch.float64), softcap, temperature)
@@ -81,9 +81,9 @@ def test_scalar_losses_expand_their_upstream_gradient(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", LORAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_that_come_with_the_sum(dtype: torch.dtype, lora: bool, device: torch.device) -> None:
+def test_gradients_that_come_with_the_sum(dtype: torch.dtype, lora: bool | str, device: torch.device) -> None:
     problem = draw(dtype, device, lora=lora, shuffled=True)
     for softcap, temperature in ((30.0, 1.0), (None, 0.7), (5.0, 1.3)):
         scalars = (softcap, temperature)
@@ -106,9 +106,9 @@ def test_gradients_that_come_with_the_sum(dtype: torch.dtype, lora: bool, device
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", LORAS)
 def test_a_retained_graph_keeps_the_gradients_that_came_with_the_sum(
-    lora: bool, weight_dtype: torch.dtype, device: torch.device
+    lora: bool | str, weight_dtype: torch.dtype, device: torch.device
 ) -> None:
     problem = draw(torch.bfloat16, device, weight_dtype=weight_dtype, lora=lora)
     total = linear_softcap_cross_entropy(
@@ -184,13 +184,13 @@ def test_scoring_equals_the_loss_and_keeps_no_graph(device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora", LORAS[1:])
 @pytest.mark.parametrize("recompute", MODES)
-def test_no_rows(recompute: bool, device: torch.device) -> None:
-    problem = draw(torch.float32, device, lora=True)
+def test_no_rows(recompute: bool, lora: bool | str, device: torch.device) -> None:
+    problem = draw(torch.float32, device, lora=lora)
     empty = problem.hidden.detach()[:0].requires_grad_()
     ids = problem.doc_ids
-    assert ids is not None
-    adapters = {"lora_a": problem.lora_a, "lora_b": problem.lora_b, "doc_ids": ids[:0]}
+    adapters = {"lora_a": problem.lora_a, "lora_b": problem.lora_b, "doc_ids": None if ids is None else ids[:0]}
     call: dict[str, Any] = {"recompute": recompute, **adapters}
     total = linear_softcap_cross_entropy(empty, problem.weight, problem.targets[:0], reduction="sum", **call)
     assert total == 0
@@ -221,8 +221,9 @@ def test_gradients_by_finite_differences() -> None:
         assert torch.autograd.gradcheck(loss, problem.leaves())
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = draw(torch.float32, lora=True, shuffled=True)
+@pytest.mark.parametrize("lora", LORAS[1:])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, lora: bool | str) -> None:
+    problem = draw(torch.float32, lora=lora, shuffled=True)
 
     def run(recompute: bool | None) -> list[Tensor]:
         call, rest = (problem.hidden, problem.weight, problem.targets), {**problem.adapters(), "recompute": recompute}

@@ -10,7 +10,7 @@ import pgolf_kernels.linear_softcap_ce as face
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels._triton_op import interpreting, kernels
 from tests import triton_aot
-from tests.head import MODES, draw, reference, relative
+from tests.head import LORAS, MODES, draw, reference, relative
 
 # Triton kernels -------------------------------------------------------------------------------------------------------
 
@@ -208,8 +208,8 @@ def test_memory(recompute: bool, limit: float) -> None:
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("width", [64, 512])
-@pytest.mark.parametrize("lora", [False, True])
-def test_cuda_graph_and_no_waiting(lora: bool, width: int, reduction: str, recompute: bool) -> None:
+@pytest.mark.parametrize("lora", LORAS)
+def test_cuda_graph_and_no_waiting(lora: bool | str, width: int, reduction: str, recompute: bool) -> None:
     problem = draw(torch.bfloat16, torch.device("cuda"), lora=lora, shuffled=True, rows=1024, width=width, vocab=1024)
     upstream = problem.upstream if reduction == "none" else problem.upstream[0]
 

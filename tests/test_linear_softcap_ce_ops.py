@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pgolf_kernels import linear_softcap_cross_entropy
 from pgolf_kernels.linear_softcap_ce import _backward_op, _forward_op, _keep_op, _learn_op, _recompute_op, _scaled_op
-from tests.head import DEVICES, MODES, draw
+from tests.head import DEVICES, LORAS, MODES, draw
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("lora", [False, True])
-def test_opcheck(lora: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("lora", LORAS)
+def test_opcheck(lora: bool | str, device: torch.device) -> None:
     p = draw(torch.float32, device, lora=lora, rows=12)
     inputs = (p.hidden, p.weight, p.targets, p.lora_a, p.lora_b, p.doc_ids)
     scalars = (30.0, 1.0, -100)
@@ -21,13 +21,13 @@ def test_opcheck(lora: bool, device: torch.device) -> None:
         torch.library.opcheck(op, (*inputs, p.hints, *scalars))
         torch.library.opcheck(op, (*inputs, None, *scalars))
     plain = tuple(t if t is None else t.detach() for t in inputs)
-    needs = [True, True, lora, lora]
+    needs = [True, True, bool(lora), bool(lora)]
     # Its backward pass multiplies results of the op where they lie, and opcheck compares them afterwards: by 1 here.
     torch.library.opcheck(_learn_op, (*inputs, p.hints, needs, "sum", *scalars))
-    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, lora], "mean", *scalars))
+    torch.library.opcheck(_learn_op, (*plain, None, [False, True, False, bool(lora)], "mean", *scalars))
     for factor in (p.upstream, p.upstream[0]):
         torch.library.opcheck(_scaled_op, (p.hidden.detach(), factor, torch.bfloat16))
-    needs = [True, False, lora, lora]
+    needs = [True, False, bool(lora), bool(lora)]
     dlogits = torch.randn(12, 203, device=device)
     torch.library.opcheck(_recompute_op, (p.upstream, *plain, p.upstream.abs(), needs, *scalars))
     inner = torch.randn(12, 8, device=device) if lora else torch.empty(0, device=device)
@@ -83,7 +83,13 @@ def test_refusals() -> None:
         (ValueError, "temperature: got 0", lambda: call(p.hidden, p.weight, p.targets, temperature=0)),
         (ValueError, "softcap: got -2", lambda: call(p.hidden, p.weight, p.targets, -2)),
         (ValueError, "reduction: got", lambda: call(p.hidden, p.weight, p.targets, reduction="avg")),
-        (ValueError, "all three or none", lambda: call(p.hidden, p.weight, p.targets, lora_a=p.lora_a)),
+        (ValueError, "wanted both adapters", lambda: call(p.hidden, p.weight, p.targets, lora_a=p.lora_a)),
+        (ValueError, "wanted both adapters", lambda: call(p.hidden, p.weight, p.targets, doc_ids=p.doc_ids)),
+        (
+            ValueError,
+            "hidden: got 96 rows without doc_ids, wanted as many for each of 5 documents",
+            lambda: call(p.hidden, p.weight, p.targets, **{**adapters, "doc_ids": None}),
+        ),
         (
             ValueError,
             r"lora_b: got shape \[5, 202, 8\], wanted \[5, 203, 8\]",
