@@ -65,6 +65,16 @@ def batched_lora(
     module.backward(grads, x, weights, a, b, s, low, layout, 1.0, True)
 
 
+def batched_lora_short(module: ModuleType, dtype: torch.dtype, length: int) -> None:
+    """The head's adapters, whose share joins the logits, of dense documents with few rows."""
+    documents = 64
+    x, grad = (empty(documents * length, n, dtype=dtype) for n in (WIDTH, VOCAB))
+    a, b = (empty(documents, *shape, dtype=FP32) for shape in ((96, WIDTH), (VOCAB, 96)))
+    layout = Layout(length, None, None)
+    _, s, low = module.forward(x, [None], [a], [b], [grad], layout, 1.0)
+    module.backward([grad], x, [None], [a], [b], s, low, layout, 1.0, True)
+
+
 def batched_lora_once(module: ModuleType, dtype: torch.dtype, documents: int, length: int, rank: int) -> None:
     """The backward of a head whose gradient is read once: two documents by several programs each, three by one."""
     x, grad = (empty(documents * length, n, dtype=dtype) for n in (WIDTH, 64 * VOCAB))
@@ -184,6 +194,8 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (batched_lora, (True, BF16, (VOCAB,))),
         (batched_lora, (True, BF16, (520,))),
         (batched_lora, (True, BF16, (500, 264, 264), 33)),
+        (batched_lora_short, (BF16, 48)),
+        (batched_lora_short, (FP16, 48)),
         *((batched_lora_once, (BF16, 2, 256, rank)) for rank in (96, 128, 64, 8)),
         (batched_lora_once, (FP16, 3, 256, 96)),
         (batched_lora_once, (BF16, 3, 96, 96)),
@@ -267,6 +279,37 @@ def test_memory_before_the_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     for early in (False, True):
         module.early_kernel[(1,)](x, EARLY=early, **pdl(x))
     assert [kernel.races for kernel in seen] == [False, True]
+
+
+@triton_aot.needs_triton
+def test_products_that_wait_for_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accumulator that a loop turns with, behind a product that is waited for: ptxas then waits for every wgmma."""
+    import triton
+    import triton.language as tl
+
+    from pgolf_kernels._triton_op import descriptor
+
+    @triton.jit
+    def two_kernel(g_desc, b_desc, s_desc, out_desc, e_desc, columns, LAST: tl.constexpr):
+        s = s_desc.load([0, 0])
+        e = tl.zeros((256, 64), tl.float32)
+        for n in range(0, columns, 64):
+            g = g_desc.load([0, n])
+            if not LAST:
+                e = tl.dot(g, b_desc.load([n, 0]), e)
+            out_desc.store([n, 0], tl.dot(g.T, s))
+            if LAST:
+                e = tl.dot(g, b_desc.load([n, 0]), e)
+        e_desc.store([0, 0], e)
+
+    module = ModuleType("module")
+    module.two_kernel = two_kernel  # type: ignore[attr-defined]
+    seen = triton_aot.record(monkeypatch, module)
+    g, b, s = (descriptor(empty(rows, columns), (rows, 64)) for rows, columns in ((256, 512), (64, 64), (256, 64)))
+    out, e = (descriptor(empty(rows, 64, dtype=FP32), (rows, 64)) for rows in (64, 256))
+    for last in (False, True):
+        module.two_kernel[(1,)](g, b, s, out, e, 512, LAST=last, num_warps=8, num_stages=3)
+    assert [kernel.serial for kernel in seen] == [False, True]
 
 
 @triton_aot.needs_triton

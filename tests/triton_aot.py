@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -98,8 +99,8 @@ def _usage(name: str, compiled: Any, races: bool) -> Compiled:
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    products = code.count("HGMMA")
-    serial = 0 < products <= code.count("WARPGROUP.DEPBAR")
+    follows = re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)  # products, and waits for all of them
+    serial = "HGMMA" in follows and all(b != "HGMMA" for a, b in pairwise([*follows, ""]) if a == "HGMMA")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
     return Compiled(name, registers, stack, local, compiled.metadata.shared, serial, races)
 
