@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.common import DEVICE, Call, Work
 from bench.peers import Absent, script_1530
-from pgolf_kernels import fused_mlp
+from pgolf_kernels import fp8_mlp, fused_mlp
+from pgolf_kernels.fp8_mlp import runs_fp8
 
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -58,6 +59,13 @@ def eager(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
+def in_fp8(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """With products in FP8, which a CPU emulates."""
+    if not GPU or not runs_fp8(DEVICE):
+        raise Absent("needs a GPU of compute capability 9.0")
+    return fp8_mlp(x, up, down)
+
+
 def pull_request_1530(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """That script's Triton MLP."""
     if not GPU:
@@ -67,6 +75,7 @@ def pull_request_1530(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "pgolf_kernels": fused_mlp,
+    "pgolf_kernels fp8": in_fp8,
     "eager": eager,
     "torch.compile": torch.compile(eager),
     "pull request 1530": pull_request_1530,

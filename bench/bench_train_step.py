@@ -3,7 +3,8 @@
 "micro_step" is one forward and backward pass over 98,304 tokens; "step" adds what follows each of them on 8 GPUs:
 clipping, Muon, AdamW and the moving average. The tokens are those of data.py, in documents of lengths drawn as in web
 text; output projections are not zero, as they are after the first step. Both sides use the attention that this package
-chooses, or FlashAttention 3 where the public script (`pr1530/train_gpt.py` in PGOLF_PEER_DIR) finds it.
+chooses, or FlashAttention 3 where the public script (`pr1530/train_gpt.py` in PGOLF_PEER_DIR) finds it. "pgolf fp8" is
+our step with `--fp8-mlp`: other numbers in the MLPs, so that it stands beside the others and is no like for like.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from model.gpt import GPT
 from model.micro_step import MicroStep
 from model.optim import Optimizer, WeightAverage
 from model.presets import get_preset
+from pgolf_kernels.fp8_mlp import runs_fp8
 
 GPU = DEVICE.type == "cuda"
 MEAN_LOG_LENGTH, STD_LOG_LENGTH = 6.2, 1.0  # documents of about 800 tokens on average
@@ -105,9 +107,11 @@ def our_model() -> GPT:
     return model
 
 
-def our_micro_step(case: Case, inputs: dict[str, Tensor]) -> Call:
+def our_micro_step(case: Case, inputs: dict[str, Tensor], *, fp8: bool = False) -> Call:
     """With graphs of its own, so that the memory that they hold is this row's."""
-    run = MicroStep(our_model(), weight=MICRO_STEP_WEIGHT, max_seqlen=config().data.train_seq_len)
+    if fp8 and not (GPU and runs_fp8(DEVICE)):
+        raise Absent("needs a GPU of compute capability 9.0")
+    run = MicroStep(our_model(), weight=MICRO_STEP_WEIGHT, max_seqlen=config().data.train_seq_len, fp8=fp8)
     batch = Batch(inputs["inputs"], inputs["targets"], inputs["cu_seqlens"], run.max_seqlen)
 
     def call() -> None:
@@ -117,12 +121,12 @@ def our_micro_step(case: Case, inputs: dict[str, Tensor]) -> Call:
     return call
 
 
-def our_step(case: Case, inputs: dict[str, Tensor]) -> Call:
+def our_step(case: Case, inputs: dict[str, Tensor], *, fp8: bool = False) -> Call:
     params = dict(our_model().named_parameters())
     optimizer = Optimizer(params, config().train, Dist.single(DEVICE))
     average = WeightAverage(params, config().train)
     optimizer.zero_grad()
-    micro_step = our_micro_step(case, inputs)
+    micro_step = our_micro_step(case, inputs, fp8=fp8)
 
     def call() -> None:
         micro_step()
@@ -180,8 +184,12 @@ def peer_step(case: Case, inputs: dict[str, Tensor]) -> Call:
     return call
 
 
-MICRO_STEPS = {"pgolf": our_micro_step, "pull request 1530": peer_micro_step}
-STEPS = {"pgolf": our_step, "pull request 1530": peer_step}
+MICRO_STEPS = {
+    "pgolf": our_micro_step,
+    "pgolf fp8": functools.partial(our_micro_step, fp8=True),
+    "pull request 1530": peer_micro_step,
+}
+STEPS = {"pgolf": our_step, "pgolf fp8": functools.partial(our_step, fp8=True), "pull request 1530": peer_step}
 
 
 @pytest.mark.timeout(600)  # the public script compiles for minutes

@@ -155,6 +155,7 @@ class TrainConfig:
     ema_dtype: Literal["float32", "parameter"] = "float32"
     late_qat_threshold: float = 0.0  # fake-quantise once the lr multiplier is below; 0: never (pull request 1499)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fp8_mlp: bool = False  # training steps multiply in FP8 in the MLPs; everything else does as without it
     cuda_graphs: bool = True  # record micro-steps on a GPU and replay them
     train_log_every: int = 500
     val_loss_every: int = 4000  # steps, and after the last; 0: only then

@@ -39,6 +39,7 @@ from model.layers import (
 from model.stream import Stream
 from pgolf_kernels import (
     embedding,
+    fp8_mlp,
     fused_mlp,
     linear_softcap_cross_entropy,
     norm_residual,
@@ -131,6 +132,7 @@ class _Pass:
     collect: Collect | None
     tail: Tail | None
     tail_slot: int  # of the block that is computed for the tail alone
+    fp8: bool
     first_value: Tensor | None = field(default=None)
 
     def tail_at(self, slot: int) -> Tail | None:
@@ -235,6 +237,7 @@ class GPT(nn.Module):
         collect: Collect | None = None,
         tail: Tail | None = None,
         operands: Operands | None = None,
+        fp8: bool = False,
     ) -> Tensor:
         """Final normed hidden states, [..., D] for input_ids [...], or [n, D] of a `tail` of n rows.
 
@@ -242,6 +245,7 @@ class GPT(nn.Module):
         ends) one packed row [N] or [1, N] of documents no longer than `max_seqlen`. Positions run on through a packed
         row: only their differences matter. `loop` chooses the layer order. `collect(names, x)` is called with the
         input x of the matrices `names`, for Hessians. `operands`: what :meth:`operands` gave for these parameters.
+        `fp8`: the MLPs multiply in FP8, for training.
         """
         config = self.config
         operands = operands or self.operands()
@@ -252,6 +256,8 @@ class GPT(nn.Module):
             )
         if tail is not None and (cu_seqlens is None or collect is not None):
             raise ValueError("tail: got one without cu_seqlens or with collect, wanted a packed row and no collect")
+        if fp8 and (adapters is not None or collect is not None):
+            raise ValueError("fp8: got it with adapters or collect, wanted it in training alone")
         if tail is not None and adapters is not None and adapters.tail_cu_seqlens is None:
             raise ValueError("adapters: got none for the tail's rows, wanted tail_cu_seqlens beside a tail")
         rows, length = ids.shape
@@ -263,7 +269,7 @@ class GPT(nn.Module):
             max_seqlen = length
         state = _Pass(
             operands.layers, self._mixing(), cos, sin, starts, cu_seqlens, int(max_seqlen), adapters, collect,
-            tail, self._tail_slot(loop),
+            tail, self._tail_slot(loop), fp8,
         )  # fmt: skip
 
         x = embedding(ids, operands.table, dtype=self.compute_dtype)
@@ -516,6 +522,8 @@ class GPT(nn.Module):
             total, normed = state.adapters.mlp(slot, normed, residual, self.mlp_scale[layer], tail=tail)
             in_place = total is not residual  # the sum with the adapter's share is nobody else's
         options: dict[str, Any] = {"negative_slope": config.negative_slope, "hidden_gain": gain, "residual": total}
+        if state.fp8:
+            return fp8_mlp(normed, weights.up, weights.down, in_place=in_place, **options)
         if state.collect is None:
             output: Any = fused_mlp(normed, weights.up, weights.down, in_place=in_place, **options)
             return output if state.adapters is None else output.view(shape)

@@ -34,13 +34,13 @@ class _Recording:
 
 class MicroStep:
     """Calls of one model. `weight` multiplies the loss before its backward (1 / number of micro-steps); `max_seqlen`
-    bounds every document's length; `record=False` runs eagerly on a GPU too.
+    bounds every document's length; `record=False` runs eagerly on a GPU too; `fp8`: the MLPs multiply in FP8.
 
     Recorded gradients stay where they were at the first call: zero them in place.
     """
 
-    def __init__(self, model: GPT, *, weight: float, max_seqlen: int, record: bool = True) -> None:
-        self.model, self.weight, self.max_seqlen, self.record = model, weight, max_seqlen, record
+    def __init__(self, model: GPT, *, weight: float, max_seqlen: int, record: bool = True, fp8: bool = False) -> None:
+        self.model, self.weight, self.max_seqlen, self.record, self.fp8 = model, weight, max_seqlen, record, fp8
         self._recordings: dict[Hashable, _Recording] = {}
         self._pool: Any = None
 
@@ -71,7 +71,7 @@ class MicroStep:
 
     def _run(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, loop: bool) -> Tensor:
         max_seqlen = self.max_seqlen if cu_seqlens is not None else None
-        loss = self.model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, loop=loop)
+        loss = self.model.loss(inputs, targets, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, loop=loop, fp8=self.fp8)
         assert isinstance(loss, Tensor)  # a pair only with hints
         (loss * self.weight).backward()
         return loss.detach()

@@ -51,6 +51,7 @@ _UNCHECKED = (
         "_linear_softcap_ce_head", "muon", "qk_rope", "residual", "softcap_ce", "stepped_lora", "xsa",
     )),
 )  # fmt: skip
+_LEFT_OUT = ("_fp8_mlp_triton",)  # and with them what `_is_left_out` guards: a script has no room for the FP8 MLP
 _KERNELS = "_triton"  # ending of the modules of Triton kernels, which are imported by name where they run
 
 _STUB = b'''# coding: latin-1
@@ -119,7 +120,7 @@ def pack_submission(
         "train.log": log.read_bytes() if log.is_file() else b"",
     }
     result = run.result()
-    files["README.md"] = _readme(artifact.config.preset, result, files).encode()
+    files["README.md"] = _readme(artifact.config, result, files).encode()
     facts = {
         "author": author,
         "name": artifact.config.preset,
@@ -158,7 +159,7 @@ def packed_files(*, ngram: bool) -> dict[str, str]:
     pruned = prune(
         sources,
         ("model.packed_entry", _NATIVE),
-        false=missing,
+        false=lambda node: missing(node) or _is_left_out(node),
         by_name=_KERNELS,
         unchecked=_UNCHECKED,
     )
@@ -261,6 +262,14 @@ def _missing_native(stand_in: str) -> Callable[[ast.expr], bool]:
     return missing
 
 
+def _is_left_out(node: ast.expr) -> bool:
+    """Whether an expression asks for FP8: a script refuses to train in it, as on a GPU that has none."""
+    match node:
+        case ast.Call(ast.Name("runs_fp8")) | ast.Attribute(ast.Name("state"), "fp8", ast.Load()):
+            return True
+    return False
+
+
 def without_comments(path: Path) -> str:
     """C++ without comments and indentation. Only for sources whose literals hold no double slash."""
     lines = (re.sub("//.*", "", line).strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -301,7 +310,7 @@ def reachable_modules(roots: Iterable[str]) -> dict[str, Path]:
 def _roots() -> list[str]:
     """The entry, the stand-in for compiled code, and the Triton kernels, which are imported by name where they run."""
     kernels = sorted((_SOURCE / "pgolf_kernels").glob(f"_*{_KERNELS}.py"))
-    return [*ROOT_MODULES, *(f"pgolf_kernels.{path.stem}" for path in kernels)]
+    return [*ROOT_MODULES, *(f"pgolf_kernels.{path.stem}" for path in kernels if path.stem not in _LEFT_OUT)]
 
 
 def _module_path(name: str) -> Path | None:
@@ -321,9 +330,10 @@ def _with_total(facts: dict[str, Any], others: int) -> bytes:
         total = others + len(content)
 
 
-def _readme(preset: str, result: dict[str, Any], files: dict[str, bytes]) -> str:
+def _readme(config: Config, result: dict[str, Any], files: dict[str, bytes]) -> str:
+    other = f"This run's training steps multiplied in FP8 in the MLPs; those of {SCRIPT} do not."
     lines = [
-        f"# {preset}",
+        f"# {config.preset}",
         "",
         "    pip install -r requirements.txt",
         f"    python {SCRIPT} --data DATA_DIR            # scores {ARTIFACT}",
@@ -333,6 +343,7 @@ def _readme(preset: str, result: dict[str, Any], files: dict[str, bytes]) -> str
         "|---|---|",
         *(f"| {mode} | {bpb:.5f} |" for mode, bpb in result.get("bpb", {}).items()),
         "",
+        *([other, ""] if config.train.fp8_mlp else []),
         f"Code {len(files[SCRIPT]):,} bytes, artifact {len(files[ARTIFACT]):,} bytes. Made by `pgolf pack`.",
         "",
     ]

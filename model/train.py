@@ -31,7 +31,7 @@ from model.config import Config
 from model.data.dataset import Dataset
 from model.data.loaders import LOADERS, Batch, Loader
 from model.distributed import Dist, local_micro_batches, restarts_workers
-from model.errors import ArtifactError, DataError, TrainError
+from model.errors import ArtifactError, ConfigError, DataError, TrainError
 from model.files import atomic_write
 from model.gpt import GPT
 from model.memory import lower, memory_for
@@ -41,6 +41,7 @@ from model.optim import Optimizer, WeightAverage
 from model.run import RunDir
 from model.schedule import StepSettings
 from model.signals import stop_signals
+from pgolf_kernels.fp8_mlp import runs_fp8
 
 RESTART_SECONDS = 60.0  # between checkpoints where torchrun replaces workers and `checkpoint_every` says nothing
 RECORDED_BUCKETS = range(1, 5)  # cu_seqlens lengths recorded before the first step, as in pull request 1530's warm-up
@@ -93,6 +94,11 @@ class Trainer:
         self.accumulate = local_micro_batches(config.train.micro_batches, ranks.world)
         self.budget = schedule.budget_seconds(config.train)
         check_dataset(config, dataset)
+        if config.train.fp8_mlp and not runs_fp8(ranks.device):
+            raise ConfigError(
+                f"fp8_mlp: got it on {ranks.device}, wanted a CPU, or Triton and a GPU of compute capability 9.0; "
+                "no packed script has it"
+            )
         torch.manual_seed(config.train.seed)
         torch.set_float32_matmul_precision("high")
         self.model = GPT(config.model).to(ranks.device)
@@ -111,8 +117,9 @@ class Trainer:
         # The configured length, not the batch's longest: attention's grid is part of a recording.
         longest = config.data.train_seq_len or tokens
         self.micro_step = MicroStep(
-            self.model, weight=1 / self.accumulate, max_seqlen=longest, record=config.train.cuda_graphs
-        )
+            self.model, weight=1 / self.accumulate, max_seqlen=longest, record=config.train.cuda_graphs,
+            fp8=config.train.fp8_mlp,
+        )  # fmt: skip
         self.step, self.seconds, self._clock_started = 0, 0.0, 0.0
         self.data_wait = 0.0  # of `seconds`, those in which this rank's host waited for a batch
         self.looped = self.late_qat = False  # whether the last step was

@@ -4,6 +4,7 @@ from pgolf_kernels.adapter_adamw import adapter_adamw
 from pgolf_kernels.attention import attention_backend_info, set_attention_backend, varlen_attention
 from pgolf_kernels.batched_lora import batched_lora, batched_lora_multi
 from pgolf_kernels.embedding import embedding
+from pgolf_kernels.fp8_mlp import fp8_mlp
 from pgolf_kernels.fused_mlp import fused_mlp
 from pgolf_kernels.gptq import GptqRecipe, gptq_quantize, gptq_quantize_many
 from pgolf_kernels.linear_softcap_ce import linear_softcap_cross_entropy, score_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "decode_codes",
     "embedding",
     "encode_codes",
+    "fp8_mlp",
     "fused_mlp",
     "gptq_quantize",
     "gptq_quantize_many",

@@ -58,6 +58,11 @@ def pdl(tensor: torch.Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
+def machine_code() -> bool:
+    """Whether kernels may hold instructions of the machine: all but interpreted ones."""
+    return not _interpreting
+
+
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether this tensor's op runs its Triton kernel: on a CUDA device with Triton, or under :func:`interpreting`.
 

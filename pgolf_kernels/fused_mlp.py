@@ -265,27 +265,14 @@ def fused_mlp(
     (float16 and unfused dtypes: 2 F). Raises ValueError for shapes, devices and slopes, TypeError for
     dtypes.
     """
-    _check(x, w_up, w_down, negative_slope, hidden_gain)
-    wanted = (*x.shape[:-1], w_down.shape[0])
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (wanted, x.dtype, x.device):
-        raise ValueError(
-            f"residual: got shape {tuple(residual.shape)} of {residual.dtype} on {residual.device}, "
-            f"wanted {wanted} of {x.dtype} on {x.device}"
-        )
+    check_mlp(x, w_up, w_down, negative_slope, hidden_gain)
+    check_residual(x, w_down, residual, in_place, return_hidden)
     if hidden_gain is not None:
         # (h * gain) W^T = h (W * gain)^T: a pass over the small matrix instead of one over the activations. Both
         # gradients follow from d(W * gain), which PyTorch derives.
         w_down = w_down * hidden_gain.to(w_down.dtype)
     flat = x.reshape(-1, x.shape[-1])
     if in_place:
-        if residual is None or return_hidden or not residual.is_contiguous():
-            found = "none" if residual is None else f"one with strides {residual.stride()}"
-            raise ValueError(
-                f"in_place: got residual {found} and return_hidden={return_hidden}, "
-                "wanted a contiguous residual and no return_hidden"
-            )
-        if not torch.compiler.is_compiling() and x.numel() and _share_memory(residual, x):  # no graph knows addresses
-            raise ValueError("in_place: got a residual in x's memory, wanted one of its own: x is read once more")
         return _AddMlp.apply(residual, flat, w_up, w_down, float(negative_slope))
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
     y, hidden, _ = _forward_op(flat, w_up, w_down, flat_residual, float(negative_slope))
@@ -300,7 +287,29 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _check(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float, gain: torch.Tensor | None) -> None:
+def check_residual(
+    x: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, in_place: bool, return_hidden: bool = False
+) -> None:
+    wanted = (*x.shape[:-1], w_down.shape[0])
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (wanted, x.dtype, x.device):
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)} of {residual.dtype} on {residual.device}, "
+            f"wanted {wanted} of {x.dtype} on {x.device}"
+        )
+    if in_place:
+        if residual is None or return_hidden or not residual.is_contiguous():
+            found = "none" if residual is None else f"one with strides {residual.stride()}"
+            raise ValueError(
+                f"in_place: got residual {found} and return_hidden={return_hidden}, "
+                "wanted a contiguous residual and no return_hidden"
+            )
+        if not torch.compiler.is_compiling() and x.numel() and _share_memory(residual, x):  # no graph knows addresses
+            raise ValueError("in_place: got a residual in x's memory, wanted one of its own: x is read once more")
+
+
+def check_mlp(
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float, gain: torch.Tensor | None
+) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"x: got {x.dtype}, wanted a floating-point dtype")
     if x.dim() < 1:

@@ -153,9 +153,12 @@ def test_packed_kernels_compile_for_hopper(tmp_path: Path) -> None:
         (tmp_path / path).write_text(source)
     shutil.copytree(Path(__file__).parent, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests" / "test_place.py").write_text(
-        f"import pgolf_kernels\ndef test_place():\n    assert pgolf_kernels.__file__.startswith({str(tmp_path)!r})\n"
+        "import pgolf_kernels\nfrom tests.test_triton_kernels import LAUNCHES, _modules\n"
+        f"def test_place():\n    assert pgolf_kernels.__file__.startswith({str(tmp_path)!r})\n"
+        "    assert set(LAUNCHES) - _modules() == {'fp8_mlp'}\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_triton_kernels.py", "tests/test_place.py"]
+    command += ["-k", "not fp8_mlp and not every_module"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
@@ -210,6 +213,16 @@ def test_pack_submission(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(PgolfError, match="not empty"):
         pack_submission(run.path, tmp_path / "out")
     assert not pack_submission(run.path, tmp_path / "small", budget=1000).fits
+
+
+def test_a_packed_script_has_no_fp8_and_says_so(tmp_path: Path) -> None:
+    files = packed_files(ngram=False)
+    assert not [path for path in files if "fp8" in path] and "fp8_mlp(" not in files["model/gpt.py"]
+    assert "fp8_mlp and True:raise" in files["model/train.py"]
+    config = tiny_config(tiny_data(tmp_path), tmp_path / "runs", eval_mode="plain", fp8_mlp=True)
+    run_pipeline(config)
+    pack_submission(tmp_path / "runs" / "tiny", tmp_path / "out")
+    assert "training steps multiplied in FP8" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_pack_replaces_a_submission_and_nothing_else(run: RunDir, tmp_path: Path) -> None:

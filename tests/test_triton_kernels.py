@@ -35,6 +35,17 @@ def fused_mlp(module: ModuleType, dtype: torch.dtype, width: int = WIDTH, hidden
     module.grad_pre(x, w_down, hidden if keeps_sign else pre, 0.5, keeps_sign)
 
 
+def fp8_mlp(module: ModuleType, dtype: torch.dtype, rows: int, width: int, hidden_dim: int) -> None:
+    x, w_up, w_down = (
+        empty(*shape, dtype=dtype) for shape in ((rows, width), (hidden_dim, width), (width, hidden_dim))
+    )
+    (x8, _, facts), (up, *_) = module.operand(x), module.operand(w_up)
+    down_turned, down, _ = module.operand(w_down.t())
+    hidden, _, negative, _ = module.up(x8, facts, up, facts, 0.5)
+    module.grad_pre(x8, facts, down_turned, facts, hidden, negative, facts, 0.5)
+    module.add_product(x, hidden, down, facts, facts)
+
+
 def linear_softcap_ce(module: ModuleType, vocab: int) -> None:
     hidden, weight, powers = empty(ROWS, WIDTH), empty(vocab, WIDTH), empty(ROWS, vocab)
     index, value = empty(ROWS, dtype=torch.int64), empty(ROWS, dtype=FP32)
@@ -214,6 +225,9 @@ LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
         (fused_mlp, (FP16,)),
         *((fused_mlp, (BF16, *shape)) for shape in ((768, 3072), (520, 2042), (500, 2000), (33, 70), (8, 8))),
         (fused_mlp, (FP16, 500, 2042)),
+    ],
+    "fp8_mlp": [
+        (fp8_mlp, shape) for shape in ((BF16, ROWS, WIDTH, HIDDEN), (BF16, ROWS, 768, 3072), (FP32, 1000, 48, 272))
     ],
     "linear_softcap_ce": [(linear_softcap_ce, (VOCAB,)), (linear_softcap_ce, (8200,))],
     "muon": [

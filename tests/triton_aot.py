@@ -25,7 +25,7 @@ _ACCESS = re.compile(r"\b(?:ld|st|red|atom|cp\.async\S*)\.global|cp\.async\.bulk
 SHARED_LIMIT = 232448  # bytes of shared memory a block may have on sm_90
 _POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.int16: "i16", torch.uint8: "u8",
+    torch.int16: "i16", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -99,8 +99,9 @@ def _usage(name: str, compiled: Any, races: bool) -> Compiled:
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    follows = re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)  # products, and waits for all of them
-    serial = "HGMMA" in follows and all(b != "HGMMA" for a, b in pairwise([*follows, ""]) if a == "HGMMA")
+    # Products, and waits for all of them: where these alternate, no product runs beside another.
+    products = [bool(product) for product in re.findall(r"([HQ]GMMA)|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)]
+    serial = any(products) and not any(a and b for a, b in pairwise(products))
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
     return Compiled(name, registers, stack, local, compiled.metadata.shared, serial, races)
 
