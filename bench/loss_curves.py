@@ -20,6 +20,7 @@ from model.report.plots import looks_of, svg
 PICTURE = "losses.svg"
 CURVES = {
     "pr1530_order0": "pgolf, pr1530",
+    "pr1530_fp8": "pgolf, pr1530, MLPs in FP8",
     "public_1530_order0": "pull request 1530",
     "pr1530_same_start": "pgolf, from its initial weights",
 }

@@ -23,8 +23,8 @@ from pgolf_kernels._triton_tile import strip
 
 STATISTICS_TILE, STATISTICS_PROGRAMS = 8192, 2  # elements a step; programs a multiprocessor
 CAST_COLUMNS, CAST_PROGRAMS = 64, 4
-STEP, STAGES, WARPS, PROGRAMS = 64, 5, 4, 2  # of the products: depth a step
-GRAD_PRE_STEP, GRAD_PRE_STAGES = 64, 5
+# Of the products that carry the activation: depth a step first. Other values were slower on an H200.
+STEP, STAGES, WARPS, PROGRAMS = 64, 5, 4, 2
 ADD_ROWS, ADD_COLUMNS, ADD_STEP, ADD_STRIPS = 128, 256, 128, 4
 ADD_STAGES, ADD_WARPS, ADD_PROGRAMS = 4, 8, 1
 
@@ -367,10 +367,10 @@ def grad_pre(
     facts = torch.empty_like(g_facts)
     with torch.cuda.device_of(g):
         _grad_pre_kernel[_grid(g, tiles_m * tiles_n)](
-            descriptor(g, (BLOCK, GRAD_PRE_STEP)), descriptor(w, (BLOCK, GRAD_PRE_STEP)), _of_words(hidden),
+            descriptor(g, (BLOCK, STEP)), descriptor(w, (BLOCK, STEP)), _of_words(hidden),
             _of_words(out), _of_words(turned), negative, g_facts, w_facts, hidden_facts, facts,
-            rows, tiles_m, tiles_n, slope, DEPTH=depth, BK=GRAD_PRE_STEP, ASM=machine_code(), num_warps=WARPS,
-            num_stages=GRAD_PRE_STAGES,
+            rows, tiles_m, tiles_n, slope, DEPTH=depth, BK=STEP, ASM=machine_code(), num_warps=WARPS,
+            num_stages=STAGES,
         )  # fmt: skip
     return out, turned, facts
 
