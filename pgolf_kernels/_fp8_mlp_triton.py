@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgolf_kernels._fp8_mlp_torch import BLOCK, E4M3, LIMIT, MOST, SMALLEST_SCALE, Operand, padded
 from pgolf_kernels._triton_op import block_at_least, cdiv, descriptor, grid_size, machine_code
-from pgolf_kernels._triton_tile import strip
+from pgolf_kernels._triton_tile import product_tile, strip
 
 STATISTICS_TILE, STATISTICS_PROGRAMS = 8192, 2  # elements a step; programs a multiprocessor
 CAST_COLUMNS, CAST_PROGRAMS = 64, 4
@@ -219,9 +219,7 @@ def _up_kernel(x_desc, w_desc, hidden_desc, turned_desc, negative_ptr, x_facts, 
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * _BLOCK
         n = (tile % tiles_n) * _BLOCK
-        acc = tl.zeros((_BLOCK, _BLOCK), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        acc = product_tile(x_desc, w_desc, m, n, DEPTH, _BLOCK, _BLOCK, BK)
         leaky = acc * tl.where(acc < 0, factor * slope, factor)
         a, b, c, d = _quarters_of_columns(leaky * tl.abs(leaky), _BLOCK)  # e4m3 keeps u's sign
         words = _words(a, b, c, d, ASM)
@@ -262,9 +260,7 @@ def _grad_pre_kernel(g_desc, w_desc, hidden_desc, out_desc, turned_desc, negativ
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * _BLOCK
         n = (tile % tiles_n) * _BLOCK
-        acc = tl.zeros((_BLOCK, _BLOCK), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(g_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+        acc = product_tile(g_desc, w_desc, m, n, DEPTH, _BLOCK, _BLOCK, BK)
         places, inside = _sign_places(m, n, rows)
         signs = tl.load(negative_ptr + places, mask=inside, other=0)[:, None, :, None] << _shifts()
         signs = tl.reshape(signs & -0x7F7F7F80, (_BLOCK, _BLOCK // 4))
@@ -285,9 +281,7 @@ def _add_product_kernel(a_desc, b_desc, total_desc, a_scale, b_scale, rows, colu
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
         n = (tile % tiles_n) * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, DEPTH, BK):
-            acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc)
+        acc = product_tile(a_desc, b_desc, m, n, DEPTH, BM, BN, BK)
         for i in tl.static_range(STRIPS):
             part = strip(acc, i, STRIPS, BM, BN) * factor
             total_desc.atomic_add([m, n + i * (BN // STRIPS)], part.to(total_desc.dtype))
