@@ -24,7 +24,10 @@ CURVES = {
     "public_1530_order0": "pull request 1530",
     "pr1530_same_start": "pgolf, from its initial weights",
 }
-PEER, FIRST_APART = "public_1530_order0", 50  # what the others are compared with, and from which step on
+# Runs from the same initial weights on the same batches as another: which, and from which step on they are compared.
+COMPARED = {"pr1530_fp8": "pr1530_order0", "pr1530_same_start": "public_1530_order0"}
+FIRST_APART = 50
+HEIGHT = 4.6  # inches
 SCORE = "float"  # of the weights before they are quantised: all records have it
 
 
@@ -39,22 +42,25 @@ def read_curves(folder: Path = RECORDS) -> dict[str, dict[str, Any]]:
 
 
 def picture(curves: dict[str, dict[str, Any]]) -> str:
-    """The curves as an SVG, and within it, enlarged, what each is above the one of PEER."""
+    """The curves as an SVG, and within it, enlarged, what those of COMPARED are above their counterparts."""
 
     def paint(axes: Axes) -> None:
-        looks, peer = looks_of(list(curves), dashed=True), curves[CURVES[PEER]]["loss"]
-        apart = axes.inset_axes((0.4, 0.27, 0.57, 0.23))
+        looks = looks_of(list(curves), dashed=True)
+        apart = axes.inset_axes((0.4, 0.3, 0.57, 0.2))
         for title, curve in curves.items():
             label, losses = f"{title}: {curve['bpb']:.4f} bits per byte", curve["loss"]
             axes.plot(list(losses), list(losses.values()), marker="o", markersize=2.5, label=label, **looks[title])
-            late = [step for step in losses if step >= FIRST_APART and step in peer]
-            apart.plot(late, [losses[step] - peer[step] for step in late], **looks[title])
+        for name, other in COMPARED.items():
+            losses, base = (curves[CURVES[record]]["loss"] for record in (name, other))
+            late = [step for step in losses if step >= FIRST_APART and step in base]
+            apart.plot(late, [losses[step] - base[step] for step in late], **looks[CURVES[name]])
+        apart.axhline(0.0, color="grey", linewidth=0.8)
         axes.set(title="Training loss, same batches", xlabel="step", ylabel="nats per token")
         axes.legend(title="validation, before quantising", loc="upper right")
-        apart.set_title(f"above {CURVES[PEER]}", fontsize="small")
+        apart.set_title("above the run that began with the same weights", fontsize="small")
         apart.tick_params(labelsize="small")
 
-    return svg(paint, metadata={"Date": None, "Description": digest(curves)}).decode()
+    return svg(paint, HEIGHT, metadata={"Date": None, "Description": digest(curves)}).decode()
 
 
 def digest(curves: dict[str, dict[str, Any]]) -> str:
