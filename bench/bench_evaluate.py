@@ -320,3 +320,4 @@ def test_cold_start(recording: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         finally:
             process.kill()
             process.join()
+            here.close()

@@ -211,8 +211,12 @@ def main(arguments: list[str] | None = None, folder: Path = RECORDS) -> None:
     parser.add_argument("--note", help="what else a reader must know of the run")
     parser.add_argument("--like", metavar="OTHER", help="a record beside which this one will stand: of the same steps")
     options = parser.parse_args(arguments)
-    like = json.loads((folder / f"{options.like}.json").read_text())["loss"] if options.like else None
-    shown = None if like is None else {int(step) for step in like}
+    shown = None
+    if options.like:
+        other = folder / f"{options.like}.json"
+        if not other.is_file():
+            parser.error(f"--like: got {options.like!r}, wanted a record in {folder}")
+        shown = {int(step) for step in json.loads(other.read_text(encoding="utf-8"))["loss"]}
     found = record_of(RunDir(options.run, writes=False), shown) | ({"note": options.note} if options.note else {})
     (folder / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 

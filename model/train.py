@@ -41,6 +41,7 @@ from model.optim import Optimizer, WeightAverage
 from model.run import RunDir
 from model.schedule import StepSettings
 from model.signals import stop_signals
+from pgolf_kernels.fp8_mlp import MULTIPLE as FP8_MULTIPLE
 from pgolf_kernels.fp8_mlp import runs_fp8
 
 RESTART_SECONDS = 60.0  # between checkpoints where torchrun replaces workers and `checkpoint_every` says nothing
@@ -96,9 +97,13 @@ class Trainer:
         check_dataset(config, dataset)
         if config.train.fp8_mlp and not runs_fp8(ranks.device):
             raise ConfigError(
-                f"fp8_mlp: got it on {ranks.device}, wanted a CPU, or Triton and a GPU of compute capability 9.0; "
-                "no packed script has it"
+                f"fp8_mlp: got True on {ranks.device}, wanted False in a packed script and on a GPU without Triton or "
+                "of compute capability below 9.0"
             )
+        if runs_fp8(ranks.device) and config.train.fp8_mlp:
+            for name, size in (("model_dim", config.model.model_dim), ("mlp_mult", config.model.hidden_dim)):
+                if size % FP8_MULTIPLE:
+                    raise ConfigError(f"{name}: got {size} features, wanted a multiple of {FP8_MULTIPLE} with fp8_mlp")
         torch.manual_seed(config.train.seed)
         torch.set_float32_matmul_precision("high")
         self.model = GPT(config.model).to(ranks.device)

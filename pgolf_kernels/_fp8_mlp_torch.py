@@ -2,7 +2,7 @@
 
 A matrix in FP8 is e4m3 numbers times one scale, a power of two, so that scaling rounds nothing. A facts tensor [4] has
 the scale first; of an operand then the largest squared norm and the mean norm of its rows, of hidden values then the
-bound that their scale was chosen for.
+bound that their scale was chosen for. What else it holds nobody reads, and on a GPU nobody writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 MOST = 448.0  # the largest e4m3 number
-SMALLEST_SCALE = 2.0**-80  # of a matrix of zeros; the product of two is still a number
+SMALLEST_SCALE = 2.0**-80  # of a matrix of zeros; its root and its inverse are numbers
 BLOCK = 128
 LIMIT = 2.0**13  # of a product's squares, in units of their mean where rows do not know of each other
 
@@ -30,8 +30,8 @@ def padded(size: int) -> int:
 def in_order(x: Tensor) -> Tensor:
     """The last dimension, filled up with zeros to a multiple of 128, with each 128 in the kernels' order.
 
-    Number 64 b + 16 a + 8 j + i (a < 4, i < 8) stands at place 32 a + 4 i + 2 b + j. Both operands of a product have
-    their common dimension in this order, so that no result does.
+    Number 64 b + 16 a + 8 j + i (a < 4, i < 8) stands at place 32 a + 4 i + 2 b + j. Where it is used, both operands
+    of a product have their common dimension in this order, so that no result does.
     """
     x = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, 2, 4, 2, 8))
     return x.movedim((-3, -1), (-4, -3)).flatten(-5)
@@ -62,14 +62,15 @@ def operand(x: Tensor) -> Operand:
     """x [R, C] as it lies [R, C] and transposed [C, R'], the latter with rows in order, and facts."""
     x = x.to(torch.bfloat16).float()
     norms = x.square().sum(1)
-    facts = torch.stack([scale_of(x.abs().amax()), norms.amax(), norms.sqrt().mean(), norms.new_zeros(())])
+    largest, longest = (t.nan_to_num(0.0, torch.inf).amax() for t in (x.abs(), norms))  # as the kernels' maximum
+    facts = torch.stack([scale_of(largest), longest, norms.sqrt().mean(), norms.new_zeros(())])
     x = x / facts[0]
     return _cast(x), _cast(in_order(x.t())), facts
 
 
 def bound_of_squares(a_facts: Tensor, b_facts: Tensor, depth: int) -> Tensor:
     """Of the squares of a product's elements: what the longest rows can reach, or what is let through at most."""
-    return torch.minimum(a_facts[1] * b_facts[1], (a_facts[2] * b_facts[2]).square() * (LIMIT / depth))
+    return torch.fmin(a_facts[1] * b_facts[1], (a_facts[2] * b_facts[2]).square() * (LIMIT / depth))
 
 
 def _bits() -> Tensor:

@@ -4,8 +4,9 @@ activation.
 The products are persistent, as those of _fused_mlp_triton.py. Their accumulators have a thread hold rows r, r + 8,
 r + 64 and r + 72 of a tile of 128 by 128, and columns c, c + 1, c + 8, c + 9 and so on. in_order of
 _fp8_mlp_torch.py puts numbers 0, 8, 64 and 72 of 128 side by side: a thread then has whole words of four numbers to
-write, along rows and along columns. In these kernels Triton never moves bytes from thread to thread, only words: of
-bytes it makes a third more instructions, and 3.6 made wrong ones.
+write, along rows and along columns. In the products Triton never moves bytes from thread to thread, only words: of
+bytes it makes more instructions, and 3.6 made wrong ones. The casts turn bytes, of those layouts alone for which 3.6
+does so rightly (_laid_out).
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def _sign_places(m, n, rows):
     return (n // _BLOCK * rows.to(tl.int64) + row) * 4 + tl.arange(0, 4)[None, :], row < rows
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles_m"])
 def _up_kernel(x_desc, w_desc, hidden_desc, turned_desc, negative_ptr, x_facts, w_facts, facts_ptr, rows, tiles_m,
                tiles_n, slope, DEPTH: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """hidden = leaky_relu(x W^T)^2 / scale as it lies and transposed; 32 signs of the product a word."""
@@ -245,7 +246,7 @@ def _gradient_words(acc, signed, positive, negative, ASM: tl.constexpr):
     return _words(a, b, c, d, ASM)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles_m"])
 def _grad_pre_kernel(g_desc, w_desc, hidden_desc, out_desc, turned_desc, negative_ptr, g_facts, w_facts, hidden_facts,
                      facts_ptr, rows, tiles_m, tiles_n, slope, DEPTH: tl.constexpr, BK: tl.constexpr,
                      ASM: tl.constexpr):  # fmt: skip
@@ -273,11 +274,11 @@ def _grad_pre_kernel(g_desc, w_desc, hidden_desc, out_desc, turned_desc, negativ
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_product_kernel(a_desc, b_desc, total_desc, a_scale, b_scale, rows, columns, DEPTH: tl.constexpr,
+def _add_product_kernel(a_desc, b_desc, total_desc, a_facts, b_facts, rows, columns, DEPTH: tl.constexpr,
                         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STRIPS: tl.constexpr):  # fmt: skip
     """total += a b^T, added in the second-level cache: no program reads the total."""
     tiles_n = tl.cdiv(columns, BN)
-    factor = tl.load(a_scale) * tl.load(b_scale)
+    factor = tl.load(a_facts) * tl.load(b_facts)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BM) * tiles_n, tl.num_programs(0), flatten=True):
         m = (tile // tiles_n) * BM
         n = (tile % tiles_n) * BN
@@ -369,14 +370,14 @@ def grad_pre(
     return out, turned, facts
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, a_facts: Tensor, b_facts: Tensor) -> None:
     """total [R, C] += a [R, K] b [C, K]^T, times the scales."""
     rows, columns = total.shape
     tiles = cdiv(rows, ADD_ROWS) * cdiv(columns, ADD_COLUMNS)
     with torch.cuda.device_of(a):
         _add_product_kernel[(min(grid_size(a) * ADD_PROGRAMS, tiles),)](
             descriptor(a, (ADD_ROWS, ADD_STEP)), descriptor(b, (ADD_COLUMNS, ADD_STEP)),
-            descriptor(total, (ADD_ROWS, ADD_COLUMNS // ADD_STRIPS)), a_scale, b_scale, rows, columns,
+            descriptor(total, (ADD_ROWS, ADD_COLUMNS // ADD_STRIPS)), a_facts, b_facts, rows, columns,
             DEPTH=a.shape[1], BM=ADD_ROWS, BN=ADD_COLUMNS, BK=ADD_STEP, STRIPS=ADD_STRIPS, num_warps=ADD_WARPS,
             num_stages=ADD_STAGES,
         )  # fmt: skip

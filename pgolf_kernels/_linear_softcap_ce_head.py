@@ -39,7 +39,10 @@ def check_head(
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {width}] with V > 0")
     given = [tensor is not None for tensor in (lora_a, lora_b, doc_ids)]
     if given not in ([False] * 3, [True] * 3, [True, True, False]):
-        raise ValueError(f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted both adapters, or none of all")
+        raise ValueError(
+            f"lora_a, lora_b, doc_ids: got {given} (given or not), wanted lora_a and lora_b, with or without doc_ids, "
+            "or none"
+        )
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor is None:
             continue

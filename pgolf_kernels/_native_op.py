@@ -146,8 +146,8 @@ def _autograd(
 def register_mutating_op(schema: str, kernel: Callable[..., Any], *, fake: Callable[..., Any]) -> Any:
     """Registers `pgolf::<schema>`, whose schema names the arguments that `kernel` writes to (`Tensor(a!)`).
 
-    For an optimiser's steps: autograd takes no formula for such an op, so its public function runs under
-    `torch.no_grad()`. Autocast as in :func:`register_op`.
+    Autograd takes no formula for such an op, so it is called where no graph is recorded: under `torch.no_grad()`, or in
+    the forward of an autograd function. Autocast as in :func:`register_op`.
     """
     return _define(schema, kernel, kernel, fake)[1]
 

@@ -35,17 +35,18 @@ from torch import Tensor
 from pgolf_kernels import _fp8_mlp_torch
 from pgolf_kernels._fp8_mlp_torch import BLOCK, E4M3, padded
 from pgolf_kernels._native_op import register_mutating_op, register_op
-from pgolf_kernels._triton_op import compute_capability, has_triton, kernels, runs_triton
+from pgolf_kernels._triton_op import can_describe, compute_capability, has_triton, kernels, runs_triton
 from pgolf_kernels.fused_mlp import check_mlp, check_residual, fused_mlp
 
-_MULTIPLE = 16  # of every dimension but x's rows: the vendor library's, and the copy engine's
+MULTIPLE = 16  # of every dimension but x's rows: the vendor library's, and the copy engine's
 
 
 def runs_fp8(device: torch.device) -> bool:
     """Whether `fp8_mlp` runs on the device: on a CPU (emulated) or a GPU of compute capability 9.0 or more."""
     if device.type != "cuda":
-        return True
-    return has_triton() and compute_capability(device.index or 0) >= 90
+        return device.type == "cpu"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return has_triton() and compute_capability(index) >= 90
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def _product(a: Tensor, b: Tensor, a_facts: Tensor, b_facts: Tensor, dtype: torc
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, a_facts: Tensor, b_facts: Tensor) -> None:
     """Adds the product to `total` [M, N]. The vendor library's FP8 products add to nothing."""
-    if total.is_cuda and total.dtype == torch.bfloat16:
+    if total.is_cuda and total.dtype == torch.bfloat16 and can_describe(total):
         kernels("fp8_mlp").add_product(total, a, b, a_facts, b_facts)
     else:
         total.add_(_product(a, b, a_facts, b_facts, total.dtype, fast=True))
@@ -137,7 +138,7 @@ _hidden_op = register_op(
 _output_op = register_op(
     "fp8_mlp_output(Tensor hidden, Tensor w_down, Tensor facts, Tensor w_facts, ScalarType dtype) -> Tensor",
     lambda *operands: _product(*operands, fast=True),
-    fake=lambda hidden, w_down, facts, w_facts, dtype: facts.new_empty((len(hidden), len(w_down)), dtype=dtype),
+    fake=lambda hidden, w_down, facts, _, dtype: facts.new_empty((hidden.shape[0], w_down.shape[0]), dtype=dtype),
     not_differentiable="pgolf_kernels.fp8_mlp differentiates",
 )
 _add_op = register_mutating_op(
@@ -195,19 +196,23 @@ def fp8_mlp(
     """W_down ((leaky_relu(W_up x, negative_slope))^2 * hidden_gain) (+ residual), products in FP8.
 
     The arguments, their dtypes and the result are `fused_mlp`'s, but for float64 and for sizes: D, F and D_out are
-    multiples of 16. The module's docstring says what is rounded and how; the error of a result is some 6 % of its norm,
-    and so is its gradients'. The product is rounded to x's dtype before the residual is added. On a CPU the same
-    numbers are computed in PyTorch, slowly. Needs Triton and compute capability 9.0 or more on a GPU (`runs_fp8`).
+    multiples of 16. The module's docstring says what is rounded and how; the error of a result is below 8 % of its
+    norm, and so is its gradients'. The product is rounded to x's dtype before the residual is added. A call without
+    gradients writes the backward's copies all the same. On a CPU the same numbers are computed in PyTorch, slowly.
+    Needs Triton and compute capability 9.0 or more on a GPU (`runs_fp8`).
 
     Saved for the backward, a row: 2 F + D bytes and F bits; neither x nor the residual. Source: e4m3 as in
     arXiv:2209.05433. Raises ValueError for shapes, devices and slopes, TypeError for dtypes.
     """
     check_mlp(x, w_up, w_down, negative_slope, hidden_gain)
-    if x.dtype == torch.float64:
-        raise TypeError("x: got torch.float64, wanted torch.float32, torch.bfloat16 or torch.float16")
-    for name, size in (("x's last dimension", x.shape[-1]), ("w_up's rows", len(w_up)), ("w_down's rows", len(w_down))):
-        if size % _MULTIPLE or not size:
-            raise ValueError(f"{name}: got {size}, wanted a multiple of {_MULTIPLE}")
+    shaped = ("x", x, "[..., D]", -1), ("w_up", w_up, "[F, D]", 0), ("w_down", w_down, "[D_out, F]", 0)
+    for name, tensor, sizes, at in shaped:
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"{name}: got torch.float64, wanted torch.float32, torch.bfloat16 or torch.float16")
+        if tensor.shape[at] % MULTIPLE or not tensor.shape[at]:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, wanted {sizes} with D, F and D_out multiples of {MULTIPLE}"
+            )
     if not runs_fp8(x.device):
         raise ValueError(f"x: got one on {x.device}, wanted Triton and a GPU of compute capability 9.0 or more")
     check_residual(x, w_down, residual, in_place)

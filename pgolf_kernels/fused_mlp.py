@@ -290,6 +290,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_residual(
     x: torch.Tensor, w_down: torch.Tensor, residual: torch.Tensor | None, in_place: bool, return_hidden: bool = False
 ) -> None:
+    """Raises ValueError for a residual that `fused_mlp` or `fp8_mlp` does not take."""
     wanted = (*x.shape[:-1], w_down.shape[0])
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (wanted, x.dtype, x.device):
         raise ValueError(
@@ -310,6 +311,7 @@ def check_residual(
 def check_mlp(
     x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float, gain: torch.Tensor | None
 ) -> None:
+    """Raises TypeError or ValueError for what neither `fused_mlp` nor `fp8_mlp` takes."""
     if not x.dtype.is_floating_point:
         raise TypeError(f"x: got {x.dtype}, wanted a floating-point dtype")
     if x.dim() < 1:

@@ -160,19 +160,21 @@ def test_only_chosen_positions_are_scored():
 @pytest.mark.parametrize("kinds", [(), ("q", "k", "v", "o", "mlp", "lm_head"), ("q", "mlp")])
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("system", ["pr1413", "pr1514", "pr1530", "pr1499"])
-def test_a_tail_gives_what_its_positions_have(system, loop, kinds):
-    """Losses and all gradients in fp64, with a document shorter than its part of the tail and one without any."""
+@pytest.mark.parametrize("documents", [3, 4])
+def test_a_tail_gives_what_its_positions_have(documents, system, loop, kinds):
+    """Losses and all gradients in fp64, with a document shorter than its part of the tail, and with one without any."""
     model, golden = golden_model(system, torch.float64)
     ids, targets = golden["input_ids"].long().view(-1)[:100], golden["target_ids"].long().view(-1)[:100]
-    bounds = torch.tensor([0, 64, 67, 100, 100], dtype=torch.int32)
+    bounds = torch.tensor([0, 64, 67, 100, 100], dtype=torch.int32)[: documents + 1]
     rows = torch.cat([torch.arange(60, 64), torch.tensor([64, 64, 65, 66]), torch.arange(96, 100)])
-    tail = Tail(rows, torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32), 4)
+    tail = Tail(rows, torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32)[: documents + 1], 4)
+    assert tail.is_even(documents) is (documents == 3)
     kept = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11])  # a short document's first row stands twice
     adapters = None
     if kinds:
         encoder, decoder = model.config.layer_order(True)
         slots = len(encoder) + len(decoder)
-        adapters = Adapters.zeros(model.config, slots, 4, 3, kinds, ids.device, torch.float64)
+        adapters = Adapters.zeros(model.config, slots, documents, 3, kinds, ids.device, torch.float64)
         generator = torch.Generator().manual_seed(1)
         for tensor in adapters.tensors():
             tensor.normal_(std=0.1, generator=generator)

@@ -83,8 +83,8 @@ def test_refusals() -> None:
         (ValueError, "temperature: got 0", lambda: call(p.hidden, p.weight, p.targets, temperature=0)),
         (ValueError, "softcap: got -2", lambda: call(p.hidden, p.weight, p.targets, -2)),
         (ValueError, "reduction: got", lambda: call(p.hidden, p.weight, p.targets, reduction="avg")),
-        (ValueError, "wanted both adapters", lambda: call(p.hidden, p.weight, p.targets, lora_a=p.lora_a)),
-        (ValueError, "wanted both adapters", lambda: call(p.hidden, p.weight, p.targets, doc_ids=p.doc_ids)),
+        (ValueError, "wanted lora_a and lora_b", lambda: call(p.hidden, p.weight, p.targets, lora_a=p.lora_a)),
+        (ValueError, "wanted lora_a and lora_b", lambda: call(p.hidden, p.weight, p.targets, doc_ids=p.doc_ids)),
         (
             ValueError,
             "hidden: got 96 rows without doc_ids, wanted as many for each of 5 documents",
