@@ -100,7 +100,7 @@ class Trainer:
                 f"fp8_mlp: got True on {ranks.device}, wanted False in a packed script and on a GPU without Triton or "
                 "of compute capability below 9.0"
             )
-        if runs_fp8(ranks.device) and config.train.fp8_mlp:
+        if config.train.fp8_mlp and runs_fp8(ranks.device):  # again: a packed script, without FP8, leaves this out
             for name, size in (("model_dim", config.model.model_dim), ("mlp_mult", config.model.hidden_dim)):
                 if size % FP8_MULTIPLE:
                     raise ConfigError(f"{name}: got {size} features, wanted a multiple of {FP8_MULTIPLE} with fp8_mlp")

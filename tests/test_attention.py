@@ -20,6 +20,7 @@ from pgolf_kernels.attention import (
     flash_attention_3_takes,
     reference,
 )
+from tests.gpu import assert_returns_at_once, replayed
 
 SAME = [0, 3, 4, 4, 9, 21, 21, 21]  # an empty document, two of one length apart, padded ends
 LONGER_KEYS = [0, 5, 7, 8, 19, 31, 31, 31]  # and a document without queries but with keys
@@ -357,16 +358,6 @@ def test_gpu_returns_at_once_and_captures(gpu_backend):
         return torch.autograd.grad(varlen_attention(*leaves, cu, 1024), leaves, grad)
 
     expected = call()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9))  # about a second
-    done = torch.cuda.Event()
-    call()
-    done.record()
-    assert not done.query()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
+    assert_returns_at_once(call)
+    for a, b in zip(replayed(call), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # dq is summed by atomics

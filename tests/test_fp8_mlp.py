@@ -17,6 +17,7 @@ from pgolf_kernels._triton_op import interpreting, kernels
 from pgolf_kernels.fp8_mlp import _add_op, _backward_op, _hidden_op, _output_op, runs_fp8
 from pgolf_kernels.fused_mlp import reference
 from tests import triton_aot
+from tests.gpu import assert_returns_at_once, replayed
 from tests.tiny import tiny_config, tiny_data
 
 SHAPES = [(37, 32, 48, 16), (130, 48, 272, 32), (256, 64, 512, 48)]  # rows, D, F, D_out
@@ -410,18 +411,8 @@ def test_it_returns_before_the_gpu_is_done_and_captures_into_a_graph():
         return torch.autograd.grad(fp8_mlp(*leaves), leaves, grad)
 
     expected = call()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9))  # about a second
-    done = torch.cuda.Event()
-    call()
-    done.record()
-    assert not done.query()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
+    assert_returns_at_once(call)
+    for a, b in zip(replayed(call), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -9,6 +9,7 @@ from pgolf_kernels import fused_mlp
 from pgolf_kernels._triton_op import interpreting
 from pgolf_kernels.fused_mlp import _backward_op, _forward_op, _grad_pre, _hidden_op, _runs_native, _up, reference
 from tests import triton_aot
+from tests.gpu import assert_returns_at_once, replayed
 
 SHAPES = [(37, 24, 40, 16), (130, 33, 261, 19), (200, 64, 512, 48)]  # rows, D, F, D_out
 
@@ -279,13 +280,7 @@ def test_backward_returns_before_the_gpu_is_done():
     (x, w_up, w_down), grad = _case((4096, 512, 2048, 512), torch.bfloat16, "cuda", torch.bfloat16)
     leaves = [t.requires_grad_() for t in (x, w_up, w_down)]
     torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9))  # about a second
-    done = torch.cuda.Event()
-    torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
-    done.record()
-    assert not done.query()
-    torch.cuda.synchronize()
+    assert_returns_at_once(lambda: torch.autograd.grad(fused_mlp(*leaves), leaves, grad))
 
 
 @pytest.mark.gpu
@@ -293,10 +288,7 @@ def test_captures_into_a_graph():
     (x, w_up, w_down), grad = _case((4096, 512, 2048, 512), torch.bfloat16, "cuda", torch.bfloat16)
     leaves = [t.requires_grad_() for t in (x, w_up, w_down)]
     expected = torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = torch.autograd.grad(fused_mlp(*leaves), leaves, grad)
-    graph.replay()
+    captured = replayed(lambda: torch.autograd.grad(fused_mlp(*leaves), leaves, grad))
     for a, b in zip(captured, expected, strict=True):
         torch.testing.assert_close(a, b)
 

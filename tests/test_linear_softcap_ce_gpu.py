@@ -10,6 +10,7 @@ import pgolf_kernels.linear_softcap_ce as face
 from pgolf_kernels import linear_softcap_cross_entropy, score_tokens
 from pgolf_kernels._triton_op import interpreting, kernels
 from tests import triton_aot
+from tests.gpu import replayed
 from tests.head import LORAS, MODES, draw, reference, relative
 
 # Triton kernels -------------------------------------------------------------------------------------------------------
@@ -235,11 +236,7 @@ def test_cuda_graph_and_no_waiting(lora: bool | str, width: int, reduction: str,
             finished = side.query()
     assert not finished
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
+    for a, b in zip(replayed(step), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
