@@ -69,12 +69,13 @@ def forward_by(function: Callable[..., Any]) -> Callable[[Case, dict[str, Any]],
     return build
 
 
-def both_by(function: Callable[..., Any]) -> Callable[[Case, dict[str, Any]], Call]:
+def both_by(function: Callable[..., Any], *, frozen: bool = False) -> Callable[[Case, dict[str, Any]], Call]:
     def build(case: Case, x: dict[str, Any]) -> Call:
-        inputs = [*x["streams"], x["coefficients"]]
+        coefficients = x["coefficients"].detach() if frozen else x["coefficients"]
+        inputs = [*x["streams"], *([] if frozen else [coefficients])]
 
         def call() -> tuple[Tensor | None, ...]:
-            outputs = function(x["streams"], x["coefficients"])
+            outputs = function(x["streams"], coefficients)
             return torch.autograd.grad(outputs, inputs, x["upstream"][: len(outputs)], allow_unused=True)
 
         return call
@@ -91,6 +92,7 @@ FORWARD, SUM_FORWARD, NORM_FORWARD = (
 BOTH, SUM_BOTH, NORM_BOTH = (
     {name: both_by(function) for name, function in each.items()} for each in (FUNCTIONS, SUM, NORM)
 )
+FROZEN_BOTH = {name: both_by(function, frozen=True) for name, function in FUNCTIONS.items()}
 
 
 def forward_work(case: Case) -> Work:
@@ -119,6 +121,13 @@ def test_forward_backward(bench: Any, case: Case, provider: str) -> None:
 def passes(count: Callable[[Case], int]) -> Callable[[Case], Work]:
     """So many passes over one stream."""
     return lambda case: Work(bytes=count(case) * case.rows * case.width * DTYPE.itemsize)
+
+
+@pytest.mark.parametrize("provider", FROZEN_BOTH)
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_frozen_coefficients_forward_backward(bench: Any, case: Case, provider: str) -> None:
+    """Forward as above; backward: the norm and two gradients read, every stream's gradient written."""
+    bench(case, provider, FROZEN_BOTH, setup, passes(lambda case: 2 * case.streams + 5))
 
 
 @pytest.mark.parametrize("provider", SUM_FORWARD)

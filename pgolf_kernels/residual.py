@@ -14,9 +14,10 @@ t_k is the gradient that a stream has from its later uses. The functions return 
 instead of the originals has t_k added inside this kernel, not by a pass of its own. Gradients that nobody asked for, of
 frozen coefficients or of an input that is not learnt, are neither computed nor written.
 
-Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32. The
-streams themselves are what is kept for the backward; u and r are computed again. The norm of one stream alone keeps n
-and r instead, so that x may be written over. Given up: a kernel per form of sum, which could fold
+Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32.
+Where coefficients are learnt the streams are kept for the backward, which reads them for dc anyway; u and r are
+computed again. Where none are, n and r are kept instead: one tensor to read in place of all streams, and the norm of
+one stream alone may have that stream written over. Given up: a kernel per form of sum, which could fold
 coefficients known to be one, and would have to be written nine times.
 
 Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
@@ -41,10 +42,20 @@ WIDTH = 512  # columns that launch shapes were measured with
 
 def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """(u, n) by the formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
-    wide = torch.promote_types(streams[0].dtype, torch.float32)
-    total = _weighted_sum([s.to(wide) for s in streams], coefficients.to(wide))
-    normed = total * (scale * (total.square().mean(-1, keepdim=True) + eps).rsqrt())
+    total, normed, _ = _evaluated(streams, coefficients, scale, eps)
     return total.to(streams[0].dtype), normed.to(streams[0].dtype)
+
+
+def _evaluated(
+    streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, n, 1 / rms) unrounded."""
+    wide = torch.promote_types(streams[0].dtype, torch.float32)
+    total = streams[0].to(wide)
+    if coefficients is not None:
+        total = _weighted_sum([s.to(wide) for s in streams], coefficients.to(wide))
+    inverse = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return total, total * (scale * inverse), inverse
 
 
 def _weighted_sum(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -77,8 +88,8 @@ class ResidualConfig:
     Measured on an H200 at 98,304 x 512 in bf16. Backward: there is an accumulator as wide as a tile for each stream.
     Tiles of two tokens are fastest up to three streams (188 against 262 us for two), of one beyond (328 against 430 for
     four). All programs must fit at a time, or the last ones run alone (eight streams: 6 take 523 us, 8 take 680).
-    Where coefficients are frozen, and no accumulator is needed, Launch(1, 4, 16) takes 5 to 13 % less time; but then a
-    gradient's last bit would depend on what else is asked for, since a row is summed in another order.
+    Frozen coefficients need no accumulators: at 131,072 rows, two streams of three, 171 us, with other shapes 172 to
+    191. With more streams registers spill there.
     """
 
     norm: Launch = Launch(4, 2, 16)
@@ -90,36 +101,85 @@ class ResidualConfig:
         (MAX_STREAMS, Launch(1, 4, 6)),
     )
 
+    frozen: tuple[tuple[int, Launch], ...] = ((3, Launch(4, 2, 16)), (MAX_STREAMS, Launch(2, 2, 16)))
+
     def forward(self, streams: int) -> Launch:
         return next(launch for most, launch in self.forwards if streams <= most)
 
     def backward(self, streams: int) -> Launch:
         return next(launch for most, launch in self.backwards if streams <= most)
 
+    def frozen_backward(self, streams: int) -> Launch:
+        return next(launch for most, launch in self.frozen if streams <= most)
+
 
 CONFIG = ResidualConfig()
 
 
-# ---- weighted sums ---------------------------------------------------------------------------------------------------
+# ---- ops -------------------------------------------------------------------------------------------------------------
 
 
 def _forward(
-    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_total: bool, with_norm: bool
-) -> tuple[Tensor, Tensor]:
+    streams: list[Tensor],
+    coefficients: Tensor | None,
+    scale: float,
+    eps: float,
+    with_total: bool,
+    with_norm: bool,
+    with_inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, n, 1 / rms [rows]), empty where unwanted. Without coefficients there is one stream, which is u."""
     first = streams[0]
     if _triton_op.runs_triton(first):
-        return _triton_op.kernels("residual").forward(
-            streams, coefficients, scale, eps, with_total, with_norm, CONFIG.forward(len(streams))
-        )
-    total, normed = reference(streams, coefficients, scale, eps)
-    return total if with_total else first.new_empty(0), normed if with_norm else first.new_empty(0)
+        launch = CONFIG.norm if coefficients is None else CONFIG.forward(len(streams))
+        forward = _triton_op.kernels("residual").forward
+        return forward(streams, coefficients, scale, eps, with_total, with_norm, with_inverse, launch)
+    total, normed, inverse = _evaluated(streams, coefficients, scale, eps)
+    return (
+        total.to(first.dtype) if with_total else first.new_empty(0),
+        normed.to(first.dtype) if with_norm else first.new_empty(0),
+        inverse.flatten() if with_inverse else inverse.new_empty(0),
+    )
 
 
 def _forward_fake(
-    streams: list[Tensor], coefficients: Tensor, scale: float, eps: float, with_total: bool, with_norm: bool
-) -> tuple[Tensor, Tensor]:
+    streams: list[Tensor],
+    coefficients: Tensor | None,
+    scale: float,
+    eps: float,
+    with_total: bool,
+    with_norm: bool,
+    with_inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     first = streams[0]
-    return first.new_empty(first.shape if with_total else 0), first.new_empty(first.shape if with_norm else 0)
+    return (
+        first.new_empty(first.shape if with_total else 0),
+        first.new_empty(first.shape if with_norm else 0),
+        first.new_empty(
+            first.shape[:-1].numel() if with_inverse else 0, dtype=torch.promote_types(first.dtype, torch.float32)
+        ),
+    )
+
+
+_op = register_op(
+    "combine_norm(Tensor[] streams, Tensor? coefficients, float scale, float eps, bool with_total, bool with_norm,"
+    " bool with_inverse) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    fake=_forward_fake,
+    not_differentiable="pgolf_kernels.combine_norm differentiates",
+)
+
+
+def _spread(
+    g: Tensor, weights: Tensor, through: list[Tensor | None], wanted: list[bool], dtype: torch.dtype
+) -> list[Tensor]:
+    """The streams' gradients from the sum's."""
+    found = []
+    for c, t, want in zip(weights, through, wanted, strict=True):
+        if want:
+            d_stream = c * g if t is None else torch.addcmul(t.to(g.dtype), c, g)
+        found.append(d_stream.to(dtype) if want else g.new_empty(0, dtype=dtype))
+    return found
 
 
 def _backward(
@@ -132,16 +192,12 @@ def _backward(
     eps: float,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """[gradient of each stream..., of the coefficients]; `wanted`: whether the coefficients' and each stream's is, an
-    unwanted one is empty."""
+    """[gradient of each stream..., of the coefficients]; a stream's that is not `wanted` is empty."""
     first = streams[0]
     if _triton_op.runs_triton(first):
         launch = CONFIG.backward(len(streams))
         backward = _triton_op.kernels("residual").backward
-        d_streams, d_coefficients = backward(
-            streams, coefficients, d_total, d_normed, through, scale, eps, wanted, launch
-        )
-        return [*d_streams, d_coefficients]
+        return backward(streams, coefficients, d_total, d_normed, through, scale, eps, wanted, launch)
     wide = torch.promote_types(first.dtype, torch.float32)
     inputs = [s.to(wide) for s in streams]
     weights = coefficients.to(wide)
@@ -155,174 +211,106 @@ def _backward(
         g = total.mul_(-along).add_(d).mul_(scale * r)
         if d_total is not None:
             g.add_(d_total)
-    d_streams = [
-        (c * g if t is None else torch.addcmul(t.to(wide), c, g)).to(first.dtype) if want else first.new_empty(0)
-        for c, t, want in zip(weights, through, wanted[1:], strict=True)
-    ]
-    if not wanted[0]:
-        return [*d_streams, coefficients.new_empty(0)]
-    return [*d_streams, torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)]
+    d_coefficients = torch.stack([(g * s).flatten(0, -2).sum(0) for s in inputs]).to(coefficients.dtype)
+    return [*_spread(g, weights, through, wanted, first.dtype), d_coefficients]
 
 
-def _backward_fake(streams: list[Tensor], coefficients: Tensor, *rest: Any) -> list[Tensor]:
-    wanted = rest[-1]
-    d_streams = [s.new_empty(s.shape if want else 0) for s, want in zip(streams, wanted[1:], strict=True)]
-    return [*d_streams, coefficients.new_empty(coefficients.shape if wanted[0] else 0)]
+def _unwanted_are_empty(like: Tensor, wanted: list[bool]) -> list[Tensor]:
+    return [like.new_empty(like.shape if want else 0) for want in wanted]
 
 
 _backward_op = register_op(
     "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed,"
     " Tensor?[] through, float scale, float eps, bool[] wanted) -> Tensor[]",
     _backward,
-    fake=_backward_fake,
+    fake=lambda streams, coefficients, *rest: [
+        *_unwanted_are_empty(streams[0], rest[-1]),
+        coefficients.new_empty(coefficients.shape),
+    ],
     not_differentiable="double backward is not supported",
 )
 
 
-def _remember(ctx: Any, streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> None:
-    ctx.save_for_backward(coefficients, *streams)
-    ctx.set_materialize_grads(False)
-    ctx.scale, ctx.eps = scale, eps
+def _frozen_backward(
+    d_total: Tensor | None,
+    d_normed: Tensor | None,
+    normed: Tensor,
+    inverse: Tensor,
+    coefficients: Tensor | None,
+    through: list[Tensor | None],
+    scale: float,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The gradient of each stream, from n and 1 / rms in place of the streams; one that is not `wanted` is empty."""
+    first = d_total if d_normed is None else d_normed
+    assert first is not None, "no gradient at all never comes here"
+    if _triton_op.runs_triton(first):
+        launch = CONFIG.frozen_backward(len(wanted))
+        backward = _triton_op.kernels("residual").frozen_backward
+        return backward(d_total, d_normed, normed, inverse, coefficients, through, scale, wanted, launch)
+    wide = inverse.dtype
+    g = first.to(wide)
+    if d_normed is not None:
+        unit = normed.to(wide) * (1 / scale)
+        g = scale * inverse.view(*normed.shape[:-1], 1) * (g - unit * (g * unit).mean(-1, keepdim=True))
+        if d_total is not None:
+            g = g + d_total
+    weights = g.new_ones(1) if coefficients is None else coefficients.to(wide)
+    return _spread(g, weights, through, wanted, first.dtype)
 
 
-def _gradients(
-    ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, through: Sequence[Tensor | None], wanted: list[bool]
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """(stream gradients, coefficient gradient) from what `_remember` kept; None for what is not wanted."""
-    coefficients, *streams = ctx.saved_tensors
-    if d_total is None and d_normed is None:
-        return list(through), None
-    *d_streams, d_coefficients = _backward_op(
-        streams,
-        coefficients,
-        None if d_total is None else d_total.contiguous(),
-        None if d_normed is None else d_normed.contiguous(),
-        [None if t is None else t.contiguous() for t in through],
-        ctx.scale,
-        ctx.eps,
-        wanted,
-    )
-    kept = [d if want else None for d, want in zip(d_streams, wanted[1:], strict=True)]
-    return kept, d_coefficients if wanted[0] else None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    streams, coefficients, scale, eps, ctx.with_total, ctx.with_norm = inputs
-    _remember(ctx, streams, coefficients, scale, eps)
-
-
-def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Any, ...]:
-    streams = ctx.saved_tensors[1:]
-    d_streams, d_coefficients = _gradients(
-        ctx,
-        d_total if ctx.with_total else None,
-        d_normed if ctx.with_norm else None,
-        [None] * len(streams),
-        [ctx.needs_input_grad[1], *ctx.needs_input_grad[0]],
-    )
-    return d_streams, d_coefficients, None, None, None, None
-
-
-_op = register_op(
-    "combine_norm(Tensor[] streams, Tensor coefficients, float scale, float eps, bool with_total, bool with_norm)"
-    " -> (Tensor, Tensor)",
-    _forward,
-    fake=_forward_fake,
-    backward=_differentiate,
-    setup_context=_setup_context,
+_frozen_backward_op = register_op(
+    "combine_norm_frozen_backward(Tensor? d_total, Tensor? d_normed, Tensor normed, Tensor inverse,"
+    " Tensor? coefficients, Tensor?[] through, float scale, bool[] wanted) -> Tensor[]",
+    _frozen_backward,
+    fake=lambda d_total, d_normed, *rest: _unwanted_are_empty(d_total if d_normed is None else d_normed, rest[-1]),
+    not_differentiable="double backward is not supported",
 )
 
 
-class _CombineNormThrough(torch.autograd.Function):
-    """The op with its streams returned as they came: an op's schema cannot say that, an autograd function can."""
+class _Through(torch.autograd.Function):
+    """The op with its streams returned as they came, for others to read or, `overwritten`, to write on: an op's schema
+    cannot say that, an autograd function can."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        coefficients: Tensor,
+        coefficients: Tensor | None,
         scale: float,
         eps: float,
         with_total: bool,
         with_norm: bool,
+        frozen: bool,
+        overwritten: bool,
         *streams: Tensor,
     ) -> tuple[Tensor, ...]:
-        _remember(ctx, streams, coefficients, scale, eps)
-        ctx.with_total, ctx.with_norm = with_total, with_norm
-        return *_op(list(streams), coefficients, scale, eps, with_total, with_norm), *streams
+        total, normed, inverse = _op(
+            list(streams), coefficients, scale, eps, with_total, with_norm, frozen and with_norm
+        )
+        ctx.save_for_backward(coefficients, *((normed, inverse) if frozen else streams))
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.eps, ctx.with_total, ctx.with_norm, ctx.frozen = scale, eps, with_total, with_norm, frozen
+        if overwritten:
+            ctx.mark_dirty(*streams)
+        return total, normed, *streams
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *through: Tensor | None) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad
-        d_streams, d_coefficients = _gradients(
-            ctx,
-            d_total if ctx.with_total else None,
-            d_normed if ctx.with_norm else None,
-            through,
-            [needs[0], *needs[5:]],
-        )
-        return d_coefficients, None, None, None, None, *d_streams
-
-
-# ---- the norm of one stream ------------------------------------------------------------------------------------------
-# It keeps n, as whoever reads n does anyway, and not x: x may be written over.
-
-
-def _norm(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
-    """(n, 1 / rms [rows])."""
-    if _triton_op.runs_triton(x):
-        return _triton_op.kernels("residual").norm(x, scale, eps, CONFIG.norm)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (wide * inverse * scale).to(x.dtype), inverse.flatten()
-
-
-def _norm_backward(d_normed: Tensor, normed: Tensor, inverse: Tensor, through: Tensor | None, scale: float) -> Tensor:
-    if _triton_op.runs_triton(normed):
-        return _triton_op.kernels("residual").norm_backward(d_normed, normed, inverse, through, scale, CONFIG.norm)
-    unit, d = normed.to(inverse.dtype) * (1 / scale), d_normed.to(inverse.dtype)
-    d_x = scale * inverse.view(*normed.shape[:-1], 1) * (d - unit * (d * unit).mean(-1, keepdim=True))
-    return (d_x if through is None else d_x + through.to(d_x.dtype)).to(normed.dtype)
-
-
-_norm_backward_op = register_op(
-    "norm_residual_backward(Tensor d_normed, Tensor normed, Tensor inverse, Tensor? through, float scale) -> Tensor",
-    _norm_backward,
-    fake=lambda d_normed, normed, *_: normed.new_empty(normed.shape),
-    not_differentiable="double backward is not supported",
-)
-
-
-def _norm_fake(x: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-_norm_op = register_op(
-    "norm_residual(Tensor x, float scale, float eps) -> (Tensor, Tensor)",
-    _norm,
-    fake=_norm_fake,
-    not_differentiable="pgolf_kernels.norm_residual differentiates",
-)
-
-
-class _NormThrough(torch.autograd.Function):
-    """The op with its input returned, for others to read or, `overwritten`, to write on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, eps: float, overwritten: bool) -> tuple[Tensor, Tensor]:
-        normed, inverse = _norm_op(x, scale, eps)
-        ctx.save_for_backward(normed, inverse)
-        ctx.set_materialize_grads(False)
-        ctx.scale = scale
-        if overwritten:
-            ctx.mark_dirty(x)
-        return normed, x
-
-    @staticmethod
-    def backward(ctx: Any, d_normed: Tensor | None, through: Tensor | None) -> tuple[Tensor | None, ...]:
-        if d_normed is None:
-            return through, None, None, None
-        later = None if through is None else through.contiguous()
-        return _norm_backward_op(d_normed.contiguous(), *ctx.saved_tensors, later, ctx.scale), None, None, None
+        coefficients, *kept = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[7:])
+        d_total, d_normed, *later = (None if t is None else t.contiguous() for t in (d_total, d_normed, *through))
+        d_total = d_total if ctx.with_total else None
+        d_normed = d_normed if ctx.with_norm else None
+        d_coefficients = None
+        if d_total is None and d_normed is None:
+            return None, *[None] * 6, *through
+        if ctx.frozen:
+            found = _frozen_backward_op(d_total, d_normed, *kept, coefficients, later, ctx.scale, wanted)
+        else:
+            *found, d_coefficients = _backward_op(
+                kept, coefficients, d_total, d_normed, later, ctx.scale, ctx.eps, wanted
+            )
+        return d_coefficients, *[None] * 6, *(d if want else None for d, want in zip(found, wanted, strict=True))
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -341,8 +329,8 @@ def combine_norm(
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
     in later uses: their gradients are then added within this function's backward kernel. `eps` is that of the norm
     (None: 1.19e-7, for float64 2.2e-16, as PyTorch takes it). Without `with_total` u is empty, which saves a pass.
-    Raises ValueError for a wrong number or shape and TypeError for mixed dtypes and for integers. See the module's
-    docstring for the formula.
+    Raises ValueError for a wrong number or shape and for a scale of zero, TypeError for mixed dtypes and for integers.
+    See the module's docstring for the formula.
     """
     _check(streams, coefficients)
     total, normed, *again = _through(streams, coefficients, scale, eps, with_total, True)
@@ -367,23 +355,27 @@ def norm_residual(
     a gradient. Raises ValueError for a scale of zero and TypeError for integers.
     """
     _check_float("x", x)
-    if scale == 0:
-        raise ValueError("scale: got 0, wanted another number")
-    return _NormThrough.apply(x.contiguous(), float(scale), _eps(x) if eps is None else float(eps), overwritten)
+    _, normed, same = _through([x], None, scale, eps, False, True, overwritten)
+    return normed, same
 
 
 def _through(
     streams: Sequence[Tensor],
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     scale: float,
     eps: float | None,
     with_total: bool,
     with_norm: bool,
+    overwritten: bool = False,
 ) -> tuple[Tensor, ...]:
+    if scale == 0:
+        raise ValueError("scale: got 0, wanted another number")
     inputs = [s.contiguous() for s in streams]
     eps = _eps(streams[0]) if eps is None else float(eps)
-    total, normed, *again = _CombineNormThrough.apply(
-        coefficients.contiguous(), float(scale), eps, with_total, with_norm, *inputs
+    frozen = coefficients is None or not coefficients.requires_grad
+    weights = None if coefficients is None else coefficients.contiguous()
+    total, normed, *again = _Through.apply(
+        weights, float(scale), eps, with_total, with_norm, frozen, overwritten, *inputs
     )
     # An autograd function lets all its outputs ask for gradients: a frozen stream's would be computed for nobody.
     return total, normed, *(new if old.requires_grad else old for old, new in zip(inputs, again, strict=True))

@@ -103,16 +103,46 @@ def _assert_norm_no_worse_than_pytorch(shape, dtype, device="cpu"):
 
 
 def _assert_unwanted_gradients_change_no_other(shape, dtype, device="cpu"):
-    """Frozen coefficients and a frozen stream: the remaining streams' gradients are those of the unfrozen call."""
+    """A frozen stream: the remaining streams' and the coefficients' gradients are those of the unfrozen call."""
     inputs, coefficients, du, dn = _case(3, shape, dtype, device)
     _, normed, again = combine_norm(inputs, coefficients)
     everything = torch.autograd.grad([normed, again[2]], [*inputs, coefficients], [dn, du])
     part = [inputs[0], inputs[1].detach(), inputs[2]]
-    total, normed, again = combine_norm(part, coefficients.detach(), with_total=False)
+    total, normed, again = combine_norm(part, coefficients, with_total=False)
     assert total.numel() == 0
-    found = torch.autograd.grad([normed, again[2]], [part[0], part[2]], [dn, du])
-    for a, b in zip(found, (everything[0], everything[2]), strict=True):
+    found = torch.autograd.grad([normed, again[2]], [part[0], part[2], coefficients], [dn, du])
+    for a, b in zip(found, (everything[0], everything[2], everything[3]), strict=True):
         assert torch.equal(a, b)
+
+
+def _assert_frozen_coefficients(streams, shape, dtype, device="cpu"):
+    """Frozen coefficients, whose backward has the norm in place of the streams: results are the same bits, gradients no
+    worse than PyTorch's, with and without a gradient of the total, of the norm and from later uses."""
+    inputs, coefficients, du, dn = _case(streams, shape, dtype, device)
+    frozen = coefficients.detach()
+    learnt, ours = (combine_norm(inputs, c, scale=0.7) for c in (coefficients, frozen))
+    for a, b in zip(learnt[:2], ours[:2], strict=True):
+        assert torch.equal(a, b)
+
+    def plain(streams):
+        total = sum(c.to(streams[0].dtype) * s for c, s in zip(frozen, streams, strict=True))
+        return total, torch.nn.functional.rms_norm(total, shape[-1:], eps=EPS) * 0.7, streams
+
+    exact_inputs, plain_inputs = ([s.detach().to(d).requires_grad_() for s in inputs] for d in (torch.float64, dtype))
+    for uses in ((0, 1, 2), (0, 1), (1, 2), (0, 2), (1,), (0,)):
+
+        def gradients(call, leaves, uses=uses):
+            total, normed, again = call(leaves)
+            outputs = [(total, normed, again[-1])[use] for use in uses]
+            upstream = [(du, dn, du)[use].to(leaves[0].dtype) for use in uses]
+            return torch.autograd.grad(outputs, leaves, upstream)
+
+        exact = gradients(plain, exact_inputs)
+        theirs = gradients(plain, plain_inputs)
+        mine = gradients(lambda leaves: combine_norm(leaves, frozen, scale=0.7), inputs)
+        for position, (a, b, truth) in enumerate(zip(mine, theirs, exact, strict=True)):
+            error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (a, b))
+            assert error <= 2 * allowed + 1e-7, f"{uses}, stream {position}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
 @pytest.mark.parametrize(("streams", "shape"), SHAPES)
@@ -124,6 +154,12 @@ def test_norm_is_no_worse_than_pytorch_and_does_without_its_input(streams, shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unwanted_gradients_change_no_other(dtype):
     _assert_unwanted_gradients_change_no_other((9, 48), dtype)
+
+
+@pytest.mark.parametrize(("streams", "shape"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frozen_coefficients(streams, shape, dtype):
+    _assert_frozen_coefficients(streams, shape, dtype)
 
 
 @pytest.mark.parametrize("call", [combine, combine_norm])
@@ -157,24 +193,25 @@ def test_gradients_by_finite_differences():
 
     assert torch.autograd.gradcheck(call, (coefficients, *inputs))
     assert torch.autograd.gradcheck(lambda c, *s: combine(s, c)[0], (coefficients, *inputs))
+    assert torch.autograd.gradcheck(lambda *s: call(coefficients.detach(), *s), inputs)
+    assert torch.autograd.gradcheck(lambda *s: combine(s, coefficients.detach())[0], inputs)
     assert torch.autograd.gradcheck(lambda x: norm_residual(x, scale=0.3), inputs[:1])
 
 
 def test_op_contract():
     inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
-    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, True, True))
-    torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, False, True))
-    torch.library.opcheck(op_module._op, (inputs, coefficients, 1.0, EPS, True, False))
-    inputs = [t.detach() for t in inputs]
-    x = inputs[0]
-    backward = op_module._backward_op
+    x, *_ = inputs = [t.detach() for t in inputs]
+    coefficients = coefficients.detach()
+    for flags in ((True, True, False), (False, True, True), (True, False, False)):
+        torch.library.opcheck(op_module._op, (inputs, coefficients, 0.5, EPS, *flags))
+    torch.library.opcheck(op_module._op, ([x], None, 0.5, EPS, False, True, True))
+    _, *kept = op_module._op([x], None, 0.5, EPS, False, True, True)
     for d_total, through in ((None, [None] * 3), (x, [x, None, x])):
-        torch.library.opcheck(
-            backward, (inputs, coefficients.detach(), d_total, x, through, 0.5, EPS, [True, False, True, True])
-        )
-    torch.library.opcheck(op_module._norm_op, (x, 0.5, EPS))
-    for later in (None, x):
-        torch.library.opcheck(op_module._norm_backward_op, (x, *op_module._norm_op(x, 0.5, EPS), later, 0.5))
+        learnt = inputs, coefficients, d_total, x, through, 0.5, EPS, [True, False, True]
+        torch.library.opcheck(op_module._backward_op, learnt)
+        frozen = d_total, x, *kept, coefficients, through, 0.5, [True, False, True]
+        torch.library.opcheck(op_module._frozen_backward_op, frozen)
+        torch.library.opcheck(op_module._frozen_backward_op, (d_total, x, *kept, None, through[:1], 0.5, [True]))
 
 
 def test_compiled_equals_eager_also_under_autocast():
@@ -231,8 +268,9 @@ def test_wrong_arguments_are_named():
         combine([good, good.double()], torch.randn(2, 8))
     with pytest.raises(ValueError, match="coefficients: got shape"):
         combine([good], torch.randn(2, 8))
-    with pytest.raises(ValueError, match="scale: got 0"):
-        norm_residual(good, scale=0.0)
+    for call in (lambda: norm_residual(good, scale=0.0), lambda: combine_norm([good], torch.ones(1, 8), scale=0.0)):
+        with pytest.raises(ValueError, match="scale: got 0"):
+            call()
 
 
 @triton_aot.needs_triton
@@ -247,6 +285,7 @@ def test_triton_kernels_on_a_gpu(streams, shape, dtype):
     _assert_no_worse_than_pytorch(streams, shape, dtype, "cuda")
     _assert_later_uses_add_their_gradients(shape, dtype, "cuda")
     _assert_unwanted_gradients_change_no_other(shape, dtype, "cuda")
+    _assert_frozen_coefficients(streams, shape, dtype, "cuda")
     _assert_norm_no_worse_than_pytorch(shape, dtype, "cuda")
 
 
@@ -270,4 +309,5 @@ if __name__ == "__main__":
                 _assert_no_worse_than_pytorch(*case, precision)
                 _assert_later_uses_add_their_gradients(case[1], precision)
                 _assert_unwanted_gradients_change_no_other(case[1], precision)
+                _assert_frozen_coefficients(*case, precision)
                 _assert_norm_no_worse_than_pytorch(case[1], precision)

@@ -176,23 +176,28 @@ def document_map(module: ModuleType, documents: int) -> None:
 
 
 def residual(module: ModuleType, count: int, width: int) -> None:
-    """`count` streams with their norm, all read again later or none; a sum without norm; the norm alone."""
+    """`count` streams with their norm, all read again later or none; a sum without norm; the norm alone. Coefficients
+    learnt and frozen."""
     streams = [empty(ROWS, width) for _ in range(count)]
-    coefficients = empty(count, width, dtype=FP32)
-    frozen = [False, *[True] * (len(streams) - 1), False]
-    for through in ([None] * len(streams), streams):
-        for wanted in ([True] * (len(streams) + 1), frozen):
-            launch = CONFIG.backward(count)
-            module.backward(streams, coefficients, streams[0], streams[0], through, 1.0, EPS, wanted, launch)
-    for with_total in (False, True):
-        module.forward(streams, coefficients, 1.0, EPS, with_total, True, CONFIG.forward(count))
-    module.forward(streams, coefficients, 1.0, EPS, True, False, CONFIG.forward(count))
-    wanted = [True] * (count + 1)
-    launch = CONFIG.backward(count)
-    module.backward(streams, coefficients, streams[0], None, [None] * count, 1.0, EPS, wanted, launch)
-    normed, inverse = module.norm(streams[0], 1.0, EPS, CONFIG.norm)
-    for later in (None, normed):
-        module.norm_backward(normed, normed, inverse, later, 1.0, CONFIG.norm)
+    x, coefficients = streams[0], empty(count, width, dtype=FP32)
+    every, some = [True] * count, [*[True] * (count - 1), False]
+    alone = [None] * count
+    for flags in ((False, True), (True, True), (True, False)):
+        module.forward(streams, coefficients, 1.0, EPS, *flags, False, CONFIG.forward(count))
+    for d_total, d_normed, through, wanted in (
+        *((x, x, through, wanted) for through in (alone, streams) for wanted in (every, some)),
+        (x, None, alone, every),
+    ):
+        gradients = d_total, d_normed, through, 1.0, EPS, wanted, CONFIG.backward(count)
+        module.backward(streams, coefficients, *gradients)
+    _, normed, inverse = module.forward(streams, coefficients, 1.0, EPS, True, True, True, CONFIG.forward(count))
+    module.forward([x], None, 1.0, EPS, False, True, True, CONFIG.norm)
+    kept = normed, inverse, coefficients
+    launch = CONFIG.frozen_backward(count)
+    for d_total, d_normed, through in ((None, x, alone), (x, x, streams), (x, None, streams)):
+        module.frozen_backward(d_total, d_normed, *kept, through, 1.0, some, launch)
+    for later in (None, x):
+        module.frozen_backward(None, x, normed, inverse, None, [later], 1.0, [True], CONFIG.frozen_backward(1))
 
 
 LAUNCHES: dict[str, list[tuple[Callable[..., None], tuple]]] = {
