@@ -68,11 +68,10 @@ __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, bool first) {
       : "l"(a), "l"(b), "r"(static_cast<int>(first)));
 }
 
-__device__ uint4 load_streaming(const void* p) {
+// Volatile, so that the load stays in front of the products. Past the first-level cache it would be 7 % slower.
+__device__ uint4 load_early(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int below = i / 8 * 64 + i / 4 % 2 * 8;
           saved[i] = make_uint4(0, 0, 0, 0);
           if (below < rows_left)
-            saved[i] = load_streaming(hidden + place + static_cast<int64_t>(below) * columns + i % 4 * 32);
+            saved[i] = load_early(hidden + place + static_cast<int64_t>(below) * columns + i % 4 * 32);
         }
       }
       float upper[64], lower[64];  // rows 0 to 63 and 64 to 127 of the tile
