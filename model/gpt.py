@@ -459,13 +459,12 @@ class GPT(nn.Module):
     ) -> tuple[tuple[Stream, Stream], Tensor]:
         """Attention reads lane 0 (mixed with x0), the MLP lane 1; both write to both (pull request 1530). Each lane
         becomes one activation first: it would be read once more by every later block otherwise."""
-        lane0, again = lanes[0].sum()
-        fed_lane = lanes[1].replaced(lanes[0].tensors, again)
-        fed_lane = Stream(tuple(state.wanted(x, slot) for x in fed_lane.tensors), fed_lane.coefficients)
-        lane1, fed, _ = fed_lane.norm(self._norm_scale(layer))
+        lane1, fed, again = lanes[1].norm(self._norm_scale(layer))
+        lane0, _ = lanes[0].replaced(lanes[1].tensors, again).sum()
         _, attended, (x0, lane0) = self._read(Stream.of(lane0), x0, layer, state.mixing, with_total=False)
         attended = self._attention(attended, layer, slot, state)
-        lane0, fed = state.wanted(lane0, slot), self._mlp(fed, layer, slot, state)
+        lane0, lane1, fed = (state.wanted(x, slot) for x in (lane0, lane1, fed))
+        fed = self._mlp(fed, layer, slot, state)
         first, second = state.mixing.lanes[layer].unbind()
         return (Stream((lane0, attended, fed), first), Stream((lane1, attended, fed), second)), x0
 
