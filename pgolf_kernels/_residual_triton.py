@@ -60,10 +60,12 @@ def _forward_kernel(
         offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for k in tl.static_range(STREAMS):
-            value = tl.load(_pick(s0, s1, s2, s3, s4, s5, s6, s7, k) + offsets, mask=mask, other=0.0).to(tl.float32)
+            pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
             if WEIGHTED:
-                value *= _weight(coefficients, k, columns, inside, DIM)[None, :]
-            total += value
+                weight = _weight(coefficients, k, columns, inside, DIM)
+                total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+            else:
+                total = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
         if TOTAL:
             tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
         if NORM:
