@@ -13,6 +13,7 @@ from torch import Tensor
 from pgolf_kernels import _triton_op
 from pgolf_kernels._triton_op import pdl
 from pgolf_kernels._triton_tile import sum_rows, wait_for_previous
+from pgolf_kernels.residual import wanted_like
 
 if TYPE_CHECKING:
     from pgolf_kernels.residual import Launch
@@ -58,14 +59,14 @@ def _forward_kernel(
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
         offsets = row.to(tl.int64)[:, None] * DIM + columns[None, :]
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for k in tl.static_range(STREAMS):
-            pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
-            if WEIGHTED:
+        if WEIGHTED:
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            for k in tl.static_range(STREAMS):
                 weight = _weight(coefficients, k, columns, inside, DIM)
+                pointer = _pick(s0, s1, s2, s3, s4, s5, s6, s7, k)
                 total += weight[None, :] * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-            else:
-                total = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+        else:
+            total = tl.load(s0 + offsets, mask=mask, other=0.0).to(tl.float32)
         if TOTAL:
             tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=mask)
         if NORM:
@@ -186,9 +187,9 @@ def _frozen_backward_kernel(
                 _hand_out(grad, weight, target, later, offsets, mask, (THROUGH >> k) & 1)
 
 
-def _pad(tensors: Sequence[Tensor | None], unread: Tensor) -> list[Tensor]:
-    """Eight tensors, with one that stands where there is none: Triton picks no None."""
-    return [unread if t is None else t for t in (*tensors, *[None] * (8 - len(tensors)))]
+def _pad(tensors: Sequence[Tensor | None], stand_in: Tensor) -> list[Tensor]:
+    """Eight tensors, `stand_in` where there is none: `_pick` takes no None."""
+    return [stand_in if t is None else t for t in (*tensors, *[None] * (8 - len(tensors)))]
 
 
 def _programs(rows: int, tile: int, tensor: Tensor, per_multiprocessor: int) -> int:
@@ -222,10 +223,6 @@ def forward(
     return total, normed, inverse
 
 
-def _wanted_like(like: Tensor, wanted: list[bool]) -> list[Tensor]:
-    return [torch.empty_like(like) if want else like.new_empty(0) for want in wanted]
-
-
 def backward(
     streams: list[Tensor],
     coefficients: Tensor,
@@ -241,7 +238,7 @@ def backward(
     first = streams[0]
     dim = first.shape[-1]
     rows = first.numel() // dim
-    d_streams = _wanted_like(first, wanted)
+    d_streams = wanted_like(first, wanted)
     if rows == 0:
         return [*d_streams, torch.zeros_like(coefficients)]
     block = triton.next_power_of_2(dim)
@@ -274,7 +271,7 @@ def frozen_backward(
     first = d_total if d_normed is None else d_normed
     dim = first.shape[-1]
     rows = first.numel() // dim
-    d_streams = _wanted_like(first, wanted)
+    d_streams = wanted_like(first, wanted)
     if rows:
         block = triton.next_power_of_2(dim)
         launch = launch.for_width(block)

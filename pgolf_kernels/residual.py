@@ -16,8 +16,8 @@ frozen coefficients or of an input that is not learnt, are neither computed nor 
 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32.
 Where coefficients are learnt the streams are kept for the backward, which reads them for dc anyway; u and r are
-computed again. Where none are, n and r are kept instead: one tensor to read in place of all streams, and the norm of
-one stream alone may have that stream written over. Given up: a kernel per form of sum, which could fold
+computed again. Where none are, n and r are kept instead: one tensor to read in place of all streams, which a product
+behind it mostly keeps as well. Given up: a kernel per form of sum, which could fold
 coefficients known to be one, and would have to be written nine times.
 
 Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
@@ -42,20 +42,20 @@ WIDTH = 512  # columns that launch shapes were measured with
 
 def reference(streams: Sequence[Tensor], coefficients: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """(u, n) by the formula in the streams' dtype or fp32, whichever is wider; differentiable by PyTorch."""
-    total, normed, _ = _evaluated(streams, coefficients, scale, eps)
+    total = _total(streams, coefficients)
+    normed = total * (scale * _inverse_rms(total, eps))
     return total.to(streams[0].dtype), normed.to(streams[0].dtype)
 
 
-def _evaluated(
-    streams: Sequence[Tensor], coefficients: Tensor | None, scale: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, n, 1 / rms) unrounded."""
+def _total(streams: Sequence[Tensor], coefficients: Tensor | None) -> Tensor:
+    """u unrounded. Without coefficients there is one stream, which is u."""
     wide = torch.promote_types(streams[0].dtype, torch.float32)
-    total = streams[0].to(wide)
-    if coefficients is not None:
-        total = _weighted_sum([s.to(wide) for s in streams], coefficients.to(wide))
-    inverse = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return total, total * (scale * inverse), inverse
+    inputs = [s.to(wide) for s in streams]
+    return inputs[0] if coefficients is None else _weighted_sum(inputs, coefficients.to(wide))
+
+
+def _inverse_rms(total: Tensor, eps: float) -> Tensor:
+    return (total.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def _weighted_sum(streams: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class Launch:
 class ResidualConfig:
     """Launch shapes by direction and number of streams: those of the first entry that is not below the number.
 
-    Measured on an H200 at 98,304 x 512 in bf16. Backward: there is an accumulator as wide as a tile for each stream.
-    Tiles of two tokens are fastest up to three streams (188 against 262 us for two), of one beyond (328 against 430 for
-    four). All programs must fit at a time, or the last ones run alone (eight streams: 6 take 523 us, 8 take 680).
-    Frozen coefficients need no accumulators: at 131,072 rows, two streams of three, 171 us, with other shapes 172 to
-    191. With more streams registers spill there.
+    Measured on an H200 at 98,304 x 512 in bf16. Backward with learnt coefficients: there is an accumulator as wide as a
+    tile for each stream. Tiles of two tokens are fastest up to three streams (188 against 262 us for two), of one
+    beyond (328 against 430 for four). All programs must fit at a time, or the last ones run alone (eight streams: 6
+    take 523 us, 8 take 680). With frozen ones there are none: three streams, of which two want a gradient, take 171 us
+    at 131,072 rows, with other shapes 172 to 191. Tiles of four tokens spill registers with five streams.
     """
 
     norm: Launch = Launch(4, 2, 16)
@@ -100,8 +100,7 @@ class ResidualConfig:
         (5, Launch(1, 4, 8)),
         (MAX_STREAMS, Launch(1, 4, 6)),
     )
-
-    frozen: tuple[tuple[int, Launch], ...] = ((3, Launch(4, 2, 16)), (MAX_STREAMS, Launch(2, 2, 16)))
+    frozen_backwards: tuple[tuple[int, Launch], ...] = ((3, Launch(4, 2, 16)), (MAX_STREAMS, Launch(2, 2, 16)))
 
     def forward(self, streams: int) -> Launch:
         return next(launch for most, launch in self.forwards if streams <= most)
@@ -110,7 +109,7 @@ class ResidualConfig:
         return next(launch for most, launch in self.backwards if streams <= most)
 
     def frozen_backward(self, streams: int) -> Launch:
-        return next(launch for most, launch in self.frozen if streams <= most)
+        return next(launch for most, launch in self.frozen_backwards if streams <= most)
 
 
 CONFIG = ResidualConfig()
@@ -128,16 +127,21 @@ def _forward(
     with_norm: bool,
     with_inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, n, 1 / rms [rows]), empty where unwanted. Without coefficients there is one stream, which is u."""
+    """(u, n, 1 / rms [rows]), empty where unwanted; 1 / rms comes beside n alone. Without coefficients there is one
+    stream, which is u and is not returned."""
     first = streams[0]
     if _triton_op.runs_triton(first):
         launch = CONFIG.norm if coefficients is None else CONFIG.forward(len(streams))
         forward = _triton_op.kernels("residual").forward
         return forward(streams, coefficients, scale, eps, with_total, with_norm, with_inverse, launch)
-    total, normed, inverse = _evaluated(streams, coefficients, scale, eps)
+    total = _total(streams, coefficients)
+    normed = inverse = total.new_empty(0)
+    if with_norm:
+        inverse = _inverse_rms(total, eps)
+        normed = total * (scale * inverse)
     return (
         total.to(first.dtype) if with_total else first.new_empty(0),
-        normed.to(first.dtype) if with_norm else first.new_empty(0),
+        normed.to(first.dtype),
         inverse.flatten() if with_inverse else inverse.new_empty(0),
     )
 
@@ -166,19 +170,27 @@ _op = register_op(
     " bool with_inverse) -> (Tensor, Tensor, Tensor)",
     _forward,
     fake=_forward_fake,
-    not_differentiable="pgolf_kernels.combine_norm differentiates",
+    not_differentiable="pgolf_kernels.combine_norm, combine and norm_residual differentiate",
 )
 
 
+def wanted_like(like: Tensor, wanted: list[bool]) -> list[Tensor]:
+    """A tensor for each gradient, empty where it is not wanted."""
+    return [like.new_empty(like.shape if want else 0) for want in wanted]
+
+
 def _spread(
-    g: Tensor, weights: Tensor, through: list[Tensor | None], wanted: list[bool], dtype: torch.dtype
+    g: Tensor, weights: Tensor | None, through: list[Tensor | None], wanted: list[bool], dtype: torch.dtype
 ) -> list[Tensor]:
-    """The streams' gradients from the sum's."""
+    """The streams' gradients from the sum's; without weights that of the one stream."""
     found = []
-    for c, t, want in zip(weights, through, wanted, strict=True):
-        if want:
-            d_stream = c * g if t is None else torch.addcmul(t.to(g.dtype), c, g)
-        found.append(d_stream.to(dtype) if want else g.new_empty(0, dtype=dtype))
+    for c, t, want in zip([None] if weights is None else weights, through, wanted, strict=True):
+        if not want:
+            found.append(g.new_empty(0, dtype=dtype))
+        elif t is None:
+            found.append((g if c is None else c * g).to(dtype))
+        else:
+            found.append((g + t if c is None else torch.addcmul(t.to(g.dtype), c, g)).to(dtype))
     return found
 
 
@@ -215,16 +227,12 @@ def _backward(
     return [*_spread(g, weights, through, wanted, first.dtype), d_coefficients]
 
 
-def _unwanted_are_empty(like: Tensor, wanted: list[bool]) -> list[Tensor]:
-    return [like.new_empty(like.shape if want else 0) for want in wanted]
-
-
 _backward_op = register_op(
     "combine_norm_backward(Tensor[] streams, Tensor coefficients, Tensor? d_total, Tensor? d_normed,"
     " Tensor?[] through, float scale, float eps, bool[] wanted) -> Tensor[]",
     _backward,
     fake=lambda streams, coefficients, *rest: [
-        *_unwanted_are_empty(streams[0], rest[-1]),
+        *wanted_like(streams[0], rest[-1]),
         coefficients.new_empty(coefficients.shape),
     ],
     not_differentiable="double backward is not supported",
@@ -255,7 +263,7 @@ def _frozen_backward(
         g = scale * inverse.view(*normed.shape[:-1], 1) * (g - unit * (g * unit).mean(-1, keepdim=True))
         if d_total is not None:
             g = g + d_total
-    weights = g.new_ones(1) if coefficients is None else coefficients.to(wide)
+    weights = None if coefficients is None else coefficients.to(wide)
     return _spread(g, weights, through, wanted, first.dtype)
 
 
@@ -263,7 +271,7 @@ _frozen_backward_op = register_op(
     "combine_norm_frozen_backward(Tensor? d_total, Tensor? d_normed, Tensor normed, Tensor inverse,"
     " Tensor? coefficients, Tensor?[] through, float scale, bool[] wanted) -> Tensor[]",
     _frozen_backward,
-    fake=lambda d_total, d_normed, *rest: _unwanted_are_empty(d_total if d_normed is None else d_normed, rest[-1]),
+    fake=lambda d_total, d_normed, *rest: wanted_like(d_total if d_normed is None else d_normed, rest[-1]),
     not_differentiable="double backward is not supported",
 )
 
@@ -280,10 +288,10 @@ class _Through(torch.autograd.Function):
         eps: float,
         with_total: bool,
         with_norm: bool,
-        frozen: bool,
         overwritten: bool,
         *streams: Tensor,
     ) -> tuple[Tensor, ...]:
+        frozen = not ctx.needs_input_grad[0]
         total, normed, inverse = _op(
             list(streams), coefficients, scale, eps, with_total, with_norm, frozen and with_norm
         )
@@ -296,21 +304,21 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *through: Tensor | None) -> tuple[Any, ...]:
-        coefficients, *kept = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[7:])
-        d_total, d_normed, *later = (None if t is None else t.contiguous() for t in (d_total, d_normed, *through))
-        d_total = d_total if ctx.with_total else None
-        d_normed = d_normed if ctx.with_norm else None
-        d_coefficients = None
+        # A compiled graph sends gradients of empty results, too.
+        d_total, d_normed = d_total if ctx.with_total else None, d_normed if ctx.with_norm else None
         if d_total is None and d_normed is None:
-            return None, *[None] * 6, *through
+            return *[None] * 6, *through
+        coefficients, *kept = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[6:])
+        d_total, d_normed, *later = (None if t is None else t.contiguous() for t in (d_total, d_normed, *through))
+        d_coefficients = None
         if ctx.frozen:
             found = _frozen_backward_op(d_total, d_normed, *kept, coefficients, later, ctx.scale, wanted)
         else:
             *found, d_coefficients = _backward_op(
                 kept, coefficients, d_total, d_normed, later, ctx.scale, ctx.eps, wanted
             )
-        return d_coefficients, *[None] * 6, *(d if want else None for d, want in zip(found, wanted, strict=True))
+        return d_coefficients, *[None] * 5, *(d if want else None for d, want in zip(found, wanted, strict=True))
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -329,6 +337,7 @@ def combine_norm(
     streams: 1 to 8 tensors [..., D] of one shape and dtype; coefficients [len(streams), D]. Read the returned streams
     in later uses: their gradients are then added within this function's backward kernel. `eps` is that of the norm
     (None: 1.19e-7, for float64 2.2e-16, as PyTorch takes it). Without `with_total` u is empty, which saves a pass.
+    Before the backward nobody may write over the streams where coefficients are learnt, over n where they are not.
     Raises ValueError for a wrong number or shape and for a scale of zero, TypeError for mixed dtypes and for integers.
     See the module's docstring for the formula.
     """
@@ -352,7 +361,8 @@ def norm_residual(
     `eps` as in :func:`combine_norm`.
     The gradient that comes back through the returned x is added within the norm's backward kernel. With `overwritten`
     the returned x may be written to: nobody but the caller may need x as it was, and it may not be a leaf that requires
-    a gradient. Raises ValueError for a scale of zero and TypeError for integers.
+    a gradient. n may not be written over before the backward. Raises ValueError for a scale of zero and TypeError for
+    integers.
     """
     _check_float("x", x)
     _, normed, same = _through([x], None, scale, eps, False, True, overwritten)
@@ -372,11 +382,8 @@ def _through(
         raise ValueError("scale: got 0, wanted another number")
     inputs = [s.contiguous() for s in streams]
     eps = _eps(streams[0]) if eps is None else float(eps)
-    frozen = coefficients is None or not coefficients.requires_grad
     weights = None if coefficients is None else coefficients.contiguous()
-    total, normed, *again = _Through.apply(
-        weights, float(scale), eps, with_total, with_norm, frozen, overwritten, *inputs
-    )
+    total, normed, *again = _Through.apply(weights, float(scale), eps, with_total, with_norm, overwritten, *inputs)
     # An autograd function lets all its outputs ask for gradients: a frozen stream's would be computed for nobody.
     return total, normed, *(new if old.requires_grad else old for old, new in zip(inputs, again, strict=True))
 

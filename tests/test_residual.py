@@ -103,21 +103,23 @@ def _assert_norm_no_worse_than_pytorch(shape, dtype, device="cpu"):
 
 
 def _assert_unwanted_gradients_change_no_other(shape, dtype, device="cpu"):
-    """A frozen stream: the remaining streams' and the coefficients' gradients are those of the unfrozen call."""
+    """A frozen stream: gradients of all else are those of the unfrozen call, whether coefficients are learnt or not."""
     inputs, coefficients, du, dn = _case(3, shape, dtype, device)
-    _, normed, again = combine_norm(inputs, coefficients)
-    everything = torch.autograd.grad([normed, again[2]], [*inputs, coefficients], [dn, du])
     part = [inputs[0], inputs[1].detach(), inputs[2]]
-    total, normed, again = combine_norm(part, coefficients, with_total=False)
-    assert total.numel() == 0
-    found = torch.autograd.grad([normed, again[2]], [part[0], part[2], coefficients], [dn, du])
-    for a, b in zip(found, (everything[0], everything[2], everything[3]), strict=True):
-        assert torch.equal(a, b)
+    for weights, learnt in ((coefficients, [coefficients]), (coefficients.detach(), [])):
+        _, normed, again = combine_norm(inputs, weights, with_total=False)
+        everything = torch.autograd.grad([normed, again[2]], [*inputs, *learnt], [dn, du])
+        total, normed, again = combine_norm(part, weights, with_total=False)
+        assert total.numel() == 0
+        found = torch.autograd.grad([normed, again[2]], [part[0], part[2], *learnt], [dn, du])
+        for a, b in zip(found, (everything[0], *everything[2:]), strict=True):
+            assert torch.equal(a, b)
 
 
 def _assert_frozen_coefficients(streams, shape, dtype, device="cpu"):
-    """Frozen coefficients, whose backward has the norm in place of the streams: results are the same bits, gradients no
-    worse than PyTorch's, with and without a gradient of the total, of the norm and from later uses."""
+    """Frozen coefficients, whose backward has the norm in place of the streams, so that these may be written over:
+    results are the same bits, gradients no worse than PyTorch's, with and without a gradient of the total, of the norm
+    and from later uses."""
     inputs, coefficients, du, dn = _case(streams, shape, dtype, device)
     frozen = coefficients.detach()
     learnt, ours = (combine_norm(inputs, c, scale=0.7) for c in (coefficients, frozen))
@@ -131,23 +133,26 @@ def _assert_frozen_coefficients(streams, shape, dtype, device="cpu"):
     exact_inputs, plain_inputs = ([s.detach().to(d).requires_grad_() for s in inputs] for d in (torch.float64, dtype))
     for uses in ((0, 1, 2), (0, 1), (1, 2), (0, 2), (1,), (0,)):
 
-        def gradients(call, leaves, uses=uses):
-            total, normed, again = call(leaves)
-            outputs = [(total, normed, again[-1])[use] for use in uses]
+        def gradients(call, leaves, uses=uses, spoil=False):
+            total, normed, again = call([leaf * 1 for leaf in leaves] if spoil else leaves)
+            outputs = [(total, normed, 2 * again[-1])[use] for use in uses]
+            if spoil:
+                for stream in again:
+                    stream.detach().zero_()
             upstream = [(du, dn, du)[use].to(leaves[0].dtype) for use in uses]
-            return torch.autograd.grad(outputs, leaves, upstream)
+            return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
 
         exact = gradients(plain, exact_inputs)
         theirs = gradients(plain, plain_inputs)
-        mine = gradients(lambda leaves: combine_norm(leaves, frozen, scale=0.7), inputs)
+        mine = gradients(lambda streams: combine_norm(streams, frozen, scale=0.7), inputs, spoil=True)
         for position, (a, b, truth) in enumerate(zip(mine, theirs, exact, strict=True)):
             error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (a, b))
             assert error <= 2 * allowed + 1e-7, f"{uses}, stream {position}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-@pytest.mark.parametrize(("streams", "shape"), SHAPES)
+@pytest.mark.parametrize("shape", [shape for _, shape in SHAPES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_norm_is_no_worse_than_pytorch_and_does_without_its_input(streams, shape, dtype):
+def test_norm_is_no_worse_than_pytorch_and_does_without_its_input(shape, dtype):
     _assert_norm_no_worse_than_pytorch(shape, dtype)
 
 
@@ -214,16 +219,23 @@ def test_op_contract():
         torch.library.opcheck(op_module._frozen_backward_op, (d_total, x, *kept, None, through[:1], 0.5, [True]))
 
 
-def test_compiled_equals_eager_also_under_autocast():
-    inputs, coefficients, _, _ = _case(3, (4, 16), torch.float32)
+@pytest.mark.parametrize("learnt", [True, False])
+def test_compiled_equals_eager_also_under_autocast(learnt):
+    inputs, coefficients, du, dn = _case(3, (4, 16), torch.float32)
+    weights = coefficients if learnt else coefficients.detach()
 
     def call():
-        return combine_norm(inputs, coefficients, scale=0.5)[:2]
+        total, normed, _ = combine_norm(inputs, weights, scale=0.5)
+        return total, normed, norm_residual(total * 2)[0]
+
+    def results(function):
+        outputs = function()
+        return *outputs, *torch.autograd.grad(outputs, inputs + [coefficients] * learnt, [du, dn, dn])
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            for a, b in zip(call(), compiled(), strict=True):
+            for a, b in zip(results(call), results(compiled), strict=True):
                 assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
@@ -252,10 +264,16 @@ def test_wide_rows_have_no_larger_share_for_a_thread():
 
 def test_double_backward_raises():
     inputs, coefficients, _, _ = _case(2, (3, 8), torch.float32)
-    total, normed, _ = combine_norm(inputs, coefficients)
-    (gradient,) = torch.autograd.grad((total.sum() + normed.square().sum()), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        gradient.sum().backward()
+    calls = (
+        lambda: combine_norm(inputs, coefficients)[1],
+        lambda: combine_norm(inputs, coefficients.detach())[1],
+        lambda: combine(inputs, coefficients.detach())[0],
+        lambda: norm_residual(inputs[0])[0],
+    )
+    for call in calls:
+        (gradient,) = torch.autograd.grad(call().square().sum(), inputs[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            gradient.sum().backward()
 
 
 def test_wrong_arguments_are_named():

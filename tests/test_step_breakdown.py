@@ -33,7 +33,7 @@ NAMES = {
         "void pgolf::(anonymous namespace)::powers_kernel<1>(Arguments)",
     ],
     "norms, mixing, RoPE, XSA": [
-        "_forward_kernel", "_backward_kernel", "_norm_kernel", "_norm_backward_kernel", "_sum_rows_kernel",
+        "_forward_kernel", "_backward_kernel", "_frozen_backward_kernel", "_sum_rows_kernel",
     ],
     "other matrix products": [
         "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_NNT",

@@ -182,8 +182,8 @@ def residual(module: ModuleType, count: int, width: int) -> None:
     x, coefficients = streams[0], empty(count, width, dtype=FP32)
     every, some = [True] * count, [*[True] * (count - 1), False]
     alone = [None] * count
-    for flags in ((False, True), (True, True), (True, False)):
-        module.forward(streams, coefficients, 1.0, EPS, *flags, False, CONFIG.forward(count))
+    for flags in ((False, True, False), (True, True, False), (True, False, False), (False, True, True)):
+        module.forward(streams, coefficients, 1.0, EPS, *flags, CONFIG.forward(count))
     for d_total, d_normed, through, wanted in (
         *((x, x, through, wanted) for through in (alone, streams) for wanted in (every, some)),
         (x, None, alone, every),
@@ -194,8 +194,13 @@ def residual(module: ModuleType, count: int, width: int) -> None:
     module.forward([x], None, 1.0, EPS, False, True, True, CONFIG.norm)
     kept = normed, inverse, coefficients
     launch = CONFIG.frozen_backward(count)
-    for d_total, d_normed, through in ((None, x, alone), (x, x, streams), (x, None, streams)):
-        module.frozen_backward(d_total, d_normed, *kept, through, 1.0, some, launch)
+    for d_total, d_normed, through, wanted in (
+        (None, x, alone, every),
+        (x, x, streams, every),
+        (x, None, streams, every),
+        *([(x, x, alone, some)] if any(some) else []),
+    ):
+        module.frozen_backward(d_total, d_normed, *kept, through, 1.0, wanted, launch)
     for later in (None, x):
         module.frozen_backward(None, x, normed, inverse, None, [later], 1.0, [True], CONFIG.frozen_backward(1))
 
