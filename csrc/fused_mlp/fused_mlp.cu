@@ -68,8 +68,7 @@ __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, bool first) {
       : "l"(a), "l"(b), "r"(static_cast<int>(first)));
 }
 
-// Volatile, so that the compiler leaves it in front of the products, which are. With L1::no_allocate the kernel takes 7 %
-// longer.
+// Volatile, so that it stays in front of the products, which are. With L1::no_allocate the kernel takes 7 % longer.
 __device__ uint4 load_early(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
