@@ -17,8 +17,8 @@ frozen coefficients or of an input that is not learnt, are neither computed nor 
 Streams in fp32, bf16 or fp16 (fp64 on CPU), all alike; coefficients fp32 (fp64 beside fp64 streams); sums in fp32.
 Where coefficients are learnt the streams are kept for the backward, which reads them for dc anyway; u and r are
 computed again. Where none are, n and r are kept instead: one tensor to read in place of all streams, which a product
-behind it mostly keeps as well. Given up: a kernel per form of sum, which could fold
-coefficients known to be one, and would have to be written nine times.
+behind it mostly keeps as well. Given up: a kernel per form of sum, which could fold coefficients known to be one, and
+would have to be written nine times.
 
 Source: the residual mixing of openai/parameter-golf pull requests 1413, 1514 and 1530.
 """
@@ -146,22 +146,13 @@ def _forward(
     )
 
 
-def _forward_fake(
-    streams: list[Tensor],
-    coefficients: Tensor | None,
-    scale: float,
-    eps: float,
-    with_total: bool,
-    with_norm: bool,
-    with_inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(streams: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     first = streams[0]
-    return (
-        first.new_empty(first.shape if with_total else 0),
-        first.new_empty(first.shape if with_norm else 0),
-        first.new_empty(
-            first.shape[:-1].numel() if with_inverse else 0, dtype=torch.promote_types(first.dtype, torch.float32)
-        ),
+    shapes = first.shape, first.shape, (first.shape[:-1].numel(),)
+    dtypes = first.dtype, first.dtype, torch.promote_types(first.dtype, torch.float32)
+    return tuple(
+        first.new_empty(shape if asked else (0,), dtype=dtype)
+        for asked, shape, dtype in zip(rest[-3:], shapes, dtypes, strict=True)
     )
 
 
@@ -218,7 +209,7 @@ def _backward(
         g = d_total.to(wide)
     else:
         total, d = _weighted_sum(inputs, weights), d_normed.to(wide)
-        r = (total.square().mean(-1, keepdim=True) + eps).rsqrt()
+        r = _inverse_rms(total, eps)
         along = r.square() * (d * total).mean(-1, keepdim=True)
         g = total.mul_(-along).add_(d).mul_(scale * r)
         if d_total is not None:
