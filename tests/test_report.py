@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import xml.etree.ElementTree
 import zipfile
 from html.parser import HTMLParser
@@ -458,7 +457,8 @@ def test_folders_that_hold_no_run(tmp_path, run):
 @pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
 def test_a_browser_shows_it_all(run, page, tmp_path):
     both = write_report([run, copy_run(run, tmp_path / "other", seed=5, shift=0.01)], tmp_path / "both.html")
-    with tempfile.TemporaryDirectory() as profile, Browser(profile) as browser:
+    # Processes of the browser that outlive its first still write into the profile: no folder to be removed at once.
+    with Browser(tmp_path / "profile") as browser:
         for path in (run / "report.html", both):
             for width in (1100, 390):
                 browser.open(path, width, 900)
