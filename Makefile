@@ -21,7 +21,8 @@ bench: setup-bench
 	$(VENV)/bin/pgolf bench
 
 # pytest-benchmark's comparison with the results that this GPU and CPU have in bench/results: a median more than 15 %
-# above the record's fails, and so does having none (bench/storage.py).
+# above the record's fails. A suite without any record is refused, single rows without one are named at the end
+# (bench/storage.py).
 bench-check: setup-bench
 	$(VENV)/bin/pgolf bench --check
 

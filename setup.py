@@ -49,7 +49,7 @@ def find_nvcc() -> Path | None:
     sites = dict.fromkeys([*sys.path, sysconfig.get_path("purelib")])
     candidates += [Path(site, "nvidia", "cu13", "bin", "nvcc") for site in sites if site]
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
-    return next((path.absolute() for path in candidates if path.is_file()), None)
+    return next((path.absolute() for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
 
 
 def cuda_paths(nvcc: Path) -> tuple[Path, Path]:
@@ -62,6 +62,10 @@ def cuda_paths(nvcc: Path) -> tuple[Path, Path]:
     if library is None:
         raise ExecError(f"{nvcc} is there, but no libcudart_static.a under {root}: install the CUDA runtime's library")
     return root / "include", library
+
+
+def cuda_archs() -> str:
+    return os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS)
 
 
 def gencode_flags(archs: str) -> list[str]:
@@ -103,9 +107,8 @@ def ninja_file(output: Path, build: Path, nvcc: Path | None) -> str:
         include, library = cuda_paths(nvcc)
         includes += [f"-I{include}", "-DPGOLF_CUDA"]
         links = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        named = os.environ.get("PGOLF_CUDA_ARCHS", DEFAULT_ARCHS)
-        archs = gencode_flags(named)
-        includes += ["-DPGOLF_SM90A"] if "90a" in named else []  # some kernels are written for this one alone
+        archs = gencode_flags(cuda_archs())
+        includes += ["-DPGOLF_SM90A"] if "90a" in cuda_archs() else []  # some kernels are written for this one alone
     host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *openmp]
     # Nothing is reassociated or contracted; but loops may be vectorised where C's traps and errno would forbid it.
     host += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -147,6 +150,7 @@ class NinjaBuild(build_ext):
         nvcc = find_nvcc() if mode != "0" else None
         if mode == "1" and nvcc is None:
             raise ExecError("PGOLF_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH or among Python's packages")
+        gencode_flags(cuda_archs())  # a mistake in the list is no reason to build without CUDA
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self._ninja(output, nvcc)

@@ -29,6 +29,7 @@ class Run:
     recorded: set[str] = field(default_factory=set)
     refused: list[str] = field(default_factory=list)  # why files on record are not of this machine
     matched: bool = False  # whether one is
+    alone: list[str] = field(default_factory=list)  # rows that nothing on record could be compared with
     events: int | None = None
     peers: bool = False
 
@@ -138,6 +139,8 @@ def recording(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., A
         run = request.config.stash[RUN]
         row = table.Row(suite_of(request.node), str(case), provider)
         run.rows.append(row)
+        if request.node.nodeid not in run.recorded:
+            run.alone.append(f"{row.suite} ({row.case})")
         benchmark.group = row.group
         failed = False
         try:
@@ -282,3 +285,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for row in run.rows:
         for line in printer.lines(row, ceilings):
             terminalreporter.write_line(line)
+    if config.getoption("benchmark_compare") and run.alone:
+        terminalreporter.write_line(f"not compared, without a record: {', '.join(run.alone)}")

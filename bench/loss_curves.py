@@ -55,9 +55,9 @@ def picture(curves: dict[str, dict[str, Any]]) -> str:
             late = [step for step in losses if step >= FIRST_APART and step in base]
             apart.plot(late, [losses[step] - base[step] for step in late], **looks[CURVES[name]])
         apart.axhline(0.0, color="grey", linewidth=0.8)
-        axes.set(title="Training loss, same batches", xlabel="step", ylabel="nats per token")
+        axes.set(title="Losses of single training steps, same batches", xlabel="step", ylabel="nats per token")
         axes.legend(title="validation, before quantising", loc="upper right")
-        apart.set_title("above the run that began with the same weights", fontsize="small")
+        apart.set_title("above the run with the same first weights", fontsize="small")
         apart.tick_params(labelsize="small")
 
     return svg(paint, HEIGHT, metadata={"Date": None, "Description": digest(curves)}).decode()

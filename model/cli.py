@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from model.errors import PgolfError
+from model.rules import SIZE_BUDGET
 from model.settings import given_flags, section_options
 from model.signals import terminate_by_exception
 
@@ -253,7 +254,7 @@ def evaluate_command(
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
-@click.option("--budget", type=click.IntRange(1), default=16_000_000, show_default=True, help="Bytes allowed in all.")
+@click.option("--budget", type=click.IntRange(1), default=SIZE_BUDGET, show_default=True, help="Bytes allowed in all.")
 @click.option("--no-code", is_flag=True, help="Leave out the packed script's bytes.")
 def size(path: Path, budget: int, no_code: bool) -> None:
     """Say what an artifact weighs, tensor by tensor, against the budget.
@@ -271,7 +272,7 @@ def size(path: Path, budget: int, no_code: bool) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--out", type=ANY_PATH, required=True, help="The submission's folder; it appears when it is complete.")
 @click.option("--author", default="", help="For submission.json.")
-@click.option("--budget", type=click.IntRange(1), default=16_000_000, show_default=True, help="Bytes allowed in all.")
+@click.option("--budget", type=click.IntRange(1), default=SIZE_BUDGET, show_default=True, help="Bytes allowed in all.")
 @click.option("--replace", is_flag=True, help="Replace a submission that is already there.")
 def pack(run: Path, out: Path, budget: int, **options: Any) -> None:
     """Make a size-limited submission of a run: one script, the artifact, papers.

@@ -1,7 +1,7 @@
 """Writing files and folders so that a reader never sees half of one, and hashing them.
 
-A file is written beside its final place, flushed to the disk and renamed (`os.replace`); a folder is built under a
-temporary name and renamed. Whatever ends the write early (an error, a full disk, Ctrl-C) removes what was written.
+Files and folders are written under a temporary name beside their final place, flushed to the disk and renamed. Whatever
+ends the write early (an error, a full disk, Ctrl-C) removes what was written.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
         finally:
             file.close()
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         if error.errno in _PLACE_ERRORS or error.filename == str(temporary):
             raise _cannot_write(path, error) from error
@@ -54,6 +55,18 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Returns when what the file holds, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that know no such thing for a folder
+            raise
+    finally:
+        os.close(number)
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
@@ -89,14 +102,17 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool | str = False) 
         temporary.mkdir()
         yield temporary
         check_replaceable(path, replace=replace)
-        if path.exists():
-            path.rename(old)
+        for part in (*temporary.rglob("*"), temporary):
+            _sync(part)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
         except BaseException:
-            if old.exists():
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
+        _sync(path.parent)
     except OSError as error:
         if error.errno in _PLACE_ERRORS or str(temporary) in str(error.filename):
             raise _cannot_write(path, error) from error

@@ -42,13 +42,12 @@ from model.files import atomic_write
 from model.gpt import GPT
 from model.probe import resolve
 from model.rescore import SAVED_SCORES, Saved, check_saved_scores, rescore
+from model.rules import SECONDS_BUDGET, SIZE_BUDGET
 from model.run import RunDir
 from model.score import check_tokenizer, mode_name, shown, time_left
 from model.settings import given_flags, section_options
 from model.verify import Sample, check_scorer, planned_tokens, strictly_in_stream_order
 
-SIZE_BUDGET = 16_000_000  # bytes, artifact and code together
-SECONDS_BUDGET = 600.0
 TIME = "evaluation time"
 ALL_UP_TO, CANDIDATES = 128, 32  # of the normalisation check: all of a small vocabulary, some of a large one
 # Of the validation set: its beginning where no ledger of the whole is there, else drawn to compare saved scores.

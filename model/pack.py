@@ -31,8 +31,8 @@ from model.config import Config
 from model.errors import PgolfError
 from model.files import atomic_folder, check_replaceable, resolved
 from model.prune import prune
+from model.rules import SIZE_BUDGET
 from model.run import RunDir
-from model.size import BUDGET
 
 SCRIPT, ARTIFACT, FACTS = "train_gpt.py", "model.pgolf", "submission.json"
 ROOT_MODULES = ("model.packed_entry", "model.packed_native")
@@ -92,7 +92,7 @@ def pack_submission(
     out: str | os.PathLike[str],
     *,
     author: str = "",
-    budget: int = BUDGET,
+    budget: int = SIZE_BUDGET,
     replace: bool = False,
 ) -> Submission:
     """Writes the submission of a run to the folder `out`, which appears when it is complete.

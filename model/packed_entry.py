@@ -22,11 +22,11 @@ def main(script: str) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from model.pipeline import train_command
+    from model import pipeline
 
     if "--codec" not in arguments:
         arguments = [*arguments, "--codec", "brotli"]  # the project's own coder is compiled code
-    train_command.main(arguments, prog_name="train_gpt.py train")
+    pipeline.main(arguments, "train_gpt.py train")
 
 
 def _score(artifact: Path, arguments: list[str]) -> None:

@@ -363,13 +363,14 @@ def _summarise(result: dict[str, Any]) -> None:
     click.echo("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, program: str | None = None) -> None:
     """`python -m model.train`: errors are one line on stderr, an interruption is 128 + the signal's number."""
     terminate_by_exception()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    say = partial(_say_error, program or "model.train")
     status = 1
     try:
-        train_command.main(standalone_mode=False)
+        train_command.main(arguments, program, standalone_mode=False)
         status = 0
     except click.ClickException as error:
         error.show()
@@ -377,17 +378,17 @@ def main() -> None:
     except click.exceptions.Exit as request:
         status = request.exit_code
     except Interrupted as error:
-        _say_error(str(error))
+        say(str(error))
         status = 128 + error.number
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _say_error("stopped by Ctrl-C")
+        say("stopped by Ctrl-C")
         status = 130
     except Terminated as request:
         status = int(request.code or 0)
         if not several:  # torchrun ends ranks because of another one, whose message stands already
-            _say_error(f"stopped by {signal.Signals(status - 128).name}")
+            say(f"stopped by {signal.Signals(status - 128).name}")
     except (PgolfError, OSError) as error:
-        _say_error(str(error))
+        say(str(error))
         status = 1
     except Exception:
         traceback.print_exc()
@@ -400,6 +401,6 @@ def main() -> None:
     sys.exit(status)
 
 
-def _say_error(text: str) -> None:
+def _say_error(program: str, text: str) -> None:
     rank = os.environ.get("RANK")
-    print(f"model.train{f' (rank {rank})' if rank else ''}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{program}{f' (rank {rank})' if rank else ''}: {' '.join(text.split())}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Source of several modules without what a program that starts at some of them cannot reach.
 
 Four passes over the syntax trees. Annotations go, except those that a program reads (`typing.get_type_hints`). Checks
-of arguments go where the caller is known to pass the right ones (an `if` that only raises ValueError or TypeError).
+of arguments go where the caller is known to pass the right ones: an `if` that only raises ValueError or TypeError, and
+calls of functions named `check...` that have nothing left to raise or to return.
 Conditions known to be false are folded, and the branches behind them dropped. Then definitions are kept that something
 kept refers to, beginning at the roots and at the statements that act when a module is imported. What a name, attribute
 or string may refer to counts as referred to, so that a definition goes only where nothing could find it.
@@ -35,9 +36,8 @@ def prune(
     if unknown := set(unchecked) - set(sources):
         raise ValueError(f"unchecked: got {sorted(unknown)}, wanted names of `sources`")
     trees = {name: ast.parse(source) for name, source in sources.items()}
-    for name, tree in trees.items():
-        if name in unchecked:
-            _Unchecked().visit(tree)
+    _drop_checks({name: trees[name] for name in unchecked})
+    for tree in trees.values():
         if not _reads_annotations(tree):
             _Plain().visit(tree)
         _fold(tree, false)
@@ -93,8 +93,42 @@ class _Plain(ast.NodeTransformer):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _drop_checks(trees: Mapping[str, ast.Module]) -> None:
+    """Drops checks, then calls of functions that had no more to do, until no more of these are found."""
+    found: set[str] | None = None
+    while True:
+        idle: set[str] = set()
+        busy: set[str] = set()
+        for tree in trees.values():
+            _Unchecked(found or ()).visit(tree)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("check"):
+                    (busy if _raises_or_returns(node) else idle).add(node.name)
+                elif isinstance(node, ast.ImportFrom) and node.module not in trees:
+                    busy |= {alias.asname or alias.name for alias in node.names}
+        if idle - busy == found:
+            return
+        found = idle - busy
+
+
+def _raises_or_returns(node: ast.FunctionDef) -> bool:
+    return any(
+        isinstance(inner, ast.Raise) or (isinstance(inner, ast.Return) and inner.value is not None)
+        for inner in ast.walk(node)
+    )
+
+
 class _Unchecked(ast.NodeTransformer):
-    """Drops checks of arguments."""
+    """Drops checks of arguments and calls of the functions `idle`."""
+
+    def __init__(self, idle: Collection[str]) -> None:
+        self._idle = idle
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        match node.value:
+            case ast.Call(func=ast.Name(name)) if name in self._idle:
+                return ast.copy_location(ast.Pass(), node)
+        return node
 
     def visit_If(self, node: ast.If) -> ast.AST:
         self.generic_visit(node)

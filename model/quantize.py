@@ -121,8 +121,9 @@ def quantize_with_hessians(
         else:
             coded.append((name, parameter, index, weight.to(device)))
     recipes = [recipe_of(name, quant) for name, *_ in coded]
-    moved: dict[int, Tensor] = {}  # one copy of a shared Hessian, so that it is factorised once
-    matrices = [moved.setdefault(id(hessians[name]), hessians[name].to(device)) for name, *_ in coded]
+    # One copy of a shared Hessian, so that it is factorised once.
+    moved = {hessian: hessian.to(device) for hessian in {hessians[name] for name, *_ in coded}}
+    matrices = [moved[hessians[name]] for name, *_ in coded]
     results = gptq_quantize_many([weight for *_, weight in coded], matrices, recipes)
     quantized = [
         QuantizedMatrix(name, parameter, index, recipe.bits, codes.cpu(), scales.cpu())

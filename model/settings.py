@@ -6,9 +6,13 @@ Every field of the configuration is a flag: `matrix_lr` is `--matrix-lr`, a bool
 
 from __future__ import annotations
 
+import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -63,14 +67,20 @@ def section_options(section: str) -> Callable[[Callable[..., Any]], Callable[...
 
 def _option(name: str, kind: Any) -> Callable[..., Any]:
     flag = "--" + name.replace("_", "-")
-    section = _sections()[name]
+    text = f"{_meanings().get(name, '')} ({_sections()[name]})"
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=f"({section})")
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     if typing.get_origin(kind) is Literal:
-        return click.option(flag, name, type=_Choice(typing.get_args(kind)), help=f"({section})")
+        return click.option(flag, name, type=_Choice(typing.get_args(kind)), help=text)
     if typing.get_origin(kind) is tuple:
-        return click.option(flag, name, metavar="NAME,...", callback=_split, help=f"({section})")
-    return click.option(flag, name, type=kind, help=f"({section})")
+        return click.option(flag, name, metavar="NAME,...", callback=_split, help=text)
+    return click.option(flag, name, type=kind, help=text)
+
+
+@cache
+def _meanings() -> dict[str, str]:
+    """Field -> what the comment behind it in the source says. A packed script has no comments."""
+    return dict(re.findall(r"^    (\w+): .+  # (.+)$", Path(inspect.getfile(Config)).read_text("utf-8"), re.M))
 
 
 class _Choice(click.ParamType):

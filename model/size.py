@@ -25,9 +25,8 @@ from model.errors import ArtifactError, ConfigError
 from model.gpt import GPT
 from model.quantize import quantize_with_hessians
 from model.quantized import QuantizedModel
+from model.rules import SIZE_BUDGET
 from model.run import RunDir
-
-BUDGET = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _bytes_by_class(quantized: QuantizedModel, header: Header, information: dict
     return {kind: section.size * alone[kind] / whole / bits[kind] for kind in bits}
 
 
-def print_table(report: SizeReport, budget: int = BUDGET) -> Table:
+def print_table(report: SizeReport, budget: int = SIZE_BUDGET) -> Table:
     """The report as a table: classes, then tensors, then the totals against the budget. Entropy and what is stored
     (scales included) are bits a weight."""
     title = "predicted from the weights" if report.predicted else None

@@ -372,7 +372,7 @@ class Trainer:
         self.in_flight.restart_clock()
 
     def _stop_clock(self) -> None:
-        self.seconds = self._elapsed()
+        self.seconds, self._clock_started = self._elapsed(), time.perf_counter()
 
     # Checkpoints
 

@@ -167,7 +167,8 @@ def adapter_adamw(
     Raises ValueError for shapes, strides, devices and coefficients, TypeError for dtypes.
     """
     zeroed = [False] * len(params) if zeroed is None else list(zeroed)
-    _check(params, grads, exp_avg_sqs, steps, exp_avgs, reset, zeroed, beta1, beta2)
+    check_step(steps, lr, beta1, beta2, eps, weight_decay)
+    _check(params, grads, exp_avg_sqs, steps, exp_avgs, reset, zeroed, beta1)
     _op(
         list(params), list(grads), list(exp_avg_sqs), list(exp_avgs or []), steps, reset, zeroed,
         float(lr), float(beta1), float(beta2), float(eps), float(weight_decay),
@@ -176,8 +177,11 @@ def adapter_adamw(
         torch.autograd.graph.increment_version(tensor)  # a backward pass that has kept a parameter must notice
 
 
-def check_step(steps: torch.Tensor, beta1: float, beta2: float) -> None:
+def check_step(steps: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
     """Raises ValueError for numbers that are no step's."""
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name}: got {number}, wanted a finite number of at least 0")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name}: got {beta}, wanted a number in [0, 1)")
@@ -194,9 +198,7 @@ def _check(
     reset: torch.Tensor | None,
     zeroed: list[bool],
     beta1: float,
-    beta2: float,
 ) -> None:
-    check_step(steps, beta1, beta2)
     if (exp_avgs is not None) != (beta1 > 0):
         raise ValueError(
             f"exp_avgs: got {'none' if exp_avgs is None else 'some'} with beta1={beta1}, wanted them where beta1 > 0"
@@ -224,6 +226,6 @@ def _check(
                 )
             if not t.is_contiguous():
                 raise ValueError(f"{name}[{i}]: got strides {t.stride()}, wanted a contiguous tensor")
-    for name, tensor in (("steps", steps), ("reset", reset)):
-        if tensor is not None and params and tensor.device != params[0].device:
-            raise ValueError(f"{name}: got device {tensor.device}, wanted {params[0].device}")
+        for name, tensor in (("steps", steps), ("reset", reset)):
+            if tensor is not None and tensor.device != p.device:
+                raise ValueError(f"{name}: got device {tensor.device}, wanted params[{i}]'s {p.device}")

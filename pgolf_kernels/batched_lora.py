@@ -341,11 +341,12 @@ def batched_lora(
 ) -> Tensor:
     """x W^T + scale * (x A_b^T) B_b^T (+ residual), with an adapter for each document.
 
-    x [B, T, in], or packed [N, in] with `cu_seqlens` (int32 [documents + 1], may be padded with repeated ends; rows
-    past the last bound get no adapter). weight [out, in] or None; lora_a [adapters, r, in] and lora_b [adapters, out,
-    r] with 1 <= r <= 128; residual in y's shape. Without `adapter_index` (int64 [documents]) document i has adapter i;
-    with it several documents may share one, and some adapters may have none. Activations in bfloat16, float16, float32
-    or float64; weight and adapters in the same dtype or float32 (cast inside). Returns [..., out] in x's dtype.
+    x [B, T, in], or packed [N, in] with `cu_seqlens` (int32 [documents + 1] from 0, may be padded with repeated
+    ends; rows past the last bound get no adapter). weight [out, in] or None; lora_a [adapters, r, in] and lora_b
+    [adapters, out, r] with 1 <= r <= 128; residual in y's shape. Without `adapter_index` (int64 [documents]) document i
+    has adapter i; with it several documents may share one, and some adapters may have none. Activations in bfloat16,
+    float16, float32 or float64; weight and adapters in the same dtype or float32 (cast inside). Returns [..., out] in
+    x's dtype.
 
     Raises ValueError for shapes and devices, TypeError for dtypes. The kernels do not read the values of `cu_seqlens`
     and `adapter_index` on the host: out of range is the caller's error. Where PyTorch computes instead of them (a CPU;
@@ -370,7 +371,8 @@ def batched_lora_multi(
 ) -> list[Tensor]:
     """:func:`batched_lora` for several projections of one input, in one node of the graph: they share passes over x.
 
-    Lists of equal length; where both adapters are None the projection is a plain linear. Ranks may differ.
+    Lists of equal length; where both adapters are None the projection is a plain linear. Ranks may differ. Raises what
+    :func:`batched_lora` raises, with the number of the projection.
     """
     residuals = [None] * len(weights) if residuals is None else residuals
     if not len(weights) == len(lora_as) == len(lora_bs) == len(residuals):
@@ -388,6 +390,7 @@ def batched_lora_multi(
                 raise ValueError(
                     f"weight of projection {i}: got shape {tuple(weight.shape)}, wanted [out, {x.shape[-1]}]"
                 )
+            _check_residual(i, residual, x, weight.shape[0])
             y = F.linear(x, weight.to(x.dtype))
             outputs[i] = y if residual is None else y + residual
         else:
@@ -413,7 +416,7 @@ def batched_lora_multi(
                 [p.weight for p in adapted if p.weight is not None],
                 [p.a for p in adapted],
                 [p.b for p in adapted],
-                [p.residual.reshape(flat.shape[0], -1) for p in adapted if p.residual is not None],
+                [p.residual.reshape(-1, p.b.shape[1]) for p in adapted if p.residual is not None],
                 [_WEIGHT * (p.weight is not None) | _RESIDUAL * (p.residual is not None) for p in adapted],
                 bounds,
                 index,
@@ -423,6 +426,18 @@ def batched_lora_multi(
         for projection, y in zip(adapted, results, strict=False):
             outputs[projection.number] = y.view(*x.shape[:-1], y.shape[-1])
     return [outputs[i] for i in range(len(weights))]
+
+
+def _check_residual(number: int, residual: Tensor | None, x: Tensor, out: int) -> None:
+    if residual is None:
+        return
+    if residual.shape != (*x.shape[:-1], out) or residual.device != x.device:
+        raise ValueError(
+            f"residual of projection {number}: got shape {tuple(residual.shape)} on {residual.device}, "
+            f"wanted {(*x.shape[:-1], out)} on x's {x.device}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual of projection {number}: got {residual.dtype}, wanted x's {x.dtype}")
 
 
 @dataclass(frozen=True)
@@ -454,18 +469,11 @@ class _Projection:
             raise ValueError(
                 f"weight of projection {self.number}: got shape {tuple(self.weight.shape)}, wanted ({out}, {features})"
             )
-        if self.residual is not None and self.residual.shape != (*x.shape[:-1], out):
-            raise ValueError(
-                f"residual of projection {self.number}: got shape {tuple(self.residual.shape)}, "
-                f"wanted {(*x.shape[:-1], out)}"
-            )
-        if self.residual is not None and self.residual.dtype != x.dtype:
-            raise TypeError(f"residual of projection {self.number}: got {self.residual.dtype}, wanted x's {x.dtype}")
+        _check_residual(self.number, self.residual, x, out)
         for name, tensor in (
             (name_a, self.a),
             (name_b, self.b),
             (f"weight of projection {self.number}", self.weight),
-            ("residual", self.residual),
         ):
             if tensor is None:
                 continue

@@ -322,12 +322,12 @@ def check_mlp(
         raise ValueError(f"w_down: got shape {tuple(w_down.shape)}, wanted [D_out, {w_up.shape[0]}] (w_up's rows)")
     if gain is not None and gain.shape != w_up.shape[:1]:
         raise ValueError(f"hidden_gain: got shape {tuple(gain.shape)}, wanted ({w_up.shape[0]},)")
-    if not slope >= 0:
-        raise ValueError(f"negative_slope: got {slope}, wanted a number of at least 0")
+    if not 0 <= slope < float("inf"):
+        raise ValueError(f"negative_slope: got {slope}, wanted a finite number of at least 0")
     for name, tensor in (("w_up", w_up), ("w_down", w_down), ("hidden_gain", gain)):
         if tensor is None:
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
-        if tensor.dtype not in (x.dtype, torch.float32, torch.float64):
-            raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or torch.float32")
+        if torch.promote_types(x.dtype, tensor.dtype) != tensor.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or a wider floating-point dtype")

@@ -170,7 +170,7 @@ def _check_factor(hessian, diagonal, order) -> None:
 
 def _check_permutation(name: str, order: torch.Tensor) -> None:
     if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
-        raise IndexError(f"{name}: wanted a permutation of the columns")
+        raise IndexError(f"{name}: got {order.tolist()}, wanted a permutation of 0 to {order.numel() - 1}")
 
 
 def _factor_cpu(hessian, diagonal, order):
@@ -370,9 +370,12 @@ def gptq_quantize_many(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """:func:`gptq_quantize` for a whole model: [(codes, scales), ...] in the order of `weights`.
 
-    recipes: one for all matrices, or one each; a GptqRecipe or a mapping of its fields. Matrices that are given the
-    same Hessian tensor (query, key and value do) share one factorisation. On CUDA, Hessians of one size are factorised
-    in one batch, all columns run in one kernel, and the host waits once, to read the status.
+    weights: matrices [R, C] of any sizes, hessians: a [C, C] for each; all on one device, in fp32, bf16 or fp16 (CPU:
+    also fp64). recipes: one for all matrices, or one each; a GptqRecipe or a mapping of its fields. Matrices that are
+    given the same Hessian tensor (query, key and value do) share one factorisation. On CUDA, Hessians of one size are
+    factorised in one batch, all columns run in one kernel, and the host waits once, to read the status.
+
+    Raises what :func:`gptq_quantize` raises, with the index of the matrix, and ValueError for lengths that differ.
     """
     weights, hessians = list(weights), list(hessians)
     if isinstance(recipes, GptqRecipe | Mapping):

@@ -149,8 +149,18 @@ def muon_direction(
 def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype, *, normalized: bool = False) -> Tensor:
     """Newton-Schulz on matrices [n, rows, cols]: all singular values towards 1. Result in `dtype`, same shape.
 
-    `normalized`: each matrix has a Frobenius norm of at most 1 already, as :func:`muon_direction` leaves it.
+        X <- X / (|X| + 1e-7), |X| the Frobenius norm of a matrix, then `steps` times
+        X <- a X + (b X X^T + c (X X^T)^2) X    with a, b, c of NEWTON_SCHULZ, tall matrices transposed
+
+    update: floating point. `normalized`: each matrix has a norm of at most 1 already, as :func:`muon_direction` leaves
+    it. Plain PyTorch, which differentiates it. Raises ValueError for shapes and for less than 0 steps, TypeError for
+    dtypes. Source: Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon.
     """
+    _check_bank("update", update)
+    _check_float("update", update.dtype)
+    _check_float("dtype", dtype)
+    if steps < 0:
+        raise ValueError(f"steps: got {steps}, wanted at least 0")
     a, b, c = NEWTON_SCHULZ
     x = _wide(update.to(dtype))
     if not normalized:

@@ -115,7 +115,7 @@ def _check(tokens, orders, table_bits, numbers, has_leading_space, is_boundary, 
         if not abs(number) < float("inf"):
             raise ValueError(f"{name}: got {number}, wanted a finite number")
     if is_boundary is not None and has_leading_space is None:
-        raise ValueError("has_leading_space: got None beside is_boundary, wanted both or neither")
+        raise ValueError("has_leading_space: got None, wanted flags where is_boundary has some")
     for name, flags in (("has_leading_space", has_leading_space), ("is_boundary", is_boundary)):
         if flags is not None and (flags.dtype != torch.bool or flags.ndim != 1):
             raise TypeError(f"{name}: got {flags.dtype} {tuple(flags.shape)}, wanted torch.bool [vocabulary]")
@@ -202,7 +202,8 @@ def ngram_hints(
     orders: context lengths, 1 to 32.
     table_bits: "compatible" only: each order's tables have 2^table_bits slots; keys that find none are dropped.
     threshold_scale: factor on the confidence thresholds.
-    has_leading_space, is_boundary: bool [vocabulary]; without them the two voters stay silent.
+    has_leading_space, is_boundary: bool [vocabulary]; without the first the two voters stay silent, without the
+        second no token is a boundary.
     hash: "compatible" gives what pull request 1514 gives, collisions of its hash included. "full" tells contexts apart
         by a 64-bit hash and drops none: other hints (fewer, truer), several times faster, and less memory. The voters
         are the same in both.

@@ -392,13 +392,15 @@ def qkv_rope(
         raise ValueError(f"gain: got shape {tuple(gain.shape)}, wanted one a query head")
     if kv_heads < 1:
         raise ValueError(f"kv_heads: got {kv_heads}, wanted at least 1")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., T, D]")
     heads = gain.numel() + 2 * kv_heads
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] % heads or weight.shape[0] == 0:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [{heads} d, {x.shape[-1]}]")
     if weight.dtype != x.dtype or weight.device != x.device:
         raise TypeError(f"weight: got {weight.dtype} on {weight.device}, wanted x's {x.dtype} on {x.device}")
     head_dim = weight.shape[0] // heads
-    if cos.dim() != 2 or x.dim() < 2 or cos.shape[0] != x.shape[-2] or 2 * cos.shape[1] > head_dim:
+    if cos.dim() != 2 or cos.shape[0] != x.shape[-2] or 2 * cos.shape[1] > head_dim:
         raise ValueError(f"cos: got shape {tuple(cos.shape)}, wanted [{x.shape[-2]}, P] with 2 P at most {head_dim}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin: got shape {tuple(sin.shape)}, wanted cos's {tuple(cos.shape)}")

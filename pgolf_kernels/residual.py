@@ -352,10 +352,11 @@ def norm_residual(
     `eps` as in :func:`combine_norm`.
     The gradient that comes back through the returned x is added within the norm's backward kernel. With `overwritten`
     the returned x may be written to: nobody but the caller may need x as it was, and it may not be a leaf that requires
-    a gradient. n may not be written over before the backward. Raises ValueError for a scale of zero and TypeError for
-    integers.
+    a gradient. n may not be written over before the backward. Raises ValueError for a scale of zero and for a shape
+    without a D of at least 1, TypeError for integers.
     """
     _check_float("x", x)
+    _check_width("x", x)
     _, normed, same = _through([x], None, scale, eps, False, True, overwritten)
     return normed, same
 
@@ -388,11 +389,15 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {tensor.dtype}, wanted a floating-point dtype")
 
 
+def _check_width(name: str, tensor: Tensor) -> None:
+    if not tensor.shape or not tensor.shape[-1]:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted [..., D] with D at least 1")
+
+
 def _check(streams: Sequence[Tensor], coefficients: Tensor) -> None:
-    if any(stream.dim() < 1 for stream in streams):
-        raise ValueError("streams: got a scalar, wanted tensors [..., D]")
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"streams: got {len(streams)}, wanted 1 to {MAX_STREAMS}")
+    _check_width("streams[0]", streams[0])
     _check_float("streams[0]", streams[0])
     _check_float("coefficients", coefficients)
     shape, dtype, device = streams[0].shape, streams[0].dtype, streams[0].device

@@ -116,8 +116,10 @@ def _launch(name: str, logits: Tensor, targets: Tensor, hints: Tensor | None, *a
         return
     row = getattr(_native, f"{name}_cpu")(*args, num_threads())
     if row is not None and row >= 0:
-        hint = "" if hints is None else f" (hint {hints[row].item()})"
-        raise IndexError(f"targets: got {targets[row].item()}{hint}, wanted indices in [0, {logits.shape[1]})")
+        name, indices, none = "targets", targets, "ignore_index"
+        if hints is not None and not -1 <= hints[row] < logits.shape[1]:
+            name, indices, none = "hints", hints, "-1 for no hint"
+        raise IndexError(f"{name}: got {indices[row].item()}, wanted indices in [0, {logits.shape[1]}) or {none}")
 
 
 def _copy(targets: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
@@ -316,8 +318,8 @@ def check_softcap(softcap: float | None) -> float:
     """The softcap as ops take it: 0 for None."""
     if softcap is None:
         return 0.0
-    if not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, wanted a positive number or None")
+    if not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: got {softcap}, wanted a finite positive number or None")
     return float(softcap)
 
 

@@ -42,7 +42,7 @@ class AdamStep:
     factors: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        check_step(self.steps, self.beta1, self.beta2)
+        check_step(self.steps, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay)
         object.__setattr__(self, "steps", self.steps.contiguous())
         object.__setattr__(self, "factors", step_factors(self.steps, self.beta1, self.beta2, torch.float32))
 
@@ -74,8 +74,12 @@ class SteppedLora:
         """lora_as [slots, documents, r, in] and lora_bs [slots, documents, out, r] (B zero), contiguous and in float32
         or float64, are stepped in place. `dtype` is that of the activations; `mean`: whether beta1 > 0.
 
-        Raises ValueError for shapes and strides.
+        Raises ValueError for lengths, shapes, strides and devices, TypeError for dtypes.
         """
+        if not 1 <= len(lora_as) == len(lora_bs):
+            raise ValueError(
+                f"lora_as, lora_bs: got lengths {len(lora_as)}, {len(lora_bs)}, wanted the same, at least 1"
+            )
         for i, (a, b) in enumerate(zip(lora_as, lora_bs, strict=True)):
             fits = a.dim() == b.dim() == 4 and (*a.shape[:2], a.shape[2]) == (*b.shape[:2], b.shape[3])
             if not fits or not 1 <= a.shape[2] <= MAX_RANK or not (a.is_contiguous() and b.is_contiguous()):
@@ -83,6 +87,16 @@ class SteppedLora:
                     f"adapters {i}: got A {tuple(a.shape)} and B {tuple(b.shape)}, wanted [slots, documents, r, in] "
                     f"and [slots, documents, out, r] with 1 <= r <= {MAX_RANK}, contiguous"
                 )
+            slots, documents, _, features = lora_as[0].shape
+            if (*a.shape[:2], a.shape[3]) != (slots, documents, features):
+                raise ValueError(
+                    f"adapters {i}: got A {tuple(a.shape)}, wanted [{slots}, {documents}, r, {features}] as adapters 0"
+                )
+            for t in (a, b):
+                if t.dtype not in (torch.float32, torch.float64) or t.dtype != lora_as[0].dtype:
+                    raise TypeError(f"adapters {i}: got {t.dtype}, wanted torch.float32 or torch.float64 throughout")
+                if t.device != lora_as[0].device:
+                    raise ValueError(f"adapters {i}: got device {t.device}, wanted {lora_as[0].device} as adapters 0")
         self._tensors = [*lora_as], [*lora_bs]
         self._moments = [
             [(torch.zeros_like(t), torch.zeros_like(t) if mean else None) for t in ts] for ts in self._tensors

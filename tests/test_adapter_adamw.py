@@ -88,6 +88,10 @@ def test_flags_with_any_stride_and_any_number_of_threads():
     ("change", "error", "message"),
     [
         ({"beta1": 1.0}, ValueError, "beta1: got 1.0"),
+        ({"lr": float("nan")}, ValueError, "lr: got nan, wanted a finite number of at least 0"),
+        ({"eps": -1.0}, ValueError, "eps: got -1.0"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay: got inf"),
+        ({"steps": torch.ones(3, dtype=torch.long, device="meta")}, ValueError, r"steps: .*wanted params\[0\]'s cpu"),
         ({"beta1": 0.5}, ValueError, "exp_avgs: got none with beta1=0.5"),
         ({"steps": torch.ones(2, dtype=torch.long)}, ValueError, r"params\[0\]: got shape \(1, 3, 4\)"),
         ({"steps": torch.ones(3)}, ValueError, "steps: got shape"),

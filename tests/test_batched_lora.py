@@ -252,6 +252,7 @@ def test_strided_and_empty_inputs():
         assert y.shape == (*empty.shape[:-1], 5)
         grads = torch.autograd.grad(y.sum(), leaves)
         assert grads[0].shape == empty.shape and not any(g.any() for g in grads[1:])
+        assert batched_lora(*leaves, residual=torch.empty_like(y), **options).shape == y.shape
 
 
 def test_double_backward_raises():
@@ -307,6 +308,9 @@ def test_projections_that_do_not_fit_each_other_are_named():
         batched_lora_multi(x, [weight, weight], a, b, adapter_index=index)
     with pytest.raises(ValueError, match=r"weight of projection 1: got shape \(6, 7\), wanted \[out, 8\]"):
         batched_lora_multi(x, [weight, torch.randn(6, 7)], [a[0], None], [b[0], None])
+    for residual, error in ((torch.randn(6), ValueError), (torch.randn(2, 3, 6).double(), TypeError)):
+        with pytest.raises(error, match="residual of projection 1: got"):
+            batched_lora_multi(x, [weight, weight], [a[0], None], [b[0], None], residuals=[None, residual])
 
 
 @triton_aot.needs_triton

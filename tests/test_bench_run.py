@@ -49,7 +49,7 @@ SUITE = textwrap.dedent(
 
     @pytest.mark.timeout(2)
     @pytest.mark.parametrize("provider", PROVIDERS)
-    @pytest.mark.parametrize("case", ["toy"])
+    @pytest.mark.parametrize("case", os.environ.get("TOY_CASES", "toy").split())
     def test_part(bench, case, provider):
         bench(case, provider, PROVIDERS, lambda case, device: None, lambda case: Work(bytes=1 << 27))
     """
@@ -109,7 +109,11 @@ def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
     device = record["machine_info"]["pgolf"]["device"]
     saved.rename(saved.parent / runner.storage.machine_name(device))
     options = storage.compare_options(tmp_path / "results", device)
-    assert run_toy(pytester, toy, *options).ret == 0
+    monkeypatch.setenv("TOY_CASES", "toy new")
+    with_new = run_toy(pytester, toy, *options)
+    assert with_new.ret == 0
+    assert "not compared, without a record: toy/part (new)\n" in with_new.stdout.str() + "\n"
+    monkeypatch.delenv("TOY_CASES")
 
     monkeypatch.setenv("TOY_SECONDS", "0.01")
     slower = run_toy(pytester, toy, *options)

@@ -118,6 +118,21 @@ def test_auto_falls_back_loudly(build, tmp_path, monkeypatch, capfd):
     assert "Building WITHOUT CUDA" in errors
 
 
+@pytest.mark.parametrize("archs", ["sm_90", ""])
+def test_a_mistaken_list_of_architectures_builds_nothing(build, tmp_path, monkeypatch, archs):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", compiles=True)))
+    monkeypatch.setenv("PGOLF_CUDA_ARCHS", archs)
+    with pytest.raises(ExecError, match="PGOLF_CUDA_ARCHS: got"):
+        run_build(build, tmp_path)
+
+
+def test_an_nvcc_that_may_not_be_run_is_none(build, tmp_path, monkeypatch):
+    toolkit = fake_toolkit(tmp_path / "cuda", compiles=True)
+    (toolkit / "bin" / "nvcc").chmod(0o644)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert build.find_nvcc() != toolkit / "bin" / "nvcc"
+
+
 def test_demanded_cuda_that_does_not_compile_is_an_error(build, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", compiles=False)))
     monkeypatch.setenv("PGOLF_CUDA", "1")
@@ -149,7 +164,7 @@ def test_nvcc_of_nvidias_packages_is_found(build, tmp_path, monkeypatch):
     """Their layout: site-packages/nvidia/cu13/bin/nvcc. The environment's own folder counts in an isolated build."""
     nvcc = tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.touch()
+    nvcc.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
     monkeypatch.setattr(build.sys, "path", [""])

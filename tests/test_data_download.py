@@ -186,6 +186,17 @@ def test_a_damaged_local_file_is_fetched_again(hub, tmp_path):
     assert same_files(hub, tmp_path / "out", [f"datasets/{NAME}/fineweb_train_000000.bin"])
 
 
+def test_a_local_file_stays_until_there_is_a_better_one(hub, tmp_path):
+    download(hub, tmp_path / "out", train_shards=1)
+    path = tmp_path / "out" / "datasets" / NAME / "fineweb_train_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    kept = path.read_bytes()
+    (hub.folder / "datasets" / "datasets" / NAME / path.name).write_bytes(b"")
+    with pytest.raises(DataError, match="arrived damaged"):
+        download(hub, tmp_path / "out", train_shards=1)
+    assert path.read_bytes() == kept
+
+
 @pytest.mark.parametrize("damage", [b"", b"<html>not a shard</html>"])
 def test_a_damaged_remote_file_is_refused(hub, tmp_path, damage):
     (hub.folder / "datasets" / "datasets" / NAME / "fineweb_train_000000.bin").write_bytes(damage)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,41 @@ def test_a_folder_that_is_stopped_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic_folder(target, replace=True) as folder:
         (folder / "x").write_text("half")
         raise error
+    assert (target / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    synced, fsync, rename = [], os.fsync, Path.rename
+
+    def noted_rename(self, target):
+        synced.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    with atomic_folder(tmp_path / "set") as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "x").write_text("1")
+    parts = {path.stat().st_ino for path in (tmp_path / "set", tmp_path / "set" / "in", tmp_path / "set" / "in" / "x")}
+    assert set(synced[:3]) == parts
+    assert synced[3:] == ["rename", tmp_path.stat().st_ino]
+
+
+def test_ctrl_c_between_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
+    target, rename = tmp_path / "set", Path.rename
+    target.mkdir()
+    (target / "x").write_text("old")
+
+    def stopped_rename(self, new):
+        rename(self, new)
+        if self == target:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped_rename)
+        with pytest.raises(KeyboardInterrupt), atomic_folder(target, replace=True) as folder:
+            (folder / "x").write_text("new")
     assert (target / "x").read_text() == "old"
     assert os.listdir(tmp_path) == ["set"]
 

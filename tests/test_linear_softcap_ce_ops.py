@@ -113,7 +113,7 @@ def test_refusals() -> None:
         (IndexError, "targets: got 203", lambda: call(p.hidden, p.weight, torch.full_like(p.targets, 203))),
         (
             IndexError,
-            r"hint 203",
+            r"hints: got 203, wanted indices in \[0, 203\) or -1 for no hint",
             lambda: call(p.hidden, p.weight, p.targets, hints=torch.full_like(p.hints, 203)),
         ),
     ]

@@ -232,6 +232,20 @@ def test_wrong_arguments_of_the_update_are_named(change, error, message):
         muon_apply(**arguments, keep=1.0, rate=0.1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(4, 3), 5, torch.float32), ValueError, r"update: got shape \(4, 3\), wanted \[n, rows, cols\]"),
+        ((torch.zeros(1, 4, 3).int(), 5, torch.float32), TypeError, "update: got torch.int32"),
+        ((torch.zeros(1, 4, 3), 5, torch.int8), TypeError, "dtype: got torch.int8"),
+        ((torch.zeros(1, 4, 3), -1, torch.float32), ValueError, "steps: got -1, wanted at least 0"),
+    ],
+)
+def test_wrong_arguments_of_newton_schulz_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        orthogonalize(*arguments)
+
+
 @triton_aot.needs_triton
 def test_triton_kernels_through_the_interpreter():
     triton_aot.run_interpreted("tests.test_muon")

@@ -150,3 +150,52 @@ def test_checks_of_arguments_go_where_asked():
     assert "ValueError" not in left and "RuntimeError" in left and "too many" in left and "in all" in left
     with pytest.raises(ValueError, match="'elsewhere'"):
         pruned(source, unchecked=["elsewhere"])
+
+
+def test_checks_that_have_nothing_left_to_do_are_not_called():
+    modules = {
+        "a": """
+            from b import check_size, check_dtype
+            from c import check_magic
+
+            def run(x):
+                check_size(x)
+                check_magic(x)
+                _check_all(x)
+                _check_state(x)
+                record(x)
+                return check_dtype(x)
+
+            def _check_all(x):
+                for name in "x":
+                    check_size(x)
+
+            def _check_state(x):
+                if x > 1:
+                    raise RuntimeError("x: used already")
+
+            def record(x):
+                if x > 1:
+                    raise ValueError("x: too large")
+        """,
+        "b": """
+            def check_size(x):
+                if x > 3:
+                    raise ValueError(f"x: got {x}, wanted 3")
+
+            def check_dtype(x):
+                if x > 3:
+                    raise TypeError(f"x: got {x}")
+                return x
+        """,
+        "c": """
+            def check_magic(x):
+                if x > 3:
+                    raise ValueError(f"x: got {x}, wanted at most 3")
+        """,
+    }
+    left = pruned("from a import run\nrun(1)", modules, unchecked=["a", "b"])
+    run = left["a"].partition("def run")[2].partition("def ")[0]
+    assert "check_size" not in left["a"] + left["b"] and "_check_all" not in left["a"]
+    assert all(call in run for call in ("check_magic(x)", "_check_state(x)", "record(x)", "return check_dtype(x)"))
+    assert "wanted at most 3" in left["c"]

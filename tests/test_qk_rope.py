@@ -314,6 +314,7 @@ def test_wrong_arguments_are_named(change, error, message):
             TypeError,
             "x: got",
         ),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x: got shape \(\), wanted \[..., T, D\]"),
         ({"gain": torch.ones(4, dtype=torch.int64)}, TypeError, "gain: got torch.int64"),
         ({"cos": torch.ones(3, 2, dtype=torch.int64)}, TypeError, "cos: got torch.int64"),
         ({"sin": torch.empty(3, 2, device="meta")}, ValueError, "sin: got device meta, wanted cpu"),

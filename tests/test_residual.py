@@ -286,6 +286,10 @@ def test_wrong_arguments_are_named():
         combine([good, good.double()], torch.randn(2, 8))
     with pytest.raises(ValueError, match="coefficients: got shape"):
         combine([good], torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"streams\[0\]: got shape \(\), wanted \[..., D\] with D at least 1"):
+        combine([torch.tensor(1.0)], torch.randn(1, 8))
+    with pytest.raises(ValueError, match=r"x: got shape \(4, 0\)"):
+        norm_residual(good[:, :0])
     for call in (lambda: norm_residual(good, scale=0.0), lambda: combine_norm([good], torch.ones(1, 8), scale=0.0)):
         with pytest.raises(ValueError, match="scale: got 0"):
             call()

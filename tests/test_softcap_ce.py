@@ -274,6 +274,7 @@ def test_refusals() -> None:
         (ValueError, "targets: got device meta", lambda: softcap_cross_entropy(logits, targets.to("meta"))),
         (ValueError, "softcap: got 0", lambda: softcap_cross_entropy(logits, targets, 0)),
         (ValueError, "softcap: got -1", lambda: softcap_cross_entropy(logits, targets, -1.0)),
+        (ValueError, "softcap: got inf", lambda: softcap_cross_entropy(logits, targets, float("inf"))),
         (ValueError, "softcap: got nan", lambda: softcap_cross_entropy(logits, targets, float("nan"))),
         (ValueError, "reduction: got 'max'", lambda: softcap_cross_entropy(logits, targets, reduction="max")),
         (

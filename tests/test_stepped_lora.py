@@ -303,10 +303,31 @@ def test_calls_over_other_rows_belong_to_the_same_pass():
     assert stepped == [[True, False, True], [True, False, True]]
 
 
-def test_wrong_adapters_are_named():
-    a, b = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 3)
-    with pytest.raises(ValueError, match=r"adapters 0: got A \(1, 2, 4, 8\) and B \(1, 2, 6, 3\)"):
-        SteppedLora([a], [b], dtype=torch.float32, mean=False)
+_A, _B = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("lora_as", "lora_bs", "error", "message"),
+    [
+        ([], [], ValueError, "lora_as, lora_bs: got lengths 0, 0"),
+        ([_A], [_B, _B], ValueError, "lora_as, lora_bs: got lengths 1, 2"),
+        ([_A], [torch.zeros(1, 2, 6, 3)], ValueError, r"adapters 0: got A \(1, 2, 4, 8\) and B \(1, 2, 6, 3\)"),
+        (
+            [_A, torch.zeros(1, 3, 4, 8)],
+            [_B, torch.zeros(1, 3, 6, 4)],
+            ValueError,
+            r"adapters 1: .*wanted \[1, 2, r, 8",
+        ),
+        ([_A, torch.zeros(2, 2, 4, 8)], [_B, torch.zeros(2, 2, 6, 4)], ValueError, "adapters 1: got A"),
+        ([_A, torch.zeros(1, 2, 4, 9)], [_B, _B], ValueError, "adapters 1: got A"),
+        ([_A.bfloat16()], [_B.bfloat16()], TypeError, "adapters 0: got torch.bfloat16"),
+        ([_A], [_B.double()], TypeError, "adapters 0: got torch.float64"),
+        ([_A], [_B.to("meta")], ValueError, "adapters 0: got device meta, wanted cpu"),
+    ],
+)
+def test_wrong_adapters_are_named(lora_as, lora_bs, error, message):
+    with pytest.raises(error, match=message):
+        SteppedLora(lora_as, lora_bs, dtype=torch.float32, mean=False)
 
 
 @triton_aot.needs_triton
@@ -333,6 +354,7 @@ def test_triton_kernels_on_a_gpu(case, dtype):
     ("steps", "options", "message"),
     [
         ([1, 2], {"beta2": 2.0}, "beta2: got 2.0"),
+        ([1, 2], {"eps": -1e-8}, "eps: got -1e-08, wanted a finite number of at least 0"),
         ([1.0, 2.0], {}, "steps: got shape .* of torch.float32"),
         ([[1, 2]], {}, "steps: got shape"),
     ],

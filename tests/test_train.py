@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import schedule
-from model.checkpoint import list_checkpoints
+from model.checkpoint import list_checkpoints, load_checkpoint
 from model.data.dataset import open_dataset
 from model.data.loaders import LOADERS
 from model.distributed import Dist, local_micro_batches
@@ -263,6 +263,8 @@ def test_signals_end_training_with_a_checkpoint_that_resumes(data, dataset, tmp_
     assert result.interrupted == number
     assert result.step == 4  # the step that was running is finished
     assert not run_of(config).model_path.exists()
+    (saved,) = list_checkpoints(run_of(config).checkpoints)
+    assert load_checkpoint(saved).state["seconds"] == pytest.approx(result.seconds, rel=0.05)
     again = train(config, dataset, run_of(config), Dist.single(), resume=True)
     assert again.interrupted is None
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in whole.model.state_dict().items())

@@ -99,7 +99,7 @@ class _Hub:
                 _check_file(final, check, digest)
                 return
             except DataError:
-                final.unlink()
+                pass  # stays until there is a better one
         found = self._download(path)
         try:
             _check_file(found, check, digest)

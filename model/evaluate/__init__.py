@@ -284,7 +284,9 @@ def borrowed(model: GPT, device: torch.device, *, mutated: bool) -> Iterator[Non
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        yield
+        # Streams and graphs belong to the current device, whichever one tensors are on.
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            yield
     finally:
         model.to(home)
         model.compute_dtype, model.late_qat = dtype, qat

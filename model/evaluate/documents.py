@@ -9,7 +9,7 @@ n - 1 predictions, read in chunks: chunk c predicts up to `chunk_size` tokens be
 from __future__ import annotations
 
 import heapq
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +18,6 @@ from model.data.shards import BOS_ID
 # A chunk of a document costs what its window holds, plus its share of one step over its adapters: the traffic of one
 # document's fp32 adapters (rank 96) takes about as long as so many tokens through the network.
 CHUNK_OVERHEAD_TOKENS = 256
-
-
-class ChunkWindow(NamedTuple):
-    """Where one chunk of a document is read: positions count the document's inputs."""
-
-    start: int  # first input of the window
-    length: int  # inputs in the window
-    offset: int  # of the chunk's first prediction, in the window
-    scored: int  # predictions of the chunk
 
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
@@ -46,19 +37,6 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
 def num_chunks(predictions: Any, chunk_size: int) -> Any:
     """Chunks of a document with so many predictions; an array gives an array."""
     return -(-predictions // chunk_size)
-
-
-def chunk_window(chunk: int, predictions: int, chunk_size: int, seq_len: int) -> ChunkWindow:
-    """The window of a chunk: it ends with the chunk and reaches back at most `seq_len` inputs.
-
-    Raises ValueError when the document has no such chunk.
-    """
-    if not 0 <= chunk < num_chunks(predictions, chunk_size):
-        raise ValueError(f"chunk: got {chunk}, wanted 0 to {num_chunks(predictions, chunk_size) - 1}")
-    first = chunk * chunk_size
-    end = min(first + chunk_size, predictions)
-    start = max(0, end - seq_len)
-    return ChunkWindow(start, end - start, first - start, end - first)
 
 
 def document_costs(documents: np.ndarray, chunk_size: int, seq_len: int) -> np.ndarray:

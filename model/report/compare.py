@@ -105,15 +105,16 @@ def _compare_mode(groups: dict[str, list[Run]], mode: str, looks: dict[str, plot
         )
     )
     first = next(iter(bpb))
-    columns = ["group", "runs", "bits per byte", "nats per token", f"bpb minus {first}", f"nats minus {first}"]
+    columns = ["group", "legality", "runs", "bits per byte", "nats per token"]
+    columns += [f"bpb minus {first}", f"nats minus {first}"]
     rows: list[list[Any]] = []
     for name, values in bpb.items():
-        row = [name, len(values), _mean(values), _mean(nats[name])]
+        legality = _legality(len(objections[name]), len(values))
         others = [] if name == first else [(values, bpb[first]), (nats[name], nats[first])]
-        row += [_difference(*pair) for pair in others] or ["", ""]
-        rows.append([*row, _legality(len(objections[name]), len(values))])
+        differences = [_difference(*pair) for pair in others] or ["", ""]
+        rows.append([name, legality, len(values), _mean(values), _mean(nats[name]), *differences])
     yield tag("p", "Mean ± sample standard deviation over the seeds; differences are of means.", class_="soft")
-    yield table([*columns, "legality"], rows, numbers=range(1, len(columns)))
+    yield table(columns, rows, numbers=range(2, len(columns)))
     yield from _tests(bpb, nats, first, objections)
 
 
@@ -177,15 +178,19 @@ def _run_table(groups: dict[str, list[Run]]) -> Markup:
         for run in members:
             train = run.result.get("train", {})
             seconds = run.result.get("seconds", {}).get("train")
-            row = [run.name, name.replace(" ", "\u00a0"), run.seed, f"{train['steps']:,}" if "steps" in train else ""]
-            row.append("" if seconds is None else f"{seconds:,.1f}")
-            row += [f"{run.bpb[mode]:.5f}" if mode in run.bpb else "" for mode in modes]
-            row.append(f"{run.artifact.size:,}" if run.artifact else "")
             illegal = [f"{mode} ({'; '.join(run.objections(mode))})" for mode in run.bpb if run.objections(mode)]
             words = f"not legal: {', '.join(illegal)}" if illegal else "nothing against it"
-            rows.append([*row, tag("span", words, class_="bad" if illegal else "soft")])
-    columns = ["run", "group", "seed", "steps", "train s", *(f"bpb {mode}" for mode in modes), "artifact bytes"]
-    return table([*columns, "legality"], rows, numbers=range(2, len(columns)))
+            row: list[Any] = [
+                run.name,
+                name.replace(" ", "\u00a0"),
+                tag("span", words, class_="bad" if illegal else "soft"),
+            ]
+            row += [run.seed, f"{train['steps']:,}" if "steps" in train else ""]
+            row.append("" if seconds is None else f"{seconds:,.1f}")
+            row += [f"{run.bpb[mode]:.5f}" if mode in run.bpb else "" for mode in modes]
+            rows.append([*row, f"{run.artifact.size:,}" if run.artifact else ""])
+    columns = ["run", "group", "legality", "seed", "steps", "train s", *(f"bpb {mode}" for mode in modes)]
+    return table([*columns, "artifact bytes"], rows, numbers=range(3, len(columns) + 1))
 
 
 def _mean(values: list[float]) -> str:

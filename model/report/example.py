@@ -39,10 +39,11 @@ def example_text(run: Run) -> Iterator[Markup]:
     tokens = source.tokens[start + 1 : end]
     bits = {name: nll[start + 1 : end] / math.log(2) for name, nll in source.nll.items()}
     loss, size, count = documents[chosen]
+    shown = f", of which the first {len(tokens):,} are shown" if len(tokens) < count else ""
     yield tag(
         "p",
         f"Document {chosen + 1} of {len(documents):,}, of typical difficulty: {loss / math.log(2) / size:.3f} bits per "
-        f"byte over {int(count):,} tokens. Colours are bits for a token under {mode}; the tooltip of a token has every "
+        f"byte over {int(count):,} tokens{shown}. Colours are bits for a token under {mode}; its tooltip has every "
         "mode.",
     )
     yield _key()

@@ -36,7 +36,12 @@ figure { margin: 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.4rem 1.6rem;
   align-items: start; margin: 1rem 0 1.4rem; }
 figure img { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; margin: .8rem 0 1.2rem; }
+/* A shadow on the side where a table goes on; white, scrolled with the table, hides it at the end. */
+.scroll { overflow-x: auto; margin: .8rem 0 1.2rem; background: no-repeat #fff;
+  background-size: 2rem 100%, 2rem 100%, .7rem 100%, .7rem 100%; background-position: 0 0, 100% 0, 0 0, 100% 0;
+  background-attachment: local, local, scroll, scroll;
+  background-image: linear-gradient(90deg, #fff 40%, #fff0), linear-gradient(-90deg, #fff 40%, #fff0),
+  linear-gradient(90deg, #0003, #0000), linear-gradient(-90deg, #0003, #0000); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }

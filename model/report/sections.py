@@ -13,9 +13,9 @@ from model.report import plots
 from model.report.example import example_text
 from model.report.html import Markup, details, figure, join, pictures, table, tag, tiles
 from model.report.load import Run
-from model.size import BUDGET, code_size
+from model.rules import SECONDS_BUDGET, SIZE_BUDGET
+from model.size import code_size
 
-STAGE_BUDGET = 600.0  # seconds for training, and again for evaluation
 MODES = {
     "float": "the averaged weights, before quantisation",
     "plain": "the artifact, windows that do not overlap",
@@ -70,7 +70,8 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
     if mode in run.nats:
         yield f"nats per token, {mode}", f"{run.nats[mode]:.4f}"
     if run.artifact is not None:
-        yield f"bytes of artifact ({run.artifact.size / BUDGET:.1%} of 16 MB)", f"{run.artifact.size:,}"
+        share = f"{run.artifact.size / SIZE_BUDGET:.1%} of {SIZE_BUDGET / 1e6:g} MB"
+        yield f"bytes of artifact ({share})", f"{run.artifact.size:,}"
     train = run.result.get("train", {})
     if "steps" in train:
         yield f"steps, {train.get('tokens', 0):,} tokens", f"{train['steps']:,}"
@@ -86,6 +87,9 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
         yield "seconds of training", f"{seconds:,.0f}"
 
 
+_MEDIAN = "A running median over a fiftieth of the run, three steps at least."
+
+
 def _training(run: Run) -> Iterator[Markup]:
     if not run.steps:
         return
@@ -95,14 +99,14 @@ def _training(run: Run) -> Iterator[Markup]:
         figure(
             plots.training_loss(*one),
             f"Training loss by step, from {first['loss']:.3f} to {last['loss']:.3f}",
-            "Pale: each step. Strong: a running mean over a fiftieth of the run.",
+            "Pale: each step. Strong: a running mean over a fiftieth of the run, three steps at least.",
         ),
         *([figure(plots.validation(*one), "Validation bits per byte during training")] if run.is_validated else []),
-        figure(plots.gradient_norm(*one), "Gradient norm before clipping, by step"),
+        figure(plots.gradient_norm(*one), "Gradient norm before clipping, by step", _MEDIAN),
         figure(plots.learning_rates(run), "Learning rates by step"),
         figure(plots.momentum(run), "Muon's momentum by step"),
-        figure(plots.tokens_per_second(run), "Tokens per second by step"),
-        figure(plots.utilisation(run), "Use of the hardware, or time of a step, by step"),
+        figure(plots.tokens_per_second(run), "Tokens per second by step", _MEDIAN),
+        figure(plots.utilisation(run), "Use of the hardware, or time of a step, by step", _MEDIAN),
     )
 
 
@@ -170,8 +174,10 @@ def _artifact(run: Run) -> Iterator[Markup]:
     shares = {f"{name} codes": size for name, size in facts.code_bytes.items()}
     parts = shares | {"row scales": facts.parts["scales"], "other tensors": facts.parts["tensors"]}
     parts["header"] = facts.parts["header"]
-    room = BUDGET - facts.size
-    verdict = f"{room:,} of the 16,000,000 are left for code" if room >= 0 else f"{-room:,} over the 16,000,000"
+    room = SIZE_BUDGET - facts.size
+    verdict = (
+        f"{room:,} of the {SIZE_BUDGET:,} are left for code" if room >= 0 else f"{-room:,} over the {SIZE_BUDGET:,}"
+    )
     weights = sum(c.weights for c in facts.classes)
     entropy = sum(c.weights * c.entropy for c in facts.classes)
     stored = 8 * facts.parts["codes"]
@@ -202,10 +208,10 @@ def _budgets(run: Run) -> Iterator[Markup]:
     used = {}
     if "train" in seconds:
         training = seconds["train"] + calibration
-        used["training"] = (training / STAGE_BUDGET, f"{training:,.1f} of {STAGE_BUDGET:g} s")
+        used["training"] = (training / SECONDS_BUDGET, f"{training:,.1f} of {SECONDS_BUDGET:g} s")
     evaluation = run.result.get("evaluation", {}).get(run.final_mode, {}).get("seconds")
     if evaluation is not None:
-        used["evaluation"] = (evaluation / STAGE_BUDGET, f"{evaluation:,.1f} of {STAGE_BUDGET:g} s")
+        used["evaluation"] = (evaluation / SECONDS_BUDGET, f"{evaluation:,.1f} of {SECONDS_BUDGET:g} s")
     counted = ""
     if run.artifact is not None:
         size, name = run.artifact.size, "artifact and code"
@@ -214,14 +220,14 @@ def _budgets(run: Run) -> Iterator[Markup]:
             counted = "counted is the script that pgolf pack writes"
         except PgolfError as error:  # an installation without the sources of the n-gram hints
             name, counted = "artifact", f"not counted here ({error})"
-        used[name] = (size / BUDGET, f"{size / 1e6:.2f} of {BUDGET / 1e6:g} MB")
+        used[name] = (size / SIZE_BUDGET, f"{size / 1e6:.2f} of {SIZE_BUDGET / 1e6:g} MB")
     shown = []
     if used:
         words = "; ".join(f"{name} {text}" for name, (_, text) in used.items())
         caption = (
             "Training counts the calibration of the quantiser, which reads training data; evaluation is that of "
-            f"{run.final_mode or 'no mode'}. The benchmark's 600 s are meant for 8 H100 GPUs, and its 16,000,000 "
-            f"bytes include the code{': ' * bool(counted)}{counted}."
+            f"{run.final_mode or 'no mode'}. The benchmark's {SECONDS_BUDGET:g} s are meant for 8 H100 GPUs, and its "
+            f"{SIZE_BUDGET:,} bytes include the code{': ' * bool(counted)}{counted}."
         )
         shown.append(figure(plots.budgets(used), f"Budgets: {words}", caption))
     if seconds:
