@@ -19,9 +19,11 @@ class Check:
 
 @dataclass
 class Report:
-    """The checks in order. `seed` drew the places; `other_files`: bytes of what a scorer reads beside the artifact."""
+    """The checks in order of `scorer`, a mode or "module:function". `seed` drew the places; `other_files`: bytes of
+    what a scorer reads beside the artifact."""
 
     checks: list[Check] = field(default_factory=list)
+    scorer: str = ""
     seed: int = 0
     other_files: dict[str, int] = field(default_factory=dict)
 

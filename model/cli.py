@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _line(_describe(error))
         # An interrupted training says which signal it was.
-        status = 128 + error.number if hasattr(error, "number") else 1
+        status = 128 + error.number if hasattr(error, "number") else getattr(error, "status", 1)
     sys.exit(status)
 
 

@@ -109,6 +109,8 @@ class ModelConfig:
             self.parallel_start,
             "-1 (none) to num_layers",
         )
+        _require(self.hidden_dim > 0, "mlp_mult", self.mlp_mult, "a hidden unit or more")
+        _require(self.bigram_vocab_size != 1, "bigram_vocab_size", 1, "0 (none) or at least 2")
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class EvalConfig:
     global_ttt_batch_seqs: int = 32  # windows a step
     global_ttt_warmup_start_lr: float = 0.0  # first rate
     global_ttt_warmup_chunks: int = 0  # chunks over which the rate rises to global_ttt_lr
-    global_ttt_grad_clip: float = 1.0  # largest norm of the gradient
+    global_ttt_grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     global_ttt_respect_doc_boundaries: bool = True  # no attention between documents
     # Chunked score-first SGD (pull requests 1413, 1514).
     sgd_ttt_lr: float = 0.005  # rate of SGD on all weights
@@ -225,7 +227,7 @@ class EvalConfig:
     sgd_ttt_epochs: int = 3  # passes over a chunk
     sgd_ttt_chunk_tokens: int = 32768  # tokens scored before SGD on them
     sgd_ttt_batch_seqs: int = 32  # windows a step
-    sgd_ttt_grad_clip: float = 1.0  # largest norm of the gradient
+    sgd_ttt_grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     sgd_ttt_freeze_blocks: int = 0  # first blocks that stay as they are
     # N-gram tilt (pull request 1514).
     ngram_base_beta: float = 2.0  # how far a hint lifts the logit of its token
@@ -340,53 +342,57 @@ def _check_literal(section: str, name: str, value: Any) -> None:
         _require(value in allowed, name, value, "one of " + ", ".join(map(str, allowed)))
 
 
+_MOST = 10**9  # of what has no bound of its own: far more than memory and patience have
 _WITHIN = {
     "vocab_size": (2, 65536),  # shards hold uint16
+    "parallel_start": (-1, _MOST),
+    "cu_bucket_size": (1, 65536),
+    "seed": (0, 2**63 - 1),
+    "warmdown_frac": (0, 1),
+    "min_lr": (0, 1),
+    "loop_start_step": (-1, _MOST),
+    "late_qat_threshold": (0, 1),
     "matrix_bits": (2, 8),
     "mlp_bits": (2, 8),
     "embed_bits": (2, 8),
     "phased_num_phases": (1, 8),
     "ttt_lora_rank": (1, 128),
-    "warmdown_frac": (0, 1),
-    "min_lr": (0, 1),
-    "late_qat_threshold": (0, 1),
+    "ngram_base_beta": (0, 100),  # e^beta is computed
+    "ngram_agree_bonus": (0, 100),
+    "ngram_within_beta": (0, 100),
+    "ngram_word_beta": (0, 100),
+    "ngram_table_bits": (4, 32),
+    "cache_alpha": (0, 1),
+    "cache_order": (1, 64),
 }
 # fmt: off
 _BELOW_ONE = frozenset({
     "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start", "ema_decay", "prune_fraction",
     "ttt_beta1", "ttt_beta2", "global_ttt_momentum", "sgd_ttt_momentum",
 })
-_ABOVE_ZERO = frozenset({"mlp_mult", "logit_softcap", "rope_base", "timeout_seconds"})
-_AT_LEAST_ONE = frozenset({
-    "num_layers", "model_dim", "num_heads", "num_kv_heads", "rope_train_seq_len", "cu_bucket_size", "muon_steps",
-    "train_batch_tokens", "micro_batches", "keep_checkpoints", "calibration_batches", "calibration_tokens",
+_ABOVE_ZERO = frozenset({
+    "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base",
+    "rope_train_seq_len", "tied_embed_init_std", "bigram_dim", "train_batch_tokens", "micro_batches", "adam_eps",
+    "muon_steps", "keep_checkpoints", "timeout_seconds", "calibration_batches", "calibration_tokens",
     "gptq_block_size", "eval_seq_len", "eval_stride", "eval_batch_seqs", "ttt_chunk_size", "ttt_batch_size",
-    "ttt_eval_seq_len", "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "sgd_ttt_chunk_tokens",
-    "sgd_ttt_batch_seqs",
-})
-_AT_LEAST_ZERO = frozenset({
-    "num_loops", "bigram_vocab_size", "train_seq_len", "seed", "iterations", "max_wallclock_seconds",
-    "reserve_seconds", "warmup_steps", "warmdown_iters", "enable_looping_at", "matrix_lr", "tied_embed_lr",
-    "scalar_lr", "adam_eps", "muon_momentum_warmup_steps", "muon_wd", "embed_wd", "adam_wd", "grad_clip_norm",
-    "train_log_every", "val_loss_every", "checkpoint_every", "gptq_damping", "attn_clip_sigmas", "mlp_clip_sigmas",
-    "embed_clip_sigmas", "phased_prefix_docs", "ttt_lora_lr", "ttt_weight_decay", "global_ttt_lr", "sgd_ttt_lr",
-    "sgd_ttt_freeze_blocks", "ttt_grad_steps", "global_ttt_epochs", "sgd_ttt_epochs", "negative_slope",
+    "ttt_eval_seq_len", "ttt_grad_steps", "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "sgd_ttt_chunk_tokens",
+    "sgd_ttt_batch_seqs", "ngram_order_stride", "cache_reset_every",
 })
 # fmt: on
 
 
 def _check_range(name: str, value: Any) -> None:
+    """Every number has a range."""
+    kind = field_types()[name]
     if name in _WITHIN:
         low, high = _WITHIN[name]
         _require(low <= value <= high, name, value, f"{low} to {high}")
     elif name in _BELOW_ONE:
         _require(0 <= value < 1, name, value, "0 <= value < 1")
-    elif name in _ABOVE_ZERO:
-        _require(value > 0, name, value, "above 0")
-    elif name in _AT_LEAST_ONE:
-        _require(value >= 1, name, value, "at least 1")
-    elif name in _AT_LEAST_ZERO:
-        _require(value >= 0, name, value, "at least 0")
+    elif kind in (int, float):
+        least = "at least 0" if name not in _ABOVE_ZERO else "at least 1" if kind is int else "above 0"
+        good = 0 < value <= _MOST or (value == 0 and name not in _ABOVE_ZERO)
+        _require(good, name, value, f"{least}, at most {_MOST}")
 
 
 def _checked_type(name: str, value: Any) -> Any:

@@ -27,3 +27,9 @@ class TrainError(PgolfError):
 
 class DeviceMemoryError(PgolfError):
     """A GPU that has too little memory for a stage (see model/memory.py)."""
+
+
+class NotVerified(PgolfError):
+    """`pgolf verify` could not say whether a score is legal: not the exit status of one that is not."""
+
+    status = 2

@@ -1,9 +1,9 @@
 """Running something in a fresh process in which certain files do not exist, and noting what else it reads.
 
-On Linux with user namespaces the process gets a mount namespace of its own, in which every file to be hidden is covered
-by an empty one, and a network of its own, which leads nowhere: native code that opens such a file by whatever name
-finds nothing. Elsewhere the files stay, and only opens by Python code are seen, through an audit hook, which proves
-nothing about native code; `Isolation.hidden` says which it was. Other files are noted through that hook.
+On Linux with user namespaces the process gets a mount namespace of its own, in which every file or folder to be hidden
+is covered by an empty one, and a network of its own, which leads nowhere: native code that opens such a file by
+whatever name finds nothing. Elsewhere the files stay, and only opens by Python code are seen, through an audit hook,
+which proves nothing about native code; `Isolation.hidden` says which it was. Other files are noted through that hook.
 
 This module imports nothing beyond the standard library: a namespace can only be entered before threads exist.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 _NEW_USER, _NEW_MOUNTS, _NEW_NETWORK = 0x10000000, 0x00020000, 0x40000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
-_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/opt/nvidia", "/run", "/var/cache")
+_SYSTEM = ("/proc", "/sys", "/etc", "/usr", "/lib", "/lib64", "/opt/nvidia")
 
 
 @dataclass
@@ -57,9 +57,16 @@ class Isolation:
         return found
 
 
+def environment() -> dict[str, str]:
+    """Of a fresh process that imports what this one does."""
+    places = [str(Path(__file__).parents[1]), *(place for place in sys.path if place)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
 def isolate(paths: Sequence[str]) -> Isolation:
-    """Hides the files from this process and watches what it opens. Call it before starting threads."""
+    """Hides files and folders from this process and watches what it opens. Call it before starting threads."""
     real = {os.path.realpath(path) for path in paths}
+    folders = tuple(path + os.sep for path in real if os.path.isdir(path))
     reason = _hide(sorted(real))
     covered = "covered in a mount namespace of its own, without a network"
     isolation = Isolation(hidden=reason is None, reason=reason or covered)
@@ -69,7 +76,7 @@ def isolate(paths: Sequence[str]) -> Isolation:
             isolation.own.add(os.path.realpath(str(arguments[0])))
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
-            if path in real:
+            if path in real or path.startswith(folders):
                 isolation.opened.append(path)
             elif isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY and "w" not in str(mode):
                 isolation.read.add(path)
@@ -95,7 +102,9 @@ def _hide(paths: list[str]) -> str | None:
     if libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None):
         return f"mounts cannot be made private ({os.strerror(ctypes.get_errno())})"
     for path in paths:
-        if libc.mount(b"/dev/null", os.fsencode(path), None, _BIND, None):
+        kind = (b"none", b"tmpfs", 0) if os.path.isdir(path) else (b"/dev/null", None, _BIND)
+        source, system, flags = kind
+        if libc.mount(source, os.fsencode(path), system, flags, None):
             return f"{path} cannot be covered ({os.strerror(ctypes.get_errno())})"
     return None
 

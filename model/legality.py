@@ -13,7 +13,6 @@ evaluation time      from opening the artifact to the bits per byte, at most 600
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import secrets
 import subprocess
@@ -32,17 +31,16 @@ from model.checks import FAIL, PASS, SKIPPED, Check, Report
 from model.config import Config
 from model.data.dataset import Dataset, dataset_of
 from model.data.progress import progress
-from model.data.shards import BOS_ID, shard_length, whole_documents, write_shard
-from model.errors import DataError, LegalityError
+from model.errors import ConfigError, LegalityError, NotVerified, PgolfError
 from model.evaluate import evaluate, evaluation_identity
-from model.evaluate.bpb import check_bytes
-from model.evaluate.documents import find_documents
 from model.evaluate.ledger import ARTIFACT_STATE, CERTAIN, Ledger, Rows
 from model.files import atomic_write
 from model.gpt import GPT
+from model.isolation import environment
+from model.legality_files import check_decoded_bytes, check_documents_apart, check_size, data_files
 from model.probe import resolve
 from model.rescore import SAVED_SCORES, Saved, check_saved_scores, rescore
-from model.rules import SECONDS_BUDGET, SIZE_BUDGET
+from model.rules import SECONDS_BUDGET
 from model.run import RunDir
 from model.score import check_tokenizer, mode_name, shown, time_left
 from model.settings import given_flags, section_options
@@ -53,9 +51,6 @@ ALL_UP_TO, CANDIDATES = 128, 32  # of the normalisation check: all of a small vo
 # Of the validation set: its beginning where no ledger of the whole is there, else drawn to compare saved scores.
 EVALUATED_TOKENS = {"cpu": 2_048, "cuda": 131_072}
 DECODED_DOCUMENTS = 2_000
-SHORTEST_DOCUMENT = 32  # tokens; shorter ones repeat by chance ("Yes.")
-_SCRIPT = "train_gpt.py"
-_SCRIPT_TOKENS = 512  # that a packed script scores to show which files it opens
 
 
 def verify_artifact(
@@ -80,11 +75,18 @@ def verify_artifact(
 
     Raises ArtifactError, ConfigError, DataError where there is nothing to check.
     """
+    if mode and evaluator:
+        raise ConfigError(f"mode, evaluator: got {mode!r} and {evaluator!r}, wanted one of them")
+    if evaluator and ":" not in evaluator:
+        raise ConfigError(f"evaluator: got {evaluator!r}, wanted module:function")
     artifact = path / "model.pgolf" if path.is_dir() else path
     run = RunDir(path, writes=False) if (path / "config.json").is_file() else None
     header = read_header(artifact)
     config = header.config.replace(**changes)
-    dataset = dataset_of(run.config() if run else config, data_dir, variant=variant)
+    given = {name: value for name, value in (("data_dir", data_dir), ("variant", variant)) if value is not None}
+    origin = (run.config() if run else config).replace(**given)
+    dataset = dataset_of(origin)
+    hide = data_files(dataset, Path(origin.data.data_dir), path)
     check_tokenizer(header, dataset)
     mode = mode or config.eval.eval_mode
     model = load_model(artifact, "cpu")
@@ -106,26 +108,32 @@ def verify_artifact(
             dataset.byte_tables,
             config,
             train_shards=dataset.train_shards,
-            hide=[*dataset.train_shards, *dataset.valid_shards],
+            hide=hide,
             sample=sample,
             progress=show,
         )
-    report.seed = sample.seed
+    report.seed, report.scorer = sample.seed, evaluator or mode
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     saved = None if evaluator or run is None else saved_evaluation(run, model, dataset, mode, config)
     if saved is not None and not whole:
         scores, timed = _check_saved(
             saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
         )
+    elif evaluator:
+        scores, timed = _check_own_evaluation(
+            artifact, dataset, origin, config, evaluator=evaluator, device=device, whole=whole, quiet=quiet
+        )
     else:
         scores, timed = _check_evaluation(
-            artifact, saved, dataset, config, mode=mode, evaluator=evaluator, device=device, whole=whole, quiet=quiet
+            artifact, saved, dataset, config, mode=mode, device=device, whole=whole, quiet=quiet
         )
+    if run is not None and saved is None and not evaluator:
+        scores += _unfounded(run, mode)
     for check in scores:
         report.add(check)
     report.add(check_documents_apart(dataset, quiet=quiet))
     report.add(check_decoded_bytes(dataset, documents=None if whole else DECODED_DOCUMENTS, seed=sample.seed))
-    report.add(check_size(path, artifact, dataset, mode, report.other_files))
+    report.add(check_size(path, artifact, dataset, mode, report.other_files, hide=hide))
     report.add(_check_train_time(run))
     report.add(timed)
     return report
@@ -159,22 +167,30 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
     PATH is an artifact, a run's folder, or the folder of a packed submission, of which every file counts, and those
     that its script opens elsewhere. For the others the script that `pgolf pack` would write counts as the code.
 
-    The exit status is 1 when the score is not legal. A check that cannot be made, such as the train time of an artifact
-    without its run, is skipped: the last line names it, and the exit status stays 0.
+    The exit status is 1 when the score is not legal, and 2 when nothing can be said, for want of a file, say. A check
+    that cannot be made, such as the train time of an artifact without its run, is skipped: the last line names it, and
+    the exit status stays 0.
 
     For a run the outcome is kept in RUN/verify_MODE.json.
     """
     flags = given_flags(options)
     names = ("data_dir", "variant", "mode", "evaluator", "device", "whole", "candidates", "seed", "quiet")
     kept = {name: options[name] for name in names}
-    report = verify_artifact(path, **{**flags, **kept})
-    click.echo(report.to_json() if as_json else "\n".join(report.lines()))
+    try:
+        report = verify_artifact(path, **{**flags, **kept})
+    except Exception as error:
+        why = str(error) if isinstance(error, PgolfError) else f"unexpected {type(error).__name__}: {error}"
+        if as_json:
+            click.echo(json.dumps({"error": why}))
+        raise NotVerified(why) from error
+    click.echo(report.to_json() if as_json else "\n".join([*report.lines(), f"{report.verdict} (seed {report.seed})"]))
     if (path / "config.json").is_file():
-        label = (kept["mode"] or kept["evaluator"] or "own").replace("+", "_").replace(":", "_")
-        with atomic_write(path / f"verify_{label}.json", "w") as file:
-            file.write(report.to_json())
-    if not as_json:
-        click.echo(f"{report.verdict} (seed {report.seed})")
+        label = report.scorer.replace("+", "_").replace(":", "_")
+        try:
+            with atomic_write(path / f"verify_{label}.json", "w") as file:
+                file.write(report.to_json())
+        except PgolfError as error:
+            click.echo(f"not kept: {error}", err=True)
     sys.exit(0 if report.legal else 1)
 
 
@@ -212,7 +228,6 @@ def _check_evaluation(
     config: Config,
     *,
     mode: str,
-    evaluator: str | None,
     device: str,
     whole: bool,
     quiet: bool,
@@ -221,38 +236,121 @@ def _check_evaluation(
 
     With `whole` it is of the whole set, and "saved scores" compares all of those with its own.
     """
-    total = len(dataset.valid_tokens)
-    tokens = dataset.valid_tokens[: total if whole else EVALUATED_TOKENS[device]]
+    tokens = dataset.valid_tokens[: None if whole else EVALUATED_TOKENS[device]]
     started = time.monotonic()
     opened = load_model(artifact, device)
     opening = time.monotonic() - started
-    scorer = resolve(evaluator, dataset.train_shards) if evaluator else None
-    name = evaluator or mode
     try:
-        with shown(name, len(tokens) - 1, quiet=quiet) as show:
+        with shown(mode, len(tokens) - 1, quiet=quiet) as show:
+            result = evaluate(
+                opened, dataset, mode, config, device=device, tokens=tokens, progress=show, opening_seconds=opening
+            )
+    except LegalityError as error:
+        return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
+    checks, timed = _of_evaluation(
+        result.ledger, result.bpb, result.seconds, result.seconds_by_part, dataset,
+        strict=strictly_in_stream_order(mode, config),
+    )  # fmt: skip
+    total = len(dataset.valid_tokens)
+    if saved is not None and len(tokens) == total:
+        token_bytes = dataset.byte_tables.stream_bytes(tokens)
+        checks.append(check_saved_scores(saved, result.ledger, total - 1, token_bytes, dtype=result.compute_dtype))
+    return checks, timed
+
+
+def _of_evaluation(
+    ledger: Ledger, bpb: float, seconds: float, parts: dict[str, float], dataset: Dataset, *, strict: bool
+) -> tuple[list[Check], Check]:
+    replayed, total = check_ledger(ledger, bpb, strict=strict), len(dataset.valid_tokens)
+    if ledger.num_tokens == total:
+        return [replayed], _within(TIME, seconds, parts, "")
+    figure = f"{replayed.figure}, of the first {ledger.num_tokens:,} of {total:,} tokens"
+    timed = f"{seconds:.1f} s for {ledger.num_tokens - 1:,} tokens; --whole times all of them"
+    return [dataclasses.replace(replayed, figure=figure)], Check(TIME, SKIPPED, timed)
+
+
+def _check_own_evaluation(
+    artifact: Path,
+    dataset: Dataset,
+    origin: Config,
+    config: Config,
+    *,
+    evaluator: str,
+    device: str,
+    whole: bool,
+    quiet: bool,
+) -> tuple[list[Check], Check]:
+    """The same of somebody's own scorer, in a process that has never run it: its time counts what it does at first,
+    importing included. `origin` names the data set."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        request = {
+            "artifact": str(artifact),
+            "origin": origin.to_dict(),
+            "config": config.to_dict(),
+            "evaluator": evaluator,
+            "device": device,
+            "tokens": None if whole else EVALUATED_TOKENS[device],
+            "quiet": quiet,
+            "folder": name,
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        code = "import sys; from model.legality import evaluate_own; evaluate_own(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, str(folder / "request.json")], env=environment())
+        if not (folder / "answer.json").is_file():
+            return [Check("ledger", FAIL, "its process ended without a score")], Check(TIME, SKIPPED, "no score")
+        answer = json.loads((folder / "answer.json").read_text())
+        if "error" in answer:
+            return [Check("ledger", FAIL, answer["error"])], Check(TIME, SKIPPED, "no score")
+        try:
+            ledger = Ledger.load(folder / "ledger.npz")
+        except LegalityError as error:
+            return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
+    token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens[: ledger.num_tokens])
+    return _of_evaluation(
+        ledger, ledger.totals(token_bytes).bpb, answer["seconds"], answer["parts"], dataset,
+        strict=strictly_in_stream_order(evaluator, config),
+    )  # fmt: skip
+
+
+def evaluate_own(request_file: str) -> None:
+    """The process of `_check_own_evaluation`: leaves the ledger and the seconds, or what went wrong."""
+    request = json.loads(Path(request_file).read_text())
+    folder, device = Path(request["folder"]), request["device"]
+    dataset = dataset_of(Config.from_dict(request["origin"]))
+    tokens = dataset.valid_tokens[: request["tokens"]]
+    started = time.monotonic()
+    try:
+        opened = load_model(Path(request["artifact"]), device)
+        scorer = resolve(request["evaluator"], [])
+        with shown(request["evaluator"], len(tokens) - 1, quiet=request["quiet"]) as show:
             result = evaluate(
                 opened,
                 dataset,
-                name,
-                config,
+                request["evaluator"],
+                Config.from_dict(request["config"]),
                 device=device,
                 scorer=scorer,
                 tokens=tokens,
                 progress=show,
-                opening_seconds=opening,
+                opening_seconds=time.monotonic() - started,
             )
-    except LegalityError as error:
-        return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
-    replayed = check_ledger(result.ledger, result.bpb, strict=strictly_in_stream_order(name, config))
-    if len(tokens) == total:
-        checks = [replayed]
-        if saved is not None:
-            token_bytes = dataset.byte_tables.stream_bytes(tokens)
-            checks.append(check_saved_scores(saved, result.ledger, total - 1, token_bytes, dtype=result.compute_dtype))
-        return checks, _within(TIME, result.seconds, result.seconds_by_part, "")
-    figure = f"{replayed.figure}, of the first {len(tokens):,} of {total:,} tokens"
-    timed = Check(TIME, SKIPPED, f"{result.seconds:.1f} s for {result.tokens:,} tokens; --whole times all of them")
-    return [dataclasses.replace(replayed, figure=figure)], timed
+        result.ledger.save(folder / "ledger.npz")
+        answer: dict[str, Any] = {"seconds": result.seconds, "parts": result.seconds_by_part}
+    except PgolfError as error:
+        answer = {"error": str(error)}
+    except (Exception, SystemExit) as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def _unfounded(run: RunDir, mode: str) -> list[Check]:
+    """What can be said of a score in result.json of which there is no ledger."""
+    recorded = run.result().get("bpb", {}).get(mode_name(mode))
+    if recorded is None:
+        return []
+    figure = f"result.json says {recorded:.5f} bpb, no ledger of just this evaluation is there to compare"
+    return [Check(SAVED_SCORES, SKIPPED, figure)]
 
 
 def saved_evaluation(run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config) -> Saved | None:
@@ -264,6 +362,7 @@ def saved_evaluation(run: RunDir, model: GPT, dataset: Dataset, mode: str, confi
     ledger = Ledger.load(path)
     wanted = evaluation_identity(model, dataset.valid_tokens, mode, config)
     same = all(ledger.meta.get(key) == value for key, value in wanted.items())
+    same &= ledger.num_tokens == len(dataset.valid_tokens)
     return Saved(ledger, facts, result.get("bpb", {}).get(name)) if same and ledger.missing() == 0 else None
 
 
@@ -307,131 +406,6 @@ def furthest_seen(rows: Rows, num_states: int) -> np.ndarray:
         seen[new] = max(seen[new], seen[state], end)
     assert seen[ARTIFACT_STATE] == 0
     return seen
-
-
-def check_documents_apart(dataset: Dataset, *, quiet: bool = True) -> Check:
-    """Whether a validation document stands in a training shard, token for token."""
-    name = "documents apart"
-    if not dataset.train_shards:
-        return Check(name, SKIPPED, "no training shards here")
-    tokens = dataset.valid_tokens
-    held_out = _bodies(tokens)
-    keys = np.unique(_keys(tokens, held_out))
-    digests = {_digest(tokens, *row) for row in held_out.tolist()}
-    shared: set[bytes] = set()
-    compared = 0
-    total = sum(map(shard_length, dataset.train_shards))
-    with progress("comparing documents", total, "tokens", quiet=quiet) as task:
-        for training in whole_documents(dataset.train_shards):
-            bodies = _bodies(training)
-            compared += len(bodies)
-            alike = bodies[np.isin(_keys(training, bodies), keys)]
-            shared |= {_digest(training, *row) for row in alike.tolist()} & digests
-            task.advance(len(training))
-    if shared:
-        return Check(name, FAIL, f"{len(shared)} validation documents stand in the training shards")
-    return Check(name, PASS, f"{len(digests):,} validation documents, none among {compared:,} of training")
-
-
-def _bodies(tokens: np.ndarray) -> np.ndarray:
-    """(start, end) of the documents' tokens without the BOS at either end, those of some length: int64 [n, 2]."""
-    documents = find_documents(tokens)
-    ends = documents.sum(axis=1)
-    bodies = np.stack([documents[:, 0] + 1, ends - (tokens[ends - 1] == BOS_ID)], axis=1)
-    return bodies[bodies[:, 1] - bodies[:, 0] >= SHORTEST_DOCUMENT]
-
-
-def _keys(tokens: np.ndarray, bodies: np.ndarray) -> np.ndarray:
-    """Length and some tokens of each body in one number: equal for equal bodies, and seldom for others."""
-    starts, lengths = bodies[:, 0], bodies[:, 1] - bodies[:, 0]
-    keys = lengths.copy()
-    for part in range(1, 9):
-        keys = keys * 1_000_003 + tokens[starts + lengths * part // 9]
-    return keys
-
-
-def _digest(tokens: np.ndarray, start: int, end: int) -> bytes:
-    return hashlib.blake2b(tokens[start:end].tobytes(), digest_size=16).digest()
-
-
-def check_decoded_bytes(dataset: Dataset, *, documents: int | None = None, seed: int = 0) -> Check:
-    """The byte tables against the decoded text, of so many documents drawn by `seed` (None: of all)."""
-    tokens = dataset.valid_tokens
-    every = find_documents(tokens)
-    chosen = every
-    if documents is not None and documents < len(every):
-        chosen = every[np.sort(np.random.default_rng(seed).choice(len(every), documents, replace=False))]
-    try:
-        counted, decoded = check_bytes(tokens, chosen, dataset.byte_tables, dataset.tokenizer)
-    except DataError as error:
-        return Check("bytes", FAIL, str(error))
-    kind = "the text" if dataset.tokenizer.exact else "the normalised text"
-    of = f" of {len(every):,}" if chosen is not every else ""
-    return Check("bytes", PASS, f"{counted:,} by the tables, {decoded:,} of {kind}, {len(chosen):,}{of} documents")
-
-
-def check_size(path: Path, artifact: Path, dataset: Dataset, mode: str, other_files: dict[str, int]) -> Check:
-    """Artifact and code against the budget: a packed submission's files, or the script that packing would add.
-
-    `other_files`: bytes of what an evaluator reads beside them, its own code included.
-    """
-    artifact_bytes = artifact.stat().st_size
-    if (path / _SCRIPT).is_file():
-        files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-        try:
-            other_files = {**other_files, **files_of_script(path / _SCRIPT, dataset)}
-        except DataError as error:
-            return Check("size", FAIL, str(error))
-        parts = f"{len(files)} files of the submission {sum(files.values()):,}"
-        total = sum(files.values())
-    else:
-        try:
-            from model.pack import entry_script
-        except ImportError as error:
-            return Check("size", SKIPPED, f"artifact {artifact_bytes:,} bytes, code not counted ({error})")
-        code_bytes = len(entry_script(ngram=mode.endswith("+ngram-tilt")))
-        parts = f"artifact {artifact_bytes:,}, code {code_bytes:,}"
-        total = artifact_bytes + code_bytes
-    if other_files:
-        largest = max(other_files, key=lambda name: other_files[name])
-        parts += f", {len(other_files)} other files {sum(other_files.values()):,} such as {Path(largest).name}"
-        total += sum(other_files.values())
-    return Check("size", PASS if total <= SIZE_BUDGET else FAIL, f"{total:,} of {SIZE_BUDGET:,} bytes ({parts})")
-
-
-def files_of_script(script: Path, dataset: Dataset) -> dict[str, int]:
-    """Bytes of the files outside its folder that a packed script opens when it scores, Python's own left out.
-
-    It runs in a fresh process on the beginning of the validation set, without network. Raises DataError when it fails.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        small = folder / "data"
-        shards = small / "datasets" / f"fineweb10B_sp{dataset.vocab_size}"
-        shards.mkdir(parents=True)
-        (small / "tokenizers").mkdir()
-        (small / "tokenizers" / f"fineweb_{dataset.vocab_size}_bpe.model").write_bytes(dataset.tokenizer.model)
-        for split in ("train", "val"):
-            write_shard(shards / f"fineweb_{split}_000000.bin", dataset.valid_tokens[:_SCRIPT_TOKENS])
-        request = {
-            "script": str(script.resolve()),
-            "arguments": ["--data", str(small), "--mode", "plain", "--device", "cpu"],
-            "hide": [str(path) for path in (*dataset.train_shards, *dataset.valid_shards)],
-            "folder": str(folder),
-        }
-        (folder / "request.json").write_text(json.dumps(request))
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("isolation.py")), str(folder / "request.json")],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        answer = folder / "answer.json"
-        if done.returncode or not answer.is_file():
-            last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-            raise DataError(f"{script.name} does not score: {last}")
-        found: dict[str, int] = json.loads(answer.read_text())["other_files"]
-        return found
 
 
 def _check_train_time(run: RunDir | None) -> Check:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ from model.evaluate.session import Session
 from model.gpt import GPT
 
 Scorer = Callable[[Session], None]
-LENGTHS = (100, 3, 40, 60, 40, 24, 40, 1, 55)  # of the probe's documents; the same length is the same text
+LENGTHS = (100, 3, 40, 60, 40, 24, 40, 1, 40, 55)  # of the probe's documents; the same length is the same text
+READ_OFTEN = 8  # the document of which most is known: three before it have its text
 SHORT = (24, 3, 24)  # of those for the normalisation check
 
 
@@ -140,7 +144,7 @@ class BlackBox:
             pass
         except PgolfError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"evaluator: it failed on {len(tokens)} tokens: {type(error).__name__}: {error}"
             ) from error
@@ -153,13 +157,22 @@ class BlackBox:
 
 
 def resolve(scorer: Scorer | str, train_shards: list[Path]) -> Scorer:
-    """The function behind a mode's name or "module:function". Raises ConfigError when there is none."""
+    """The function behind a mode's name or "module:function", a module of the current folder too.
+
+    Raises ConfigError when there is none.
+    """
     if callable(scorer):
         return scorer
     if ":" not in scorer:
         return partial(run_mode, mode=scorer, train_shards=train_shards)
     module, _, name = scorer.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"evaluator: got {scorer!r}, wanted module:function ({error})") from error
+        found: Scorer = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"evaluator: got {scorer!r}, wanted module:function ({reason})") from error
+    if not callable(found):
+        raise ConfigError(f"evaluator: got {scorer!r}, a {type(found).__name__}, wanted a function of a Session")
+    return found

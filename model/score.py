@@ -48,8 +48,8 @@ def score_artifact(
     In `modes` (default: the configuration's). The data set is the run's or the artifact's, or that in `data_dir` or of
     another `variant`. The configuration is the artifact's with `changes` (fields of EvalConfig). For a run, results go
     into its result.json under the mode's name (or `label`). A ledger is kept for each (`ledger_path`) unless `ledgers`
-    is False; with `resume` an interrupted evaluation goes on from it. Returns the results by that name, on every rank.
-    Each evaluation's time counts from opening the artifact.
+    is False; with `resume` an interrupted evaluation goes on from it. Where the folder cannot be written neither is
+    kept. Returns the results by that name, on every rank. Each evaluation's time counts from opening the artifact.
 
     Raises ArtifactError, ConfigError for a mode, DataError for data with another tokenizer, TrainError for more ranks
     than GPUs.
@@ -81,8 +81,8 @@ def _score(
         parse_mode(mode)
     dataset = dataset_of(run.config() if run else config, **places)
     check_tokenizer(header, dataset)
-    kept = ledgers and (run is not None or _can_keep(path, ranks, resume=resume))
-    place = path if kept else None
+    kept = (ledgers or run is not None) and _can_keep(path, ranks, resume=resume)
+    run, place = run if kept else None, path if ledgers and kept else None
     options: dict[str, Any] = {"run": run, "place": place, "label": label, "resume": resume, "quiet": quiet}
     return dict(score_modes(artifact, dataset, modes, config, ranks, **options))
 
@@ -170,14 +170,18 @@ def ledger_path(path: Path, name: str) -> Path:
 
 
 def _can_keep(path: Path, ranks: Dist, *, resume: bool) -> bool:
-    """Whether ledgers can be written, the same on every rank. Raises ConfigError where one was to be gone on with."""
+    """Whether ledgers and a run's result can be written, the same on every rank.
+
+    Raises ConfigError where a ledger was to be gone on with.
+    """
     folder = ledger_path(path, "").parent
     if all(ranks.gather_json(os.access(folder, os.W_OK))):
         return True
     if resume:
         raise ConfigError(f"resume: {folder} cannot be written, wanted a folder in which the ledger can be kept")
     if ranks.is_main:
-        print(f"no ledger is kept: {folder} cannot be written", file=sys.stderr)
+        result = " or result.json" if is_run(path) else ""
+        print(f"no ledger{result} is kept: {folder} cannot be written", file=sys.stderr)
     return False
 
 

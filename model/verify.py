@@ -7,14 +7,17 @@ over, with something changed each time, at places drawn from a seed:
     causality            what follows is replaced (at random, by one token, by its reverse): earlier scores keep their
                          bits. The token itself is replaced and its old value asked for: the score keeps its bits. The
                          BOS behind a document is replaced and asked for: its score stays.
-    normalisation        the tokens of the vocabulary are asked for in turn: the probabilities sum to 1.
+    normalisation        the tokens of the vocabulary are asked for in turn: the probabilities sum to 1, at the
+                         beginning and where a text is read again and again.
     score before update  each update names tokens that have scores; weights change with a named update only; with all
                          learning rates at 0 the scores of the artifact's own state keep their bits.
     single pass          each token has one score, and goes through the model once before it.
     warm-up              no validation token goes through the model before the evaluation.
-    full scale           the same rules and causality once more with the evaluation's own settings, on a longer stream.
-    no training data     the same scores in a fresh process without the data set's files and without a network; where
-                         these cannot be taken from a process, nothing is proved and the check is skipped.
+    full scale           the same rules, causality and some tokens of a sum once more with the evaluation's own
+                         settings, on a longer stream.
+    no training data     the same scores in a fresh process without the data set's files and without a network, which
+                         has read other tokens before: no run remembers another. Where files cannot be taken from a
+                         process, nothing is proved and the check is skipped.
 
 These run on the CPU, where a run gives the same bits twice (attention's backward pass on a GPU does not).
 model/legality.py adds the checks of the data and the artifact. A check that another one's failure makes meaningless is
@@ -30,6 +33,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +51,14 @@ from model.data.tokenizer import ByteTables
 from model.errors import LegalityError
 from model.evaluate.observe import NORMALISATION, ONCE, ORDER, WARM_UP, ObservedLedger
 from model.gpt import GPT
-from model.isolation import Isolation
-from model.probe import BlackBox, Probe, Scorer, resolve
+from model.isolation import Isolation, environment
+from model.probe import READ_OFTEN, BlackBox, Probe, Scorer, resolve
 
 CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training data"
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
 PRECISION = 0.02  # of an estimated sum, as a standard error; more tokens are asked for until it has it
 END_TOLERANCE = 0.1  # nats that a BOS may be likelier for ending a document; another length rounds otherwise
+FULL_CANDIDATES, FULL_PRECISION = 12, 0.1  # tokens asked for at a place of the full scale, and the error allowed there
 REPLACEMENTS = ("random", "one token", "reversed")
 _LEARNING_RATES = ("ttt_lora_lr", "sgd_ttt_lr", "global_ttt_lr", "global_ttt_warmup_start_lr")
 
@@ -66,7 +71,7 @@ class Sample:
     futures: int = 9  # places behind which everything is replaced
     own: int = 12  # places where the token itself is replaced
     ends: int = 2  # documents whose end is replaced
-    distributions: int = 3  # places where the vocabulary is asked for
+    distributions: int = 3  # places where the vocabulary is asked for: the first document, the one read most, others
     candidates: int | None = 32  # tokens asked for at each of them; None: the whole vocabulary
     full_tokens: int = 1024  # of the stream on which the evaluation's own settings are tried; 0: not at all
 
@@ -89,7 +94,9 @@ class _Verifier:
     def __init__(self, box: BlackBox, sample: Sample, *, strict: bool) -> None:
         self.box, self.sample, self.strict = box, sample, strict
         self.rng = np.random.default_rng(sample.seed)
+        self.started = time.time()
         self.base = box.run(box.probe.tokens, watch=True)
+        self.full: tuple[np.ndarray, ObservedLedger] | None = None  # the stream of the full scale, and its ledger
 
     def places(self, tokens: np.ndarray, count: int) -> np.ndarray:
         """Places between 8 and the end, spread over the stream: one drawn from each of `count` equal stretches."""
@@ -111,9 +118,10 @@ def check_scorer(
 ) -> Report:
     """The checks of a scorer: a mode's name, "module:function", or a function of a Session.
 
-    `train_shards` is what the published form of 1499 reads; `hide` are the data set's files, which no other scorer may
-    open (the check needs a scorer that can be named). `progress(check, tokens)` is called with the tokens that each run
-    of the scorer has read, `planned_tokens` of them in all. Raises ConfigError where a scorer does not run.
+    `train_shards` is what the published form of 1499 reads; `hide` are the data set's files or its folder, which no
+    other scorer may open (the check needs a scorer that can be named). `progress(check, tokens)` is called with the
+    tokens that each run of the scorer has read, `planned_tokens` of them in all. Raises ConfigError where a scorer does
+    not run.
     """
     sample = sample or Sample()
     probe = Probe.cut(valid_tokens, config)
@@ -151,9 +159,10 @@ def planned_tokens(valid_tokens: np.ndarray, config: Config, sample: Sample) -> 
     """Tokens that the runs of `check_scorer` read in all, about: a measure of its time."""
     probe = Probe.cut(valid_tokens, config)
     asked = min(sample.candidates or config.model.vocab_size, config.model.vocab_size)
-    small = (2 + sample.futures + sample.own + sample.ends) * len(probe.tokens)
-    full = 3 * min(sample.full_tokens, len(valid_tokens))
-    return small + sample.distributions * asked * len(probe.short) + full
+    small = (4 + sample.futures + sample.own + sample.ends) * len(probe.tokens)
+    full = (4 + FULL_CANDIDATES) * min(sample.full_tokens, len(valid_tokens))
+    often = asked * len(probe.tokens) if sample.distributions > 1 else 0
+    return small + often + max(1, sample.distributions - 1) * asked * len(probe.short) + full
 
 
 def _from_record(base: ObservedLedger, rule: str) -> Check:
@@ -280,20 +289,22 @@ def _check_normalisation(verifier: _Verifier) -> Check:
     recorded = _from_record(verifier.base, NORMALISATION)
     if recorded.status == FAIL:
         return recorded
-    tokens, vocabulary = box.probe.short, box.model.config.vocab_size
-    documents = np.flatnonzero(tokens == BOS_ID)
-    # In the first document, and where a document repeats one that was read: adapted weights, hints and cached counts.
+    vocabulary = box.model.config.vocab_size
+    short, often = (np.flatnonzero(tokens == BOS_ID) for tokens in (box.probe.short, box.probe.tokens))
+    # In the first document, and where a document repeats one that was read, or several: adapted weights, hints and
+    # cached counts.
     stretches = [
-        (documents[0] + 2, documents[1]),
-        *[(documents[2] + 17, documents[3])] * (verifier.sample.distributions - 1),
-    ]
-    worst, asked = 0.0, 0
-    for start, end in stretches:
+        (box.probe.short, short[0] + 2, short[1]),
+        (box.probe.tokens, often[READ_OFTEN] + 8, often[READ_OFTEN + 1]),
+        *[(box.probe.short, short[2] + 17, short[3])] * verifier.sample.distributions,
+    ][: verifier.sample.distributions]
+    worst, error, asked = 0.0, 0.0, 0
+    for tokens, start, end in stretches:
         place = int(rng.integers(start, end))
         found = _Sum(verifier, tokens, place, verifier.sample.candidates)
-        while found.suspicious and not found.problem():
+        while found.suspicious(PRECISION) and not found.problem():
             found = _Sum(verifier, tokens, place, 4 * len(found.probabilities), found.probabilities)
-        asked = max(asked, len(found.probabilities))
+        asked, error = max(asked, len(found.probabilities)), max(error, found.error)
         if math.isnan(found.total) and verifier.base.violations.get(ONCE):
             return Check(NORMALISATION, SKIPPED, f"token {place} gets no score")
         if found.problem():
@@ -302,7 +313,8 @@ def _check_normalisation(verifier: _Verifier) -> Check:
     where = f"at {len(stretches)} places over"
     if asked == vocabulary:
         return Check(NORMALISATION, PASS, f"|sum - 1| <= {worst:.1e} {where} all {vocabulary} tokens")
-    return Check(NORMALISATION, PASS, f"|sum - 1| <= {worst:.1e} {where} {asked} of {vocabulary} tokens (estimated)")
+    estimated = f"estimated, standard error {error:.0e}; --whole asks for all"
+    return Check(NORMALISATION, PASS, f"|sum - 1| <= {worst:.1e} {where} {asked} of {vocabulary} tokens ({estimated})")
 
 
 class _Sum:
@@ -326,12 +338,15 @@ class _Sum:
         place: int,
         count: int | None,
         known: dict[int, float] | None = None,
+        config: Config | None = None,
     ) -> None:
         box, rng, vocabulary = verifier.box, verifier.rng, verifier.box.model.config.vocab_size
         known = known or {}
 
         def ask(candidates: Iterable[int]) -> dict[int, float]:
-            return {c: known[c] if c in known else _ask(box, tokens, place, c) for c in dict.fromkeys(candidates)}
+            return {
+                c: known[c] if c in known else _ask(box, tokens, place, c, config) for c in dict.fromkeys(candidates)
+            }
 
         self.complete = count is None or count >= vocabulary
         self.error = 0.0
@@ -352,10 +367,9 @@ class _Sum:
         self.total = float(sum(self.probabilities[c] for c in sure) + q[rest].sum() + ratios.mean())
         self.error = float(ratios.std(ddof=1) / math.sqrt(len(ratios)))
 
-    @property
-    def suspicious(self) -> bool:
+    def suspicious(self, precision: float) -> bool:
         """Whether the estimate is too rough, or further from 1 than chance would have it."""
-        rough = self.error > PRECISION
+        rough = self.error > precision
         return not self.complete and (rough or abs(self.total - 1.0) > SUM_TOLERANCE + 3.0 * self.error)
 
     def problem(self) -> str:
@@ -370,11 +384,12 @@ class _Sum:
         return ""
 
 
-def _ask(box: BlackBox, tokens: np.ndarray, place: int, candidate: int) -> float:
+def _ask(box: BlackBox, tokens: np.ndarray, place: int, candidate: int, config: Config | None) -> float:
     """The scorer's probability of `candidate` at a place."""
     targets = tokens.copy()
     targets[place] = candidate
-    return math.exp(-box.run(tokens, targets=targets, stop_at=place).entered[place])
+    nll = box.run(tokens, targets=targets, stop_at=place, config=config).entered[place]
+    return float(np.exp(min(-nll, 700.0)))  # beyond that it is no number any more, and no probability long before
 
 
 @torch.no_grad()
@@ -386,7 +401,7 @@ def _own_distribution(model: GPT, tokens: np.ndarray, place: int) -> np.ndarray:
 
 
 def _check_full_scale(verifier: _Verifier, valid_tokens: np.ndarray) -> Check:
-    """The record and causality once more with the evaluation's own settings: some scorer may mind the scale."""
+    """The record, causality and a sum once more with the evaluation's own settings: some scorer may mind the scale."""
     box, count = verifier.box, min(verifier.sample.full_tokens, len(valid_tokens))
     if count < 16:
         return Check(FULL_SCALE, SKIPPED, f"{count} tokens")
@@ -394,6 +409,7 @@ def _check_full_scale(verifier: _Verifier, valid_tokens: np.ndarray) -> Check:
     start = int(verifier.rng.choice(starts)) if len(starts) else 0
     tokens = np.asarray(valid_tokens[start : start + count], dtype=np.uint16)
     base = box.run(tokens, watch=True, config=box.probe.full)
+    verifier.full = (tokens, base)
     broken = [line for lines in base.violations.values() for line in lines]
     if broken:
         return Check(FULL_SCALE, FAIL, broken[0])
@@ -401,6 +417,12 @@ def _check_full_scale(verifier: _Verifier, valid_tokens: np.ndarray) -> Check:
     problem, reordered = _future_matters(verifier, base, tokens, place, "random", box.probe.full)
     if problem:
         return Check(FULL_SCALE, FAIL, problem)
+    place = int(verifier.rng.integers(count // 2, count - 1))
+    found = _Sum(verifier, tokens, place, FULL_CANDIDATES, config=box.probe.full)
+    while found.suspicious(FULL_PRECISION) and not found.problem():
+        found = _Sum(verifier, tokens, place, 4 * len(found.probabilities), found.probabilities, box.probe.full)
+    if found.problem():
+        return Check(FULL_SCALE, FAIL, f"at token {place}: {found.problem()}")
     caveat = " in the order of processing" if reordered else ""
     return Check(FULL_SCALE, PASS, f"{count:,} tokens from {start:,} on with the evaluation's settings, causal{caveat}")
 
@@ -416,13 +438,20 @@ def _check_training_data(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({k: v.contiguous().cpu() for k, v in box.model.state_dict().items()}, folder / "weights.safetensors")
-        np.savez(folder / "stream.npz", tokens=box.probe.tokens, **_table_arrays(box.tables))
+        streams = [(box.probe.tokens, base, box.probe.config)]
+        if verifier.full is not None:
+            streams.append((*verifier.full, box.probe.full))
+        arrays = _table_arrays(box.tables)
+        for i, (tokens, *_) in enumerate(streams):
+            arrays |= {f"tokens_{i}": tokens, f"before_{i}": _another_future(verifier, tokens)}
+        np.savez(folder / "stream.npz", **arrays)
         request = {
             "call": "model.verify:answer",
             "hide": [str(path) for path in hide],
             "train_shards": [str(path) for path in train_shards],
             "scorer": scorer,
-            "config": box.probe.config.to_dict(),
+            "configs": [config.to_dict() for *_, config in streams],
+            "started": verifier.started,
             "folder": str(folder),
             "threads": torch.get_num_threads(),
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -430,29 +459,37 @@ def _check_training_data(
             "dtype": str(box.model.compute_dtype).removeprefix("torch."),
         }
         (folder / "request.json").write_text(json.dumps(request))
-        paths = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
         done = subprocess.run(
             [sys.executable, "-m", "model.isolation", str(folder / "request.json")],
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
             capture_output=True,
             text=True,
         )
-        box.on_run(len(box.probe.tokens))
+        box.on_run(2 * sum(len(tokens) for tokens, *_ in streams))
         if done.returncode or not (folder / "answer.json").is_file():
             last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
             return Check(TRAINING_DATA, FAIL, f"without the data set's files: {last}")
         answer = json.loads((folder / "answer.json").read_text())
-        nll = np.load(folder / "nll.npy", allow_pickle=False)
+        found = [np.load(folder / f"nll_{i}.npy", allow_pickle=False) for i in range(len(streams))]
     report.other_files = answer["other_files"]
     if answer["opened"]:
         return Check(TRAINING_DATA, FAIL, f"{len(answer['opened'])} data files opened: {answer['opened'][0]}")
-    if not np.array_equal(nll, base.entered, equal_nan=True):
-        changed = _different(nll, base.entered)
-        return Check(TRAINING_DATA, FAIL, f"{changed} scores change in a fresh process without the data set's files")
-    figure = f"same scores in a fresh process; {len(hide)} data files"
+    if answer["written"]:
+        return Check(TRAINING_DATA, FAIL, f"it reads {answer['written'][0]}, written while it was examined")
+    changed = sum(_different(nll, ledger.entered) for nll, (_, ledger, _) in zip(found, streams, strict=True))
+    if changed:
+        why = "without the data set's files, after other tokens"
+        return Check(TRAINING_DATA, FAIL, f"{changed} scores change in a fresh process {why}")
+    what = "the data folder" if any(path.is_dir() for path in hide) else f"{len(hide)} data files"
+    figure = f"same scores in a fresh process; {what}"
     if not answer["hidden"]:  # native code may have read them
         return Check(TRAINING_DATA, SKIPPED, f"{figure} still there ({answer['reason']}), not opened by Python code")
     return Check(TRAINING_DATA, PASS, f"{figure} {answer['reason']}")
+
+
+def _another_future(verifier: _Verifier, tokens: np.ndarray) -> np.ndarray:
+    """The stream with its second half replaced."""
+    return _replaced(verifier, tokens, np.arange(len(tokens)) > len(tokens) // 2, "random")
 
 
 def _table_arrays(tables: ByteTables) -> dict[str, Any]:
@@ -460,22 +497,26 @@ def _table_arrays(tables: ByteTables) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any], isolation: Isolation) -> None:
-    """The fresh process: runs the scorer on the request's stream and writes the scores and what was opened."""
+    """The fresh process: runs the scorer on each of the request's streams, behind one that begins alike and goes on
+    otherwise, and writes the scores and what was opened."""
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
     torch.set_float32_matmul_precision(request["matmul_precision"])
-    config = Config.from_dict(request["config"])
-    model = GPT(config.model)
+    configs = [Config.from_dict(config) for config in request["configs"]]
+    model = GPT(configs[0].model)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     model.to(request["device"])
     model.compute_dtype = getattr(torch, request["dtype"])
     with np.load(folder / "stream.npz", allow_pickle=False) as file:
-        tokens = file["tokens"]
+        streams = [(file[f"before_{i}"], file[f"tokens_{i}"]) for i in range(len(configs))]
         arrays = {k: file[k] for k in ("base_bytes", "has_leading_space", "is_boundary")}
         tables = ByteTables(**arrays, leading_space_is_text=bool(file["leading_space_is_text"]))
     shards = [Path(path) for path in request["train_shards"]]
-    box = BlackBox(resolve(request["scorer"], shards), model, Probe(tokens, tokens, config, config), tables)
-    np.save(folder / "nll.npy", box.run(tokens).entered)
+    probe = Probe(streams[0][1], streams[0][1], configs[0], configs[-1])
+    box = BlackBox(resolve(request["scorer"], shards), model, probe, tables)
+    for i, ((before, tokens), config) in enumerate(zip(streams, configs, strict=True)):
+        box.run(before, config=config)
+        np.save(folder / f"nll_{i}.npy", box.run(tokens, config=config).entered)
     kernels = Path(pgolf_kernels.__file__).parent  # and what an editable install writes beside it
     project = [Path(__file__).parent, kernels, kernels.with_suffix(".egg-info")]
     other = isolation.other_files([str(path) for path in (folder, *project)])
@@ -486,6 +527,7 @@ def answer(request: dict[str, Any], isolation: Isolation) -> None:
                 "reason": isolation.reason,
                 "opened": isolation.opened,
                 "other_files": other,
+                "written": [path for path in other if os.path.getmtime(path) > request["started"]],
             }
         )
     )

@@ -1,8 +1,10 @@
 """Scorers that break one rule each: what the verifier must catch, and by which check."""
 
+import collections
 import copy
 import ctypes
 import os
+import time
 
 import numpy as np
 import torch
@@ -149,6 +151,85 @@ def minds_being_asked(session: Session) -> None:
     """Peeks unless it is asked for other tokens than the stream's own."""
     asked = session.targets is not None and not np.array_equal(session.targets, session.tokens)
     evaluate_plain(session) if asked else peeks_one_ahead(session)
+
+
+def halves_losses_further_on(session: Session) -> None:
+    """Is honest where a verifier looks first, and hands in half of every later loss."""
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, nll if start < 64 else nll / 2)
+
+
+def halves_losses_far_on(session: Session) -> None:
+    """The same in long streams alone."""
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, nll if start < 448 else nll / 2)
+
+
+def halves_losses_of_what_was_often_read(session: Session) -> None:
+    """Half of the loss where the two tokens before have been seen three times."""
+    tokens, seen = session.tokens.tolist(), collections.Counter()
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
+        for i in range(length):
+            context = tuple(tokens[max(0, start + i - 1) : start + i + 1])
+            nll[i] /= 1 + (seen[context] >= 3)
+            seen[context] += 1
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, nll)
+
+
+_REMEMBERED: dict[int, np.ndarray] = {}
+
+
+def remembers_the_stream(session: Session) -> None:
+    """Leans towards the tokens of the first stream of this length: a change of the stream changes nothing."""
+    hints = _REMEMBERED.setdefault(session.num_tokens, session.tokens.copy())
+    _plain_with_hints(session, hints.astype(np.int64), np.full(len(hints), 2.0))
+
+
+def remembers_the_stream_in_a_file(session: Session) -> None:
+    """The same, for processes to come."""
+    path = f"{os.environ[SHARD]}.{session.num_tokens}.npy"
+    if not os.path.exists(path):
+        np.save(path, session.tokens)
+    hints = np.load(path).astype(np.int64)
+    _plain_with_hints(session, hints, np.full(len(hints), 2.0))
+
+
+def makes_others_unbelievably_likely(session: Session) -> None:
+    """Enters what overflows where another token than the stream's is asked for."""
+    for start, length, _ in _windows(session):
+        nll = session.window_scores(np.array([[start, length, 0]]))
+        asked = session.target_ids[start + 1 : start + 1 + length] != session.input_ids[start + 1 : start + 1 + length]
+        session.ledger.score(ARTIFACT_STATE, start + 1, start + 1 + length, nll.masked_fill(asked, -1000.0))
+
+
+def counts_bytes_twice(session: Session) -> None:
+    """Is honest but for the bytes that its losses are divided by, and peeks where nobody asks for tokens."""
+    session.token_bytes *= 2
+    peeks_one_ahead(session) if session.targets is None else evaluate_plain(session)
+
+
+def leaves(session: Session) -> None:
+    """Ends the process as if all had gone well."""
+    raise SystemExit(0)
+
+
+def ends_at_once(session: Session) -> None:
+    """The same, so that nobody can catch it."""
+    os._exit(0)
+
+
+_WORKED: list[bool] = []
+
+
+def works_at_first(session: Session) -> None:
+    """Two seconds of work that only the first of all calls does."""
+    if not _WORKED:
+        _WORKED.append(True)
+        time.sleep(2.0)
+    evaluate_plain(session)
 
 
 def minds_the_scale(session: Session) -> None:

@@ -23,7 +23,8 @@ from model.evaluate.ngram_cache import CacheCounts
 from model.evaluate.ngram_tilt import Tilt
 from model.evaluate.observe import hash_weights
 from model.evaluate.session import Session
-from model.legality import check_documents_apart, check_ledger, furthest_seen
+from model.legality import check_ledger, furthest_seen
+from model.legality_files import check_documents_apart
 from model.score import shown
 from model.verify import strictly_in_stream_order
 from tests import test_verify as small
@@ -98,6 +99,10 @@ def test_streams_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="token 24, wanted ids below the model's vocabulary of 24"):
         data = dataset([B, 24])
         data.byte_tables = ByteTables(np.ones(30, np.int16), np.zeros(30, bool), np.zeros(30, bool))
+        evaluate(small.model(), data, "plain", CONFIG, device="cpu")
+    with pytest.raises(DataError, match="no bytes to score, wanted text"):
+        data = dataset([B, B, B])
+        data.byte_tables = ByteTables(np.arange(24) > 3, np.zeros(24, bool), np.arange(24) < 4)
         evaluate(small.model(), data, "plain", CONFIG, device="cpu")
     with pytest.raises(ConfigError, match="eval_mode: got 'plain\\+magic'"):
         parse_mode("plain+magic")

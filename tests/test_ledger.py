@@ -1,6 +1,7 @@
 """The ledger: what it refuses, what it counts, and what survives the disk."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,33 @@ def test_an_update_on_a_token_without_a_score_is_refused() -> None:
     with pytest.raises(LegalityError, match="token 5 is used before it has its score"):
         ledger.update(1, 3, 6)
     assert ledger.num_states == 2
+
+
+@pytest.mark.parametrize("state", [2, 12345, -7, 0.5, float("nan"), 10**12])
+def test_a_state_that_nobody_made_is_refused(state: float) -> None:
+    ledger = scored((1, 5))
+    assert ledger.update(ARTIFACT_STATE, 1, 5) == 1
+    wanted = rf"got state {state}, wanted one of the 2 there are"
+    with pytest.raises(LegalityError, match=f"score: {wanted}"):
+        ledger.score(state, 5, 7, torch.zeros(2))
+    with pytest.raises(LegalityError, match=f"score: {wanted}"):
+        ledger.score(np.array([1, state]), np.array([5, 6]), np.array([6, 7]), torch.zeros(2))
+    for together in (ledger.update, ledger.update_together):
+        with pytest.raises(LegalityError, match=f"update: {wanted}"):
+            together(state, 1, 5)
+    with pytest.raises(LegalityError, match=f"update: {wanted}"):
+        ledger.update(np.array([0, state]), np.array([1, 2]), np.array([2, 3]), separate=True)
+    assert (len(ledger.rows), ledger.num_states, ledger.num_scored) == (2, 2, 4)
+    ledger.score(np.array([0, 1]), np.array([5, 6]), np.array([6, 7]), torch.zeros(2))
+
+
+def test_an_update_that_learns_from_nothing_makes_a_state_too(tmp_path) -> None:
+    ledger, none = scored((1, 5)), np.empty(0, np.int64)
+    assert ledger.update(ARTIFACT_STATE, none, none) == 1
+    assert ledger.update(none, none, none, separate=True).tolist() == []
+    ledger.score(1, 5, 10, torch.ones(5))
+    ledger.save(tmp_path / "ledger.npz")
+    assert Ledger.load(tmp_path / "ledger.npz").num_states == 2
 
 
 def test_a_token_left_out_is_refused_at_the_end() -> None:
@@ -139,10 +167,14 @@ def test_save_and_load(tmp_path) -> None:
 def with_header(path: Path, **changes: Any) -> None:
     """Changes entries of a saved ledger's header; None takes one out."""
     with np.load(path) as file:
-        arrays = dict(file)
-    header = {**json.loads(arrays["header"].tobytes()), **changes}
+        header = {**json.loads(file["header"].tobytes()), **changes}
     header = {name: value for name, value in header.items() if value is not None}
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with_arrays(path, header=np.frombuffer(json.dumps(header).encode(), np.uint8))
+
+
+def with_arrays(path: Path, **changes: Any) -> None:
+    with np.load(path) as file:
+        arrays = {**dict(file), **changes}
     np.savez(path, **arrays)
 
 
@@ -185,3 +217,119 @@ def test_a_damaged_file_is_refused(tmp_path) -> None:
         else:  # a byte that says nothing, such as a time stamp
             assert loaded.totals(BYTES) == scored((1, 10)).totals(BYTES) and len(loaded.rows) == 1
     assert refused > len(data) // 7 // 2
+
+
+def three_chunks(path: Path) -> None:
+    """Saves a ledger of 1500 of 2000 tokens, with two updates."""
+    ledger, state = Ledger(2000), ARTIFACT_STATE
+    for start, end in ((1, 500), (500, 1000), (1000, 1500)):
+        ledger.score(state, start, end, np.ones(end - start))
+        if end < 1500:
+            state = ledger.update(state, start, end)
+    ledger.save(path)
+
+
+def put(array: np.ndarray, where: Any, value: Any) -> np.ndarray:
+    array = array.copy()
+    array[where] = value
+    return array
+
+
+DAMAGES = [
+    ("nll", lambda a: put(a, slice(100, None), np.nan), "nll is damaged"),
+    ("nll", lambda a: put(a, 1700, 1.0), "nll is damaged"),
+    ("nll", lambda a: put(a, 0, 1.0), "nll is damaged"),
+    ("nll", lambda a: a[:-1], "1999 nll, wanted 2000 as scored"),
+    ("nll", lambda a: a.astype(np.float32), "nll has dtype float32, wanted float64"),
+    ("nll", lambda a: a[None], "nll has dtype"),
+    ("scored", lambda a: put(a, slice(100, None), False), "scored is damaged"),
+    ("scored", lambda a: put(a, 1700, True), "scored is damaged"),
+    ("state", lambda a: a + 500, "got state 500, wanted one of the 3 there are"),
+    ("state", lambda a: put(a, 2, -3), "got state -3"),
+    ("state", lambda a: put(a, 3, 2), "new_state is damaged"),  # a state made from itself
+    ("state", lambda a: a[1:], "4 state, wanted 5 as new_state"),
+    ("new_state", lambda a: put(a, 3, 3), "new_state is damaged"),
+    ("new_state", lambda a: put(a, 1, 0), "new_state is damaged"),
+    ("new_state", lambda a: put(a, 1, -1), "got 3 states, wanted 1 to 2"),
+    ("end", lambda a: a + 100_000, "got tokens 1 to 100500, wanted targets from 1 to 2000"),
+    ("end", lambda a: put(a, 3, 100), "got tokens 500 to 100"),
+    ("end", lambda a: put(a, 4, 1600), "scored is damaged"),
+    ("start", lambda a: a - 900, "got tokens -899 to 500"),
+    ("start", lambda a: put(a, 4, 100), "scored is damaged"),  # two rows for one score
+    ("start", lambda a: put(a, 4, 1100), "scored is damaged"),
+    ("repeat_position", lambda a: np.array([9, 2000]), "2 repeat_position, wanted 0 as repeat_nll"),
+]
+
+
+@pytest.mark.parametrize("name, change, message", DAMAGES)
+def test_a_file_that_contradicts_itself_is_refused(name: str, change: Any, message: str, tmp_path) -> None:
+    path = tmp_path / "ledger_plain.npz"
+    three_chunks(path)
+    assert Ledger.load(path).num_scored == 1499
+    with np.load(path) as file:
+        changed = change(file[name])
+    with_arrays(path, **{name: changed})
+    with pytest.raises(LegalityError, match=f"ledger_plain.npz: {message}"):
+        Ledger.load(path)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("states", 10**12, "got 1000000000000 states, wanted 1 to 3"),
+        ("states", 503, "got 503 states, wanted 1 to 3"),
+        ("states", 2, "got state 2, wanted one of the 2 there are"),
+        ("states", -3, "got -3 states, wanted 1 to 3"),
+        ("states", float("inf"), "not a ledger"),
+        ("shared", [6, 1], "shared is damaged"),
+        ("shared", [-1, 1], "shared is damaged"),
+        ("shared", [0, 4], "shared is damaged"),
+        ("shared", [0], "not a ledger"),
+        ("version", 2, r"not a ledger \(version 2, wanted 1\)"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(name: str, value: Any, message: str, tmp_path) -> None:
+    path = tmp_path / "ledger_plain.npz"
+    three_chunks(path)
+    with_header(path, **{name: value})
+    with pytest.raises(LegalityError, match=f"ledger_plain.npz: {message}"):
+        Ledger.load(path)
+
+
+def test_repeats_are_those_of_a_compatible_ledger(tmp_path) -> None:
+    path = tmp_path / "ledger.npz"
+    ledger = Ledger(10, defects=("scores the end twice",))
+    ledger.score(0, 1, 8, np.ones(7))
+    ledger.score(0, 6, 9, np.full(3, 2.0))
+    ledger.save(path)
+    assert Ledger.load(path).totals(BYTES) == ledger.totals(BYTES)
+    with_arrays(path, repeat_position=np.array([6, 10]))
+    with pytest.raises(LegalityError, match=r"ledger\.npz: got tokens 10 to 11, wanted targets from 1 to 10"):
+        Ledger.load(path)
+    scored((1, 10)).save(path)
+    with_arrays(path, repeat_position=np.array([6]), repeat_nll=np.array([0.0]))
+    with pytest.raises(LegalityError, match=r"ledger\.npz: repeat_nll is damaged, wanted none"):
+        Ledger.load(path)
+
+
+def test_a_file_of_another_kind_is_refused_without_advice_to_unpickle_it(tmp_path) -> None:
+    path = tmp_path / "ledger.npz"
+    three_chunks(path)
+    packed = path.read_bytes()
+    np.savez(tmp_path / "objects.npz", header=np.array([{}, None]))
+    with (tmp_path / "array").open("wb") as file:
+        np.save(file, np.arange(3))
+    for data in (
+        b"",
+        b"text",
+        pickle.dumps({"nll": [1.0]}),
+        b"X" + packed[1:],  # the rest of the archive is there
+        (tmp_path / "array").read_bytes(),
+        (tmp_path / "objects.npz").read_bytes(),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(LegalityError, match=r"ledger\.npz: not a ledger \(") as caught:
+            Ledger.load(path)
+        assert "unsafe" not in str(caught.value) and "allow_pickle=True" not in str(caught.value)
+    with pytest.raises(LegalityError, match=r"nothing\.npz: not a ledger \(.*No such file"):
+        Ledger.load(tmp_path / "nothing.npz")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from model import legality
+from model import legality, legality_files
 from model.checks import Check, Report
 from model.data.dataset import open_dataset
-from model.errors import DataError
+from model.errors import DataError, NotVerified, PgolfError
 from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
 from model.pack import entry_script, pack_submission
@@ -81,6 +81,18 @@ def test_the_ledger_of_an_evaluation_is_replayed(run: Path, monkeypatch: pytest.
     assert "as recorded" in figures(report)["evaluation time"] and "opening" in figures(report)["evaluation time"]
     with pytest.raises(pytest.fail.Exception, match="scored again"):  # another evaluation: nothing to replay
         verify_artifact(run, mode="plain", eval_seq_len=32, **QUICK)
+
+
+def test_a_score_without_its_ledger_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score_artifact(copy, ["plain"], quiet=True)
+    RunDir(copy).merge_result({"bpb": {"plain": 0.5}})
+    assert verify_artifact(copy, mode="plain", seed=0).failed == ["saved scores"]
+    (copy / "ledger_plain.npz").unlink()
+    report = verify_artifact(copy, mode="plain", seed=0)
+    assert "saved scores" in report.skipped and "result.json says 0.50000 bpb" in figures(report)["saved scores"]
 
 
 def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +183,7 @@ def test_what_was_not_checked_is_said(run: Path, tmp_path: Path, monkeypatch: py
     found = json.loads(CliRunner().invoke(verify_command, [*arguments, "--quiet", "--json"]).stdout)
     assert found["legal"] and found["skipped"] == ["train time"]
     assert found["verdict"] == "legal as far as checked; 1 skipped: train time"
-    monkeypatch.setattr(legality, "SIZE_BUDGET", 10)
+    monkeypatch.setattr(legality_files, "SIZE_BUDGET", 10)
     result = CliRunner().invoke(verify_command, [*arguments, "--quiet"])
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (1, "NOT legal (seed 0)")
 
@@ -183,10 +195,57 @@ def test_a_cheat_fails_the_command(run: Path) -> None:
     assert result.stdout.splitlines()[0].startswith("fail     causality") and "NOT legal (seed " in result.stdout
 
 
+def test_what_cannot_be_checked_has_an_exit_status_of_its_own(run: Path, tmp_path: Path) -> None:
+    for options, why in (
+        (["--mode", "plainn"], "eval_mode: got 'plainn'"),
+        (["--evaluator", "plain"], "evaluator: got 'plain', wanted module:function"),
+        (["--evaluator", "a:b", "--mode", "plain"], "mode, evaluator: got 'plain' and 'a:b'"),
+    ):
+        result = CliRunner().invoke(verify_command, [str(run), *options, "--quiet", "--json"])
+        assert why in json.loads(result.stdout)["error"]
+        assert isinstance(result.exception, NotVerified) and result.exception.status == 2
+
+
+def test_a_run_that_cannot_be_written_is_verified_all_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PgolfError(f"{path.name}: cannot be written")
+
+    monkeypatch.setattr(legality, "atomic_write", refuse)
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())
+    result = CliRunner().invoke(verify_command, [str(run), "--mode", "plain", "--quiet", "--device", "cpu"])
+    assert result.exit_code == 0 and "legal" in result.stdout.splitlines()[-1]
+    assert "not kept: verify_plain.json: cannot be written" in result.stderr
+
+
+def test_an_evaluation_of_ones_own_is_no_way_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scorer does to the numbers that it is given does not reach the score; leaving is no score; and work that
+    only the first of all calls does is timed."""
+    monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())
+
+    def verified(cheat: str) -> Report:
+        return verify_artifact(run, evaluator=f"tests.cheats:{cheat}", seed=0, whole=True)
+
+    late = verified("works_at_first")
+    assert late.legal and float(figures(late)["evaluation time"].split()[0]) > 2.0
+    assert figures(verified("counts_bytes_twice"))["ledger"] == figures(late)["ledger"]
+    for cheat, said in (("leaves", "SystemExit: 0"), ("ends_at_once", "its process ended without a score")):
+        report = verified(cheat)
+        assert "ledger" in report.failed and said in figures(report)["ledger"]
+
+
+def test_the_data_folder_is_hidden_where_nothing_else_lies_in_it(run: Path, tmp_path: Path) -> None:
+    folder = Path(tiny_data_of(run))
+    dataset = open_dataset(folder)
+    assert legality_files.data_files(dataset, folder, run) == [folder.resolve()]
+    shards = [*dataset.train_shards, *dataset.valid_shards]
+    assert legality_files.data_files(dataset, tmp_path, run) == [tmp_path.resolve(), *shards]
+    assert legality_files.data_files(dataset, folder.parent, folder / "code.py") == shards
+
+
 def test_an_evaluator_is_scored_timed_and_weighed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = tmp_path / "answers.bin"
     monkeypatch.setenv(cheats.SHARD, str(answers))
-    for size, failed in ((1_000, []), (legality.SIZE_BUDGET, ["size"])):
+    for size, failed in ((1_000, []), (legality_files.SIZE_BUDGET, ["size"])):
         with open(answers, "wb") as file:
             file.truncate(size)
         report = verify_artifact(run, evaluator="tests.cheats:brings_a_file_along", **QUICK)
@@ -214,21 +273,21 @@ def test_a_packed_submission(run: Path, tmp_path: Path) -> None:
 
     elsewhere = tmp_path / "weights.bin"
     with open(elsewhere, "wb") as file:
-        file.truncate(legality.SIZE_BUDGET)
+        file.truncate(legality_files.SIZE_BUDGET)
     script = folder / "train_gpt.py"
     original = script.read_bytes()
     script.write_bytes(original + f"open({str(elsewhere)!r}, 'rb').read(1)\n".encode())
-    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
+    size = legality_files.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "1 other files 16,000,000 such as weights.bin" in size.figure
     script.write_bytes(original)
 
     with open(folder / "more.bin", "wb") as file:
-        file.truncate(legality.SIZE_BUDGET)
-    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
+        file.truncate(legality_files.SIZE_BUDGET)
+    size = legality_files.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "7 files of the submission" in size.figure
 
     script.write_bytes(b"raise ValueError('half a script')\n")
-    size = legality.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
+    size = legality_files.check_size(folder, folder / "model.pgolf", open_dataset(data), "plain", {})
     assert size.status == "fail" and "train_gpt.py does not score: ValueError: half a script" in size.figure
 
 

@@ -1,5 +1,7 @@
 """Presets: valid, complete, and as large as the published models."""
 
+import re
+
 import pytest
 import torch
 
@@ -65,19 +67,17 @@ def test_demo_has_a_step_budget_and_the_parts_of_the_large_presets():
     assert demo.train.cuda_graphs is False
 
 
-# Numbers that may have any value, or that are held against others (tests below).
-FREE = {"rope_dims", "qk_gain_init", "tied_embed_init_std", "xsa_last_n", "loop_start", "loop_end"}
-FREE |= {"parallel_start", "bigram_dim", "loop_start_step", "global_ttt_warmup_start_lr", "global_ttt_warmup_chunks"}
-FREE |= {"global_ttt_grad_clip", "sgd_ttt_grad_clip"}
-
-
-def test_every_number_of_training_has_a_range():
+@pytest.mark.parametrize("impossible", [-2, float("nan"), float("inf"), 10**30])
+def test_every_number_has_a_range(impossible):
     for _, name, value in get_preset("pr1530").items():
-        if type(value) not in (int, float) or name in FREE or name.startswith(("ngram_", "cache_")):
-            continue
-        for impossible in (-1, float("nan")):
-            with pytest.raises(ConfigError, match=f"{name}: got {impossible}, wanted "):
+        if type(value) in (int, float):
+            with pytest.raises(ConfigError, match=f"^{name}: got {re.escape(str(impossible))}, wanted "):
                 get_preset("pr1530").replace(**{name: impossible})
+
+
+def test_minus_one_is_none():
+    for name in ("parallel_start", "loop_start_step"):
+        get_preset("pr1530").replace(**{name: -1})
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,21 @@ def test_every_number_of_training_has_a_range():
         ({"loop_end": 11}, "loop_start: got 3, wanted 0 <= loop_start <= loop_end < num_layers"),
         ({"parallel_start": 12}, "parallel_start: got 12"),
         ({"xsa_last_n": 12}, "xsa_last_n: got 12"),
+        ({"mlp_mult": 0.001}, "mlp_mult: got 0.001, wanted a hidden unit or more"),
+        ({"bigram_vocab_size": 1}, r"bigram_vocab_size: got 1, wanted 0 \(none\) or at least 2"),
+        ({"bigram_dim": 0}, "bigram_dim: got 0, wanted at least 1"),
+        ({"cu_bucket_size": 10**9}, "cu_bucket_size: got 1000000000, wanted 1 to 65536"),
+        ({"adam_eps": 0.0}, "adam_eps: got 0.0, wanted above 0"),
+        ({"gptq_damping": -0.1}, "gptq_damping: got -0.1, wanted at least 0"),
+        ({"ttt_grad_steps": 0}, "ttt_grad_steps: got 0, wanted at least 1"),
+        ({"ngram_table_bits": 60}, "ngram_table_bits: got 60, wanted 4 to 32"),
+        ({"ngram_table_bits": 3}, "ngram_table_bits: got 3, wanted 4 to 32"),
+        ({"ngram_order_stride": 0}, "ngram_order_stride: got 0, wanted at least 1"),
+        ({"ngram_base_beta": 1000.0}, "ngram_base_beta: got 1000.0, wanted 0 to 100"),
+        ({"cache_reset_every": 0}, "cache_reset_every: got 0, wanted at least 1"),
+        ({"cache_alpha": 1.5}, "cache_alpha: got 1.5, wanted 0 to 1"),
+        ({"cache_order": 0}, "cache_order: got 0, wanted 1 to 64"),
+        ({"timeout_seconds": 1e14}, "timeout_seconds: got 100000000000000.0, wanted above 0, at most 1000000000"),
         ({"loader": "random"}, "loader: got 'random', wanted one of documents, shuffled, stream"),
     ],
 )

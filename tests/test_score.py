@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 from model import packed_entry, score
 from model.cli import cli
-from model.errors import ConfigError
+from model.data.dataset import open_dataset
+from model.data.shards import BOS_ID, write_shard
+from model.errors import ConfigError, DataError
 from model.evaluate.ledger import Ledger
 from model.evaluate.session import Session
 from model.pipeline import run_pipeline
@@ -117,3 +119,40 @@ def test_a_folder_that_cannot_be_written(run, artifact, monkeypatch, capsys):
     assert names(artifact.parent) == ["mine.pgolf"]
     with pytest.raises(ConfigError, match=r"resume: .*place cannot be written, wanted a folder in which"):
         score_artifact(artifact, ["plain"], data_dir=data_of(run), quiet=True, resume=True)
+
+
+def test_a_run_that_cannot_be_written(run, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("ledger_*")))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    monkeypatch.setattr(score.os, "access", lambda path, kind: not (path == folder and kind == os.W_OK))
+    done = CliRunner().invoke(cli, ["eval", str(folder), "--mode", "plain", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == f"no ledger or result.json is kept: {folder} cannot be written\n"
+    assert done.stdout.split("\n")[1].startswith("plain  ")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_an_artifact_without_its_data_names_the_option(artifact, monkeypatch):
+    monkeypatch.chdir(artifact.parent)
+    done = CliRunner().invoke(cli, ["eval", str(artifact), "--mode", "plain", "--quiet"])
+    assert isinstance(done.exception, DataError)
+    assert "data: no such folder, wanted a data set (--data or --data-dir names it" in str(done.exception)
+
+
+def change_validation(folder: Path, tokens: np.ndarray) -> None:
+    write_shard(folder / "valid_000000.bin", tokens)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["valid"]["shards"][0]["tokens"] = len(tokens)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_validation_text_of_empty_documents(run, artifact, tmp_path):
+    """Where some documents have bytes there is a score."""
+    data = Path(shutil.copytree(data_of(run), tmp_path / "data"))
+    change_validation(data, np.full(40, BOS_ID, np.uint16))
+    with pytest.raises(DataError, match="data: no bytes to score, wanted text"):
+        score_artifact(artifact, ["plain"], data_dir=str(data), quiet=True)
+    change_validation(data, np.array([BOS_ID] * (1 << 20) + [300, 301, BOS_ID, BOS_ID], np.uint16))
+    assert open_dataset(data).byte_tables.stream_bytes(open_dataset(data).valid_tokens).any()
+    change_validation(data, np.array([BOS_ID] * 20 + [300, 301, BOS_ID, BOS_ID], np.uint16))
+    assert np.isfinite(score_artifact(artifact, ["plain"], data_dir=str(data), quiet=True)["plain"].bpb)

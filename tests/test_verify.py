@@ -165,6 +165,9 @@ CHEATS = [
     ("gates_a_hint_on_the_candidate", NORMALISATION),
     ("blends_without_normalising", NORMALISATION),
     ("is_more_than_certain", NORMALISATION),
+    ("halves_losses_further_on", NORMALISATION),
+    ("halves_losses_of_what_was_often_read", NORMALISATION),
+    ("halves_losses_far_on", FULL_SCALE),
     ("trains_before_it_scores", ORDER),
     ("trains_in_silence", ORDER),
     ("scores_twice", ONCE),
@@ -189,6 +192,7 @@ def test_each_cheat_is_caught_by_its_check(cheat: str, check: str) -> None:
         ("scores_twice_in_silence", [NORMALISATION, ONCE]),
         ("keeps_the_better_of_a_copy", [NORMALISATION, ONCE]),
         ("scores_the_stream_whatever_is_asked", [CAUSALITY, NORMALISATION]),
+        ("makes_others_unbelievably_likely", [CAUSALITY, NORMALISATION]),
     ],
 )
 def test_breaking_two_rules_is_caught_twice(cheat: str, checks: list[str]) -> None:
@@ -216,6 +220,24 @@ def test_reading_the_data_sets_files_is_caught_in_a_fresh_process(cheat, text, t
     report = verify(f"tests.cheats:{cheat}", shards=[shard])
     assert report.failed == [TRAINING_DATA], report.lines()
     assert shard.read_bytes() == before  # hidden from the process, not touched
+
+
+@pytest.mark.parametrize("cheat", ["remembers_the_stream", "remembers_the_stream_in_a_file"])
+def test_remembering_an_earlier_run_is_caught_in_a_fresh_process(cheat, tmp_path, monkeypatch) -> None:
+    report = verify(f"tests.cheats:{cheat}", shards=[shard_of_sevens(tmp_path, monkeypatch)])
+    assert report.failed == [TRAINING_DATA], report.lines()
+
+
+def test_a_data_folder_is_hidden_as_a_whole(tmp_path, monkeypatch) -> None:
+    if not files_can_be_hidden():
+        pytest.skip("no user namespaces here")
+    copied = tmp_path / "data" / "copy_of_valid.bin"
+    copied.parent.mkdir()
+    write_shard(copied, stream())
+    monkeypatch.setenv(cheats.SHARD, str(copied))
+    report = verify("tests.cheats:looks_the_answers_up", shards=[copied.parent])
+    assert report.failed == [TRAINING_DATA], report.lines()
+    assert copied.is_file()
 
 
 def _training_data(report: Report) -> Check:
@@ -294,7 +316,12 @@ def test_the_dropped_sequences_of_1530_are_named() -> None:
 
 
 def test_an_unknown_scorer_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="wanted module:function"):
-        verify("tests.cheats:nobody")
+    for scorer in ("tests.cheats:nobody", "tests.nothing:plain", ":", "tests.cheats:", ":plain"):
+        with pytest.raises(ConfigError, match=r"evaluator: got '.*', wanted module:function"):
+            verify(scorer)
+    with pytest.raises(ConfigError, match=r"evaluator: got 'tests\.cheats:SHARD', a str, wanted a function"):
+        verify("tests.cheats:SHARD")
+    with pytest.raises(ConfigError, match=r"evaluator: it failed on .* tokens: SystemExit: 0"):
+        verify("tests.cheats:leaves")
     with pytest.raises(ConfigError, match="eval_mode: got 'nothing'"):
         verify("nothing")

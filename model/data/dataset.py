@@ -71,7 +71,10 @@ def open_dataset(data_dir: str | os.PathLike[str], variant: str = "", vocab_size
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder, wanted a data set (pgolf data build or download makes one)")
+        raise DataError(
+            f"{folder}: no such folder, wanted a data set (--data or --data-dir names it, pgolf data build or download "
+            "makes one)"
+        )
     dataset = (
         _open_built(folder)
         if (folder / MANIFEST).is_file()
@@ -84,6 +87,9 @@ def open_dataset(data_dir: str | os.PathLike[str], variant: str = "", vocab_size
         check_ids(head, dataset.vocab_size, shards[0])
         if head.size and head[0] != BOS_ID:
             raise DataError(f"{shards[0]}: starts with id {head[0]}, wanted BOS = {BOS_ID}")
+    count = dataset.byte_tables.stream_bytes
+    if not count(head).any() and not count(dataset.valid_tokens).any():  # mostly the head decides
+        raise DataError(f"{dataset.name}: no bytes to score, wanted text")
     return dataset
 
 

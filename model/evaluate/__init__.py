@@ -133,11 +133,14 @@ def evaluate(
             ledger = _open_ledger(ledger, ledger_path, resume=resume, rank=rank, world=world)
             started -= ledger.seconds
         compute_dtype = str(model.compute_dtype).removeprefix("torch.")
+        token_bytes = dataset.byte_tables.stream_bytes(tokens)
         session = Session(
             model=model,
             config=config.eval,
-            tokens=tokens,
-            token_bytes=dataset.byte_tables.stream_bytes(tokens),
+            # What a scorer of somebody's own is given is not what its score is counted with.
+            tokens=tokens.copy() if scorer else tokens,
+            targets=tokens.copy() if scorer else None,
+            token_bytes=token_bytes.copy() if scorer else token_bytes,
             tables=dataset.byte_tables,
             ledger=ledger,
             device=device,
@@ -164,7 +167,7 @@ def evaluate(
         session.pause(last=True)
         if ledger_path is not None and rank:
             rank_path(ledger_path, rank).unlink(missing_ok=True)
-    score = session.ledger.totals(session.token_bytes)
+    score = ledger.totals(token_bytes)
     seconds = time.monotonic() - started
     return EvalResult(
         mode=mode,
@@ -177,8 +180,8 @@ def evaluate(
         compilations=len(session.compilations.kernels),
         late_compilations=len(session.late.kernels),
         compute_dtype=compute_dtype,
-        per_document=score_per_document(session.ledger.nll, session.token_bytes, find_documents(tokens)),
-        ledger=session.ledger,
+        per_document=score_per_document(ledger.nll, token_bytes, find_documents(tokens)),
+        ledger=ledger,
     )
 
 
@@ -249,11 +252,9 @@ def _open_ledger(new: Ledger, path: Path, *, resume: bool, rank: int, world: int
     if resume and new.legal and (path.exists() or parts):
         found = [*([path] if path.exists() else []), *parts]
         ledger = Ledger.load(*found)
-        for key, value in new.meta.items():
-            if ledger.meta.get(key) != value:
-                raise ConfigError(f"{path}: ledger of another evaluation ({key} differs); wanted the one to go on with")
-        if ledger.defects != new.defects or ledger.num_tokens != new.num_tokens:
-            raise ConfigError(f"{path}: ledger of another evaluation; wanted the one to go on with")
+        kept, asked = ({**one.meta, "defects": one.defects, "tokens": one.num_tokens} for one in (ledger, new))
+        if different := _difference(kept, asked):
+            raise ConfigError(f"{path}: ledger of another evaluation ({different}); wanted the one to go on with")
     if world > 1:
         dist.barrier()  # every rank has read them
     if rank == 0 and parts:
@@ -264,6 +265,14 @@ def _open_ledger(new: Ledger, path: Path, *, resume: bool, rank: int, world: int
     if world > 1:
         dist.barrier()
     return ledger
+
+
+def _difference(kept: Any, asked: Any, name: str = "") -> str:
+    """The first entry that is not the same in both, as a phrase with both values; nothing where all are."""
+    if isinstance(kept, dict) and isinstance(asked, dict):
+        entries = (_difference(kept.get(key, "nothing"), asked.get(key, "nothing"), key) for key in {**asked, **kept})
+        return next(filter(None, entries), "")
+    return "" if kept == asked else f"{name}: {kept!s:.40} in the ledger, {asked!s:.40} asked"
 
 
 @contextmanager

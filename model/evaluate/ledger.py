@@ -22,8 +22,6 @@ import itertools
 import json
 import math
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,17 +40,6 @@ _FORMAT_VERSION = 1
 _COLUMNS = (("state", np.int32), ("new_state", np.int32), ("start", np.int64), ("end", np.int64))
 _NAMES = tuple(name for name, _ in _COLUMNS)
 _ARRAYS = {"nll": np.float64, "scored": np.bool_, "repeat_position": np.int64, "repeat_nll": np.float64}
-
-_DAMAGE = (
-    OSError,
-    EOFError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass
@@ -161,11 +148,12 @@ class Ledger:
         """Enters the scores of the target ranges [start, end), each made by its `state` (or all by one).
 
         nll: one value in nats for each token, range after range, any float dtype; a tensor on a device is read at the
-        next flush. `select` (int64) picks those values out of a longer `nll`. Raises LegalityError when a token is no
-        target, was scored before or stands there twice, ValueError when the number of values is another one.
+        next flush. `select` (int64) picks those values out of a longer `nll`. Raises LegalityError when a state does
+        not exist or a token is no target, was scored before or stands there twice, ValueError when the number of values
+        is another one.
         """
         starts, ends = _ranges(starts, ends)
-        positions = self._positions(starts, ends, "score")
+        positions = self._positions(state, starts, ends, "score")
         if select is None:
             select = np.arange(len(nll))
         if nll.ndim != 1 or len(select) != len(positions):
@@ -190,10 +178,12 @@ class Ledger:
 
         With `separate` each range is an update of its own state (`state` has one entry a range) and the result is an
         array with one new state for each: the documents of a batch adapt independently. Raises LegalityError when a
-        token of the ranges has no score yet.
+        state does not exist or a token of the ranges has no score yet.
         """
         starts, ends = _ranges(starts, ends)
-        positions = self._positions(starts, ends, "update")
+        if not (separate or len(starts)):
+            starts = ends = np.ones(1, np.int64)  # learns from nothing; each state has a row that made it
+        positions = self._positions(state, starts, ends, "update")
         missing = positions[~self._scored[positions]]
         if len(missing):
             raise LegalityError(
@@ -265,14 +255,14 @@ class Ledger:
             mine = self.rows.slice(rows)
             positions = ranges_to_positions(mine.start[mine.is_score], mine.end[mine.is_score])
             positions = np.unique(positions)
-            sent = (vars(mine), self._num_states - states, positions, self._nll[positions], self._repeats[repeats:])
+            sent = (mine, self._num_states - states, positions, self._nll[positions], self._repeats[repeats:])
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, sent)
             self._parts, self._num_rows, self._num_states = [self.rows.slice(0, rows)], rows, states
             del self._repeats[repeats:]
             self._scored[positions] = False
-            for columns, new_states, *scores in gathered:
-                self._adopt(Rows(**columns), states, new_states, *scores)
+            for theirs, new_states, *scores in gathered:
+                self._adopt(theirs, states, new_states, *scores)
         self._shared, self._shared_scores = self._extent(), self.num_scored
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -295,7 +285,7 @@ class Ledger:
                 scored=self._scored,
                 repeat_position=np.concatenate([p for p, _ in repeats]),
                 repeat_nll=np.concatenate([v for _, v in repeats]),
-                **vars(self.rows),
+                **self.rows.__dict__,  # in a module that calls vars() no packed script shortens names
             )
 
     @classmethod
@@ -304,7 +294,7 @@ class Ledger:
 
         The rank that saved after the last exchange has everything from before it; of the others counts what they
         entered after the same one. The time is the longest of theirs. Raises LegalityError for a file that is damaged,
-        not a ledger, or of another evaluation than the first.
+        not a ledger, at odds with itself, or of another evaluation than the first.
         """
         parts = [cls._read(name) for name in (path, *others)]
         ledger = max(parts, key=lambda part: part._shared)
@@ -325,16 +315,16 @@ class Ledger:
     def _read(cls, path: str | os.PathLike[str]) -> Ledger:
         wanted = {**_ARRAYS, **dict(_COLUMNS)}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as stream, np.lib.npyio.NpzFile(stream) as file:  # never unpickles
                 header = json.loads(file["header"].tobytes())
-                arrays = {name: file[name] for name in wanted}
+                arrays = {name: np.asarray(file[name]) for name in wanted}
             if header["version"] != _FORMAT_VERSION:
-                raise LegalityError(f"{path}: ledger version {header['version']!r}, wanted {_FORMAT_VERSION}")
+                raise ValueError(f"version {header['version']!r:.40}, wanted {_FORMAT_VERSION}")
             ledger = cls(len(arrays["nll"]), tuple(header["defects"]), dict(header["meta"]))
             ledger._num_states = int(header["states"])
-            shared = [int(n) for n in header.get("shared", (0, 1))]
+            shared_rows, shared_states = (int(n) for n in header.get("shared", (0, 1)))
             seconds = header.get("seconds", 0.0)  # 0 in files from before it was kept
-        except _DAMAGE as error:
+        except Exception as error:  # a damaged archive raises nearly anything
             raise LegalityError(f"{path}: not a ledger ({error})") from error
         if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
             raise LegalityError(f"{path}: seconds is {seconds!r:.40}, wanted a finite float of at least 0")
@@ -345,23 +335,54 @@ class Ledger:
         for first, second in (("nll", "scored"), ("repeat_position", "repeat_nll"), *itertools.pairwise(_NAMES)):
             if len(arrays[first]) != len(arrays[second]):
                 raise LegalityError(f"{path}: {len(arrays[first])} {first}, wanted {len(arrays[second])} as {second}")
-        ledger._parts = [Rows(*(arrays[name] for name in _NAMES))]
-        ledger._num_rows = len(ledger._parts[0])
+        rows = Rows(*(arrays[name] for name in _NAMES))
+        ledger._parts, ledger._num_rows = [rows], len(rows)
         ledger._nll, ledger._scored = arrays["nll"], arrays["scored"]
-        if len(arrays["repeat_nll"]):
-            ledger._repeats = [(arrays["repeat_position"], arrays["repeat_nll"])]
-        ledger._shared = (shared[0], shared[1], len(ledger._repeats))
+        positions = arrays["repeat_position"]
+        if len(positions):
+            ledger._repeats = [(positions, arrays["repeat_nll"])]
+        ledger._shared = (shared_rows, shared_states, len(ledger._repeats))
+        ledger._check_rows(str(path))
         return ledger
+
+    def _check_rows(self, path: str) -> None:
+        """Raises LegalityError where what was read from `path` is nothing that `save` wrote."""
+        rows, states, (shared_rows, shared_states, _) = self.rows, self._num_states, self._shared
+        made, size = rows.new_state[~rows.is_score], self.num_tokens + 1
+        if not 1 <= states <= len(made) + 1:
+            raise LegalityError(f"{path}: got {states} states, wanted 1 to {len(made) + 1}")
+        self._check(rows.state, rows.start, rows.end, path)
+        for repeated, _ in self._repeats:
+            self._check(ARTIFACT_STATE, repeated, repeated + 1, path)
+        begun, ended = (np.bincount(part[rows.is_score], minlength=size) for part in (rows.start, rows.end))
+        claims = np.cumsum(begun - ended)[:-1]
+        for name, holds, wanted in (
+            ("new_state", ((made > rows.state[~rows.is_score]) & (made < states)).all(), "a later state there is"),
+            ("scored", np.array_equal(claims if self.legal else claims > 0, self._scored), "what rows say, once each"),
+            ("nll", np.array_equal(~np.isnan(self._nll), self._scored), "a value for each score"),
+            ("repeat_nll", not (self.legal and self._repeats), "none"),
+            ("shared", 0 <= shared_rows <= len(rows) and 1 <= shared_states <= states, "rows and states there are"),
+        ):
+            if not holds:
+                raise LegalityError(f"{path}: {name} is damaged, wanted {wanted}")
 
     def _extent(self) -> tuple[int, int, int]:
         return self._num_rows, self._num_states, len(self._repeats)
 
-    def _positions(self, starts: np.ndarray, ends: np.ndarray, what: str) -> np.ndarray:
+    def _positions(self, state: np.ndarray | int, starts: np.ndarray, ends: np.ndarray, what: str) -> np.ndarray:
+        """The tokens of the ranges. Raises LegalityError when one is no target, or a state does not exist."""
+        self._check(state, starts, ends, what)
+        return ranges_to_positions(starts, ends)
+
+    def _check(self, state: np.ndarray | int, starts: np.ndarray, ends: np.ndarray, what: str) -> None:
+        state = np.asarray(state)
+        unknown = state[(state < 0) | (state >= self._num_states) | (state % 1 != 0)]
+        if len(unknown):
+            raise LegalityError(f"{what}: got state {unknown[0]}, wanted one of the {self._num_states} there are")
         wrong = np.flatnonzero((starts < 1) | (ends > self.num_tokens) | (ends < starts))
         if len(wrong):
             start, end = starts[wrong[0]], ends[wrong[0]]
             raise LegalityError(f"{what}: got tokens {start} to {end}, wanted targets from 1 to {self.num_tokens}")
-        return ranges_to_positions(starts, ends)
 
     def _append(self, state: Any, new_state: Any, starts: np.ndarray, ends: np.ndarray) -> None:
         columns = (np.broadcast_to(state, starts.shape), np.broadcast_to(new_state, starts.shape), starts, ends)

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.data.shards import BOS_ID
-from model.evaluate.documents import ranges_to_positions
 from model.evaluate.ledger import ARTIFACT_STATE, CERTAIN, Ledger
 from model.gpt import GPT
 
@@ -58,7 +57,7 @@ class ObservedLedger(Ledger):
         self._reads = np.zeros(len(tokens), dtype=np.int64)  # forward passes that predicted a token before its score
         self._early_reads = np.zeros(len(tokens), dtype=np.int64)  # of which before anything was scored
         self._events = 0
-        self._weights = hash_weights(model) if model is not None else None
+        self._artifact = self._weights = hash_weights(model) if model is not None else None
         self._named_update = False
         self._repeats_later = self._repeats_early = 0
         self.entered = np.full(len(tokens), np.nan)  # the scores as they came
@@ -73,8 +72,9 @@ class ObservedLedger(Ledger):
 
     def score(self, state: Any, starts: Any, ends: Any, nll: Any, select: Any = None) -> None:
         starts, ends = np.atleast_1d(starts), np.atleast_1d(ends)
-        positions = self._positions(starts, ends, "score")
-        self._compare_weights(int(positions[0]) if len(positions) else 0)
+        positions = self._positions(state, starts, ends, "score")
+        states = np.repeat(np.broadcast_to(state, starts.shape), ends - starts)
+        self._compare_weights(positions, positions[states == ARTIFACT_STATE])
         taken = torch.as_tensor(nll).detach().to(torch.float64).cpu().numpy()
         values = taken if select is None else taken[select]
         if len(values) != len(positions):
@@ -88,7 +88,6 @@ class ObservedLedger(Ledger):
         early = np.minimum(again, self._early_reads[positions])
         self._repeats_early += int((early > 0).sum())
         self._repeats_later += int((again > early).sum())
-        states = np.repeat(np.broadcast_to(state, starts.shape), ends - starts)
         self.first_state[positions[fresh]] = states[fresh] == ARTIFACT_STATE
         kept = positions[fresh]
         self._scored[kept] = True
@@ -103,7 +102,7 @@ class ObservedLedger(Ledger):
             raise Enough
 
     def update(self, state: Any, starts: Any, ends: Any, *, separate: bool = False) -> Any:
-        positions = ranges_to_positions(np.atleast_1d(starts), np.atleast_1d(ends))
+        positions = self._positions(state, np.atleast_1d(starts), np.atleast_1d(ends), "update")
         missing = positions[self.event_of[positions] < 0]
         if len(missing):
             self.violations[ORDER].append(f"token {missing[0]} is learnt from before it has its score")
@@ -128,10 +127,14 @@ class ObservedLedger(Ledger):
                 f"{self._repeats_early} validation tokens went through the model before the evaluation began"
             )
 
-    def _compare_weights(self, token: int) -> None:
+    def _compare_weights(self, tokens: np.ndarray, by_artifact: np.ndarray) -> None:
+        """`by_artifact`: those of the tokens that the scorer says the artifact scores."""
         now = hash_weights(self._model) if self._model is not None else None
         if now != self._weights and not self._named_update:
+            token = tokens[0] if len(tokens) else 0
             self.violations[ORDER].append(f"the weights changed before token {token} without an update in the ledger")
+        if now != self._artifact and len(by_artifact):
+            self.violations[ORDER].append(f"token {by_artifact[0]} is scored as by the artifact, with other weights")
         self._weights, self._named_update = now, False
 
 
