@@ -150,7 +150,8 @@ class NinjaBuild(build_ext):
         nvcc = find_nvcc() if mode != "0" else None
         if mode == "1" and nvcc is None:
             raise ExecError("PGOLF_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH or among Python's packages")
-        gencode_flags(cuda_archs())  # a mistake in the list is no reason to build without CUDA
+        if nvcc is not None:
+            gencode_flags(cuda_archs())  # a mistake in the list is no reason to build without CUDA
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self._ninja(output, nvcc)

@@ -140,7 +140,7 @@ def recording(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., A
         row = table.Row(suite_of(request.node), str(case), provider)
         run.rows.append(row)
         if request.node.nodeid not in run.recorded:
-            run.alone.append(f"{row.suite} ({row.case})")
+            run.alone.append(f"{row.suite} ({row.case}), {provider}")
         benchmark.group = row.group
         failed = False
         try:
@@ -286,4 +286,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for line in printer.lines(row, ceilings):
             terminalreporter.write_line(line)
     if config.getoption("benchmark_compare") and run.alone:
-        terminalreporter.write_line(f"not compared, without a record: {', '.join(run.alone)}")
+        terminalreporter.write_line(f"not compared, without a record: {'; '.join(run.alone)}")

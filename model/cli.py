@@ -390,7 +390,7 @@ def _line(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `pgolf ARGV`. An error is one line on stderr and exit status 1, Ctrl-C one line and 130."""
+    """Runs `pgolf ARGV`. An error is one line on stderr and its exit status, Ctrl-C one line and 130."""
     # Before torch loads OpenMP: by default its threads spin for milliseconds at each barrier, which on two cores that
     # something else uses too made a training step of 0.8 s take 2 to 8 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -420,7 +420,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _line(_describe(error))
         # An interrupted training says which signal it was.
-        status = 128 + error.number if hasattr(error, "number") else getattr(error, "status", 1)
+        if hasattr(error, "number"):
+            status = 128 + error.number
+        else:
+            status = error.status if isinstance(error, PgolfError) else 1
     sys.exit(status)
 
 

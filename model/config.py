@@ -111,6 +111,7 @@ class ModelConfig:
         )
         _require(self.hidden_dim > 0, "mlp_mult", self.mlp_mult, "a hidden unit or more")
         _require(self.bigram_vocab_size != 1, "bigram_vocab_size", 1, "0 (none) or at least 2")
+        _require(not self.bigram_vocab_size or self.bigram_dim > 0, "bigram_dim", self.bigram_dim, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class TrainConfig:
     adam_eps: float = 1e-8  # AdamW's epsilon
     muon_momentum: float = 0.97  # Muon's momentum after its warm-up
     muon_momentum_warmup_start: float = 0.92  # Muon's first momentum
-    muon_momentum_warmup_steps: int = 1500  # steps over which it rises
+    muon_momentum_warmup_steps: int = 1500  # steps over which Muon's momentum rises
     muon_steps: int = 5  # Newton-Schulz iterations
     muon_row_normalize: bool = True  # divide rows of Muon's input by their norms
     muon_wd: float = 0.095  # weight decay of the matrices
@@ -174,11 +175,11 @@ class QuantConfig:
     calibration_tokens: int = 98304  # a batch, on every rank
     quant_recipe: Literal["gptq", "pr1499"] = "gptq"  # GPTQ as in pull requests 1413 to 1727, or as in 1499
     matrix_bits: int = 6  # bits of an attention matrix's code
-    attn_clip_sigmas: float = 12.85  # rows are clipped at so many deviations; more, fewer bytes
+    attn_clip_sigmas: float = 12.85  # rows of attention matrices are clipped at so many deviations; more, fewer bytes
     mlp_bits: int = 6  # bits of an MLP matrix's code
-    mlp_clip_sigmas: float = 12.85  # the same of the MLPs
+    mlp_clip_sigmas: float = 12.85  # rows of MLP matrices are clipped at so many deviations
     embed_bits: int = 8  # bits of the embedding's code
-    embed_clip_sigmas: float = 20.0  # the same of the embedding
+    embed_clip_sigmas: float = 20.0  # rows of the embedding are clipped at so many deviations
     clip_rule: Literal["sigma", "absmax", "search"] = "sigma"  # what sets a row's scale
     gptq_damping: float = 0.01  # this share of the mean of the Hessian's diagonal is added to it
     gptq_block_size: int = 128  # columns a lazy update, on a CPU
@@ -196,15 +197,15 @@ class EvalConfig:
     eval_batch_seqs: int = 32  # windows side by side
     # Document-wise LoRA test-time training (pull requests 1530, 1727).
     ttt_lora_rank: int = 96  # rank of a document's adapters
-    ttt_lora_lr: float = 1e-4  # their rate
+    ttt_lora_lr: float = 1e-4  # rate of a document's adapters
     ttt_chunk_size: int = 32  # tokens scored before the next step
     ttt_batch_size: int = 64  # documents side by side
     ttt_eval_seq_len: int = 2048  # longest context in lora-ttt and phased
     ttt_grad_steps: int = 1  # steps a chunk
-    ttt_weight_decay: float = 0.5  # weight decay of the adapters
-    ttt_beta1: float = 0.0  # AdamW's average of their gradients
+    ttt_weight_decay: float = 0.5  # weight decay of a document's adapters
+    ttt_beta1: float = 0.0  # AdamW's average of the adapters' gradients
     ttt_beta2: float = 0.999  # AdamW's average of squared gradients
-    ttt_optimizer: Literal["adam", "sgd"] = "adam"  # what takes the steps
+    ttt_optimizer: Literal["adam", "sgd"] = "adam"  # what takes the adapters' steps
     ttt_k_lora: bool = True  # adapters on keys
     ttt_o_lora: bool = True  # adapters on attention's output
     ttt_mlp_lora: bool = True  # adapters on the MLPs
@@ -212,9 +213,9 @@ class EvalConfig:
     phased_num_phases: int = 4  # phases, each ended by SGD on all weights
     phased_prefix_docs: int = 2000  # documents that the phases divide; all others come behind the last phase
     phased_order: Literal["length", "stream"] = "length"  # longest documents first, or as they come
-    global_ttt_lr: float = 0.001  # rate of that SGD
-    global_ttt_momentum: float = 0.9  # its momentum
-    global_ttt_epochs: int = 1  # passes over a phase's tokens
+    global_ttt_lr: float = 0.001  # rate of the SGD between phases
+    global_ttt_momentum: float = 0.9  # momentum of the SGD between phases
+    global_ttt_epochs: int = 1  # passes of that SGD over a phase's tokens
     global_ttt_chunk_tokens: int = 32768  # tokens a chunk
     global_ttt_batch_seqs: int = 32  # windows a step
     global_ttt_warmup_start_lr: float = 0.0  # first rate
@@ -223,7 +224,7 @@ class EvalConfig:
     global_ttt_respect_doc_boundaries: bool = True  # no attention between documents
     # Chunked score-first SGD (pull requests 1413, 1514).
     sgd_ttt_lr: float = 0.005  # rate of SGD on all weights
-    sgd_ttt_momentum: float = 0.9  # its momentum
+    sgd_ttt_momentum: float = 0.9  # momentum of sgd-ttt's SGD
     sgd_ttt_epochs: int = 3  # passes over a chunk
     sgd_ttt_chunk_tokens: int = 32768  # tokens scored before SGD on them
     sgd_ttt_batch_seqs: int = 32  # windows a step
@@ -231,11 +232,11 @@ class EvalConfig:
     sgd_ttt_freeze_blocks: int = 0  # first blocks that stay as they are
     # N-gram tilt (pull request 1514).
     ngram_base_beta: float = 2.0  # how far a hint lifts the logit of its token
-    ngram_agree_bonus: float = 0.1  # more of it where another voter agrees
+    ngram_agree_bonus: float = 0.1  # more lift where another voter agrees
     ngram_within_threshold: float = 0.25  # least confidence of the voter within words
-    ngram_within_beta: float = 0.0  # its lift
+    ngram_within_beta: float = 0.0  # how far the voter within words lifts its token
     ngram_word_threshold: float = 0.8  # least confidence of the voter over words
-    ngram_word_beta: float = 0.0  # its lift
+    ngram_word_beta: float = 0.0  # how far the voter over words lifts its token
     ngram_order_stride: int = 2  # orders 8 to 16 in steps of so many
     ngram_table_bits: int = 26  # logarithm of the table's size
     ngram_hash: Literal["compatible", "full"] = "compatible"  # full: faster, other hints
@@ -372,7 +373,7 @@ _BELOW_ONE = frozenset({
 })
 _ABOVE_ZERO = frozenset({
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "logit_softcap", "rope_base",
-    "rope_train_seq_len", "tied_embed_init_std", "bigram_dim", "train_batch_tokens", "micro_batches", "adam_eps",
+    "rope_train_seq_len", "tied_embed_init_std", "train_batch_tokens", "micro_batches", "adam_eps",
     "muon_steps", "keep_checkpoints", "timeout_seconds", "calibration_batches", "calibration_tokens",
     "gptq_block_size", "eval_seq_len", "eval_stride", "eval_batch_seqs", "ttt_chunk_size", "ttt_batch_size",
     "ttt_eval_seq_len", "ttt_grad_steps", "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "sgd_ttt_chunk_tokens",
@@ -390,8 +391,9 @@ def _check_range(name: str, value: Any) -> None:
     elif name in _BELOW_ONE:
         _require(0 <= value < 1, name, value, "0 <= value < 1")
     elif kind in (int, float):
-        least = "at least 0" if name not in _ABOVE_ZERO else "at least 1" if kind is int else "above 0"
-        good = 0 < value <= _MOST or (value == 0 and name not in _ABOVE_ZERO)
+        good, least = 0 <= value <= _MOST, "at least 0"
+        if name in _ABOVE_ZERO:
+            good, least = good and value > 0, "at least 1" if kind is int else "above 0"
         _require(good, name, value, f"{least}, at most {_MOST}")
 
 

@@ -2,7 +2,9 @@
 
 
 class PgolfError(Exception):
-    """Base of the errors that name what was wrong, where, and what was wanted."""
+    """Base of the errors that name what was wrong, where, and what was wanted. `status`: the command's exit status."""
+
+    status = 1
 
 
 class ConfigError(PgolfError):
@@ -30,6 +32,6 @@ class DeviceMemoryError(PgolfError):
 
 
 class NotVerified(PgolfError):
-    """`pgolf verify` could not say whether a score is legal: not the exit status of one that is not."""
+    """`pgolf verify` could not say whether a score is legal; the exit status 1 means that it is not."""
 
     status = 2

@@ -59,14 +59,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
 
 def _sync(path: Path) -> None:
     """Returns when what the file holds, or a folder's names, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of file systems that know no such thing for a folder
-            raise
-    finally:
-        os.close(number)
+        if not path.is_dir() or error.errno in _PLACE_ERRORS:
+            raise  # a folder may be one that cannot be read, or of a file system that knows no such thing
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
@@ -103,7 +104,8 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool | str = False) 
         yield temporary
         check_replaceable(path, replace=replace)
         for part in (*temporary.rglob("*"), temporary):
-            _sync(part)
+            if not part.is_symlink():
+                _sync(part)
         try:
             if path.exists():
                 path.rename(old)

@@ -48,17 +48,34 @@ class Isolation:
         installed = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *_SYSTEM}
         installed |= {*site.getsitepackages(), site.getusersitepackages()}
         apart = tuple(os.path.realpath(path) for path in (*installed, *known, *self.own))
-        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
         found = {}
-        for path in sorted(self.read | {os.path.realpath(path) for path in imported if path}):
-            inside = any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in apart)
-            if not inside and not path.endswith(".pyc") and os.path.isfile(path):
+        for path in sorted(self.read | _of_modules("__file__")):
+            if not _lies_in(path, apart) and not path.endswith(".pyc") and os.path.isfile(path):
                 found[path] = os.path.getsize(path)
         return found
 
+    def written_since(self, started: float, folder: Path) -> list[str]:
+        """Files that were read and have been written after `started` (seconds since the epoch) by another process.
+
+        Those in `folder` are the caller's. By the time of the last change of any kind, which nobody can set.
+        """
+        apart = (*_SYSTEM, *(os.path.realpath(path) for path in (str(folder), *self.own)))
+        candidates = sorted(path for path in self.read - _of_modules("__cached__") if not _lies_in(path, apart))
+        return [path for path in candidates if os.path.isfile(path) and os.stat(path).st_ctime > started]
+
+
+def _of_modules(attribute: str) -> set[str]:
+    """The real paths that this attribute of the imported modules has."""
+    paths = {getattr(module, attribute, None) for module in list(sys.modules.values())}
+    return {os.path.realpath(path) for path in paths if isinstance(path, str)}
+
+
+def _lies_in(path: str, places: Sequence[str]) -> bool:
+    return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in places)
+
 
 def environment() -> dict[str, str]:
-    """Of a fresh process that imports what this one does."""
+    """The environment variables of a fresh process that finds the modules that this one finds."""
     places = [str(Path(__file__).parents[1]), *(place for place in sys.path if place)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
@@ -78,8 +95,12 @@ def isolate(paths: Sequence[str]) -> Isolation:
             path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
             if path in real or path.startswith(folders):
                 isolation.opened.append(path)
-            elif isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY and "w" not in str(mode):
+            elif isinstance(flags, int) and flags & (os.O_TRUNC | os.O_EXCL) and path not in isolation.read:
+                isolation.own.add(path)  # nothing from before is left in it
+            elif isinstance(flags, int) and flags & os.O_ACCMODE != os.O_WRONLY and "w" not in str(mode):
                 isolation.read.add(path)
+        elif event == "os.rename":
+            isolation.own.discard(os.path.realpath(str(arguments[1])))
 
     sys.addaudithook(watch)
     return isolation

@@ -15,10 +15,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +116,15 @@ def verify_artifact(
         )
     report.seed, report.scorer = sample.seed, evaluator or mode
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = None if evaluator or run is None else saved_evaluation(run, model, dataset, mode, config)
-    if saved is not None and not whole:
+    saved, broken = None, ""
+    if run is not None and not evaluator:
+        try:
+            saved = saved_evaluation(run, model, dataset, mode, config)
+        except LegalityError as error:
+            broken = str(error)
+    if broken:
+        scores, timed = _no_score(broken)
+    elif saved is not None and not whole:
         scores, timed = _check_saved(
             saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
         )
@@ -127,7 +136,7 @@ def verify_artifact(
         scores, timed = _check_evaluation(
             artifact, saved, dataset, config, mode=mode, device=device, whole=whole, quiet=quiet
         )
-    if run is not None and saved is None and not evaluator:
+    if run is not None and saved is None and not evaluator and not broken:
         scores += _unfounded(run, mode)
     for check in scores:
         report.add(check)
@@ -246,7 +255,7 @@ def _check_evaluation(
                 opened, dataset, mode, config, device=device, tokens=tokens, progress=show, opening_seconds=opening
             )
     except LegalityError as error:
-        return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
+        return _no_score(str(error))
     checks, timed = _of_evaluation(
         result.ledger, result.bpb, result.seconds, result.seconds_by_part, dataset,
         strict=strictly_in_stream_order(mode, config),
@@ -296,16 +305,21 @@ def _check_own_evaluation(
         }
         (folder / "request.json").write_text(json.dumps(request))
         code = "import sys; from model.legality import evaluate_own; evaluate_own(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", code, str(folder / "request.json")], env=environment())
+        command = [sys.executable, "-P", "-c", code, str(folder / "request.json")]
+        done = subprocess.run(command, env=environment())
+        if done.returncode < 0:  # for want of memory, mostly
+            raise ConfigError(f"evaluator: its process was ended by {signal.Signals(-done.returncode).name}")
         if not (folder / "answer.json").is_file():
-            return [Check("ledger", FAIL, "its process ended without a score")], Check(TIME, SKIPPED, "no score")
+            return _no_score("its process ended without a score")
         answer = json.loads((folder / "answer.json").read_text())
         if "error" in answer:
-            return [Check("ledger", FAIL, answer["error"])], Check(TIME, SKIPPED, "no score")
+            raise ConfigError(f"evaluator: {answer['error']}")
+        if "illegal" in answer:
+            return _no_score(answer["illegal"])
         try:
             ledger = Ledger.load(folder / "ledger.npz")
         except LegalityError as error:
-            return [Check("ledger", FAIL, str(error))], Check(TIME, SKIPPED, "no score")
+            return _no_score(str(error))
     token_bytes = dataset.byte_tables.stream_bytes(dataset.valid_tokens[: ledger.num_tokens])
     return _of_evaluation(
         ledger, ledger.totals(token_bytes).bpb, answer["seconds"], answer["parts"], dataset,
@@ -316,18 +330,18 @@ def _check_own_evaluation(
 def evaluate_own(request_file: str) -> None:
     """The process of `_check_own_evaluation`: leaves the ledger and the seconds, or what went wrong."""
     request = json.loads(Path(request_file).read_text())
-    folder, device = Path(request["folder"]), request["device"]
-    dataset = dataset_of(Config.from_dict(request["origin"]))
-    tokens = dataset.valid_tokens[: request["tokens"]]
-    started = time.monotonic()
+    folder, device, name = Path(request["folder"]), request["device"], request["evaluator"]
     try:
+        dataset = dataset_of(Config.from_dict(request["origin"]))
+        tokens = dataset.valid_tokens[: request["tokens"]]
+        started = time.monotonic()
         opened = load_model(Path(request["artifact"]), device)
-        scorer = resolve(request["evaluator"], [])
-        with shown(request["evaluator"], len(tokens) - 1, quiet=request["quiet"]) as show:
+        scorer = resolve(name, [])
+        with shown(name, len(tokens) - 1, quiet=request["quiet"]) as show, redirect_stdout(sys.stderr):
             result = evaluate(
                 opened,
                 dataset,
-                request["evaluator"],
+                name,
                 Config.from_dict(request["config"]),
                 device=device,
                 scorer=scorer,
@@ -337,11 +351,17 @@ def evaluate_own(request_file: str) -> None:
             )
         result.ledger.save(folder / "ledger.npz")
         answer: dict[str, Any] = {"seconds": result.seconds, "parts": result.seconds_by_part}
+    except LegalityError as error:
+        answer = {"illegal": str(error)}
     except PgolfError as error:
         answer = {"error": str(error)}
     except (Exception, SystemExit) as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
+        answer = {"illegal": f"{type(error).__name__}: {error}"}
     (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def _no_score(why: str) -> tuple[list[Check], Check]:
+    return [Check("ledger", FAIL, why)], Check(TIME, SKIPPED, "no score")
 
 
 def _unfounded(run: RunDir, mode: str) -> list[Check]:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from model.evaluate.documents import find_documents
 from model.evaluate.observe import Enough, ObservedLedger, Watch
 from model.evaluate.session import Session
 from model.gpt import GPT
+from model.signals import Terminated
 
 Scorer = Callable[[Session], None]
 LENGTHS = (100, 3, 40, 60, 40, 24, 40, 1, 40, 55)  # of the probe's documents; the same length is the same text
@@ -137,12 +138,13 @@ class BlackBox:
             graphs=False,
         )
         try:
-            with Watch(self.model, ledger) if watch else nullcontext():
+            # What it prints is no line of the report.
+            with redirect_stdout(sys.stderr), Watch(self.model, ledger) if watch else nullcontext():
                 self.scorer(session)
             ledger.close()
         except Enough:
             pass
-        except PgolfError:
+        except (PgolfError, Terminated):
             raise
         except (Exception, SystemExit) as error:
             raise ConfigError(
@@ -167,9 +169,11 @@ def resolve(scorer: Scorer | str, train_shards: list[Path]) -> Scorer:
         return partial(run_mode, mode=scorer, train_shards=train_shards)
     module, _, name = scorer.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         found: Scorer = getattr(importlib.import_module(module), name)
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"evaluator: got {scorer!r}, wanted module:function ({reason})") from error

@@ -2,7 +2,7 @@
 
 Four passes over the syntax trees. Annotations go, except those that a program reads (`typing.get_type_hints`). Checks
 of arguments go where the caller is known to pass the right ones: an `if` that only raises ValueError or TypeError, and
-calls of functions named `check...` that have nothing left to raise or to return.
+calls of functions named `check...` that have nothing left to raise, to return or to call.
 Conditions known to be false are folded, and the branches behind them dropped. Then definitions are kept that something
 kept refers to, beginning at the roots and at the statements that act when a module is imported. What a name, attribute
 or string may refer to counts as referred to, so that a definition goes only where nothing could find it.
@@ -103,7 +103,7 @@ def _drop_checks(trees: Mapping[str, ast.Module]) -> None:
             _Unchecked(found or ()).visit(tree)
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("check"):
-                    (busy if _raises_or_returns(node) else idle).add(node.name)
+                    (busy if _acts(node) else idle).add(node.name)
                 elif isinstance(node, ast.ImportFrom) and node.module not in trees:
                     busy |= {alias.asname or alias.name for alias in node.names}
         if idle - busy == found:
@@ -111,9 +111,11 @@ def _drop_checks(trees: Mapping[str, ast.Module]) -> None:
         found = idle - busy
 
 
-def _raises_or_returns(node: ast.FunctionDef) -> bool:
+def _acts(node: ast.FunctionDef) -> bool:
     return any(
-        isinstance(inner, ast.Raise) or (isinstance(inner, ast.Return) and inner.value is not None)
+        isinstance(inner, ast.Raise | ast.Assert)
+        or (isinstance(inner, ast.Return) and inner.value is not None)
+        or (isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call))
         for inner in ast.walk(node)
     )
 

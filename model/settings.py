@@ -67,7 +67,7 @@ def section_options(section: str) -> Callable[[Callable[..., Any]], Callable[...
 
 def _option(name: str, kind: Any) -> Callable[..., Any]:
     flag = "--" + name.replace("_", "-")
-    text = f"{_meanings().get(name, '')} ({_sections()[name]})"
+    text = f"{_meanings().get(name, '')} ({_sections()[name]})".strip()
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     if typing.get_origin(kind) is Literal:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,7 @@ CAUSALITY, FULL_SCALE, TRAINING_DATA = "causality", "full scale", "no training d
 SUM_TOLERANCE = 1e-4  # fp32 probabilities of a large vocabulary; an illegal blend is off by percents
 PRECISION = 0.02  # of an estimated sum, as a standard error; more tokens are asked for until it has it
 END_TOLERANCE = 0.1  # nats that a BOS may be likelier for ending a document; another length rounds otherwise
-FULL_CANDIDATES, FULL_PRECISION = 12, 0.1  # tokens asked for at a place of the full scale, and the error allowed there
+FULL_CANDIDATES, FULL_MOST, FULL_PRECISION = 16, 256, 0.1  # tokens asked for at the full scale, and the error allowed
 REPLACEMENTS = ("random", "one token", "reversed")
 _LEARNING_RATES = ("ttt_lora_lr", "sgd_ttt_lr", "global_ttt_lr", "global_ttt_warmup_start_lr")
 
@@ -298,13 +297,13 @@ def _check_normalisation(verifier: _Verifier) -> Check:
         (box.probe.tokens, often[READ_OFTEN] + 8, often[READ_OFTEN + 1]),
         *[(box.probe.short, short[2] + 17, short[3])] * verifier.sample.distributions,
     ][: verifier.sample.distributions]
-    worst, error, asked = 0.0, 0.0, 0
+    worst, error, asked = 0.0, 0.0, vocabulary
     for tokens, start, end in stretches:
         place = int(rng.integers(start, end))
         found = _Sum(verifier, tokens, place, verifier.sample.candidates)
         while found.suspicious(PRECISION) and not found.problem():
             found = _Sum(verifier, tokens, place, 4 * len(found.probabilities), found.probabilities)
-        asked, error = max(asked, len(found.probabilities)), max(error, found.error)
+        asked, error = min(asked, len(found.probabilities)), max(error, found.error)
         if math.isnan(found.total) and verifier.base.violations.get(ONCE):
             return Check(NORMALISATION, SKIPPED, f"token {place} gets no score")
         if found.problem():
@@ -389,7 +388,7 @@ def _ask(box: BlackBox, tokens: np.ndarray, place: int, candidate: int, config: 
     targets = tokens.copy()
     targets[place] = candidate
     nll = box.run(tokens, targets=targets, stop_at=place, config=config).entered[place]
-    return float(np.exp(min(-nll, 700.0)))  # beyond that it is no number any more, and no probability long before
+    return float(np.exp(min(-nll, 700.0)))  # exp overflows beyond; any such value is far above a probability
 
 
 @torch.no_grad()
@@ -419,10 +418,15 @@ def _check_full_scale(verifier: _Verifier, valid_tokens: np.ndarray) -> Check:
         return Check(FULL_SCALE, FAIL, problem)
     place = int(verifier.rng.integers(count // 2, count - 1))
     found = _Sum(verifier, tokens, place, FULL_CANDIDATES, config=box.probe.full)
-    while found.suspicious(FULL_PRECISION) and not found.problem():
+    while found.suspicious(FULL_PRECISION) and not found.problem() and len(found.probabilities) < FULL_MOST:
         found = _Sum(verifier, tokens, place, 4 * len(found.probabilities), found.probabilities, box.probe.full)
     if found.problem():
         return Check(FULL_SCALE, FAIL, f"at token {place}: {found.problem()}")
+    if found.suspicious(FULL_PRECISION):
+        sum_is = (
+            f"{len(found.probabilities)} tokens make it {found.total:.3f} with a standard error of {found.error:.0e}"
+        )
+        return Check(FULL_SCALE, SKIPPED, f"causal, but the sum at token {place} is not decided: {sum_is}")
     caveat = " in the order of processing" if reordered else ""
     return Check(FULL_SCALE, PASS, f"{count:,} tokens from {start:,} on with the evaluation's settings, causal{caveat}")
 
@@ -459,9 +463,11 @@ def _check_training_data(
             "dtype": str(box.model.compute_dtype).removeprefix("torch."),
         }
         (folder / "request.json").write_text(json.dumps(request))
+        # What earlier runs have compiled is no memory of theirs: there it is compiled again.
+        caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
         done = subprocess.run(
-            [sys.executable, "-m", "model.isolation", str(folder / "request.json")],
-            env=environment(),
+            [sys.executable, "-P", "-m", "model.isolation", str(folder / "request.json")],
+            env={**environment(), **{name: str(folder / name) for name in caches}},
             capture_output=True,
             text=True,
         )
@@ -527,7 +533,7 @@ def answer(request: dict[str, Any], isolation: Isolation) -> None:
                 "reason": isolation.reason,
                 "opened": isolation.opened,
                 "other_files": other,
-                "written": [path for path in other if os.path.getmtime(path) > request["started"]],
+                "written": isolation.written_since(request["started"], folder),
             }
         )
     )

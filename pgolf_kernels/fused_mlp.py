@@ -329,5 +329,5 @@ def check_mlp(
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, wanted x's {x.device}")
-        if torch.promote_types(x.dtype, tensor.dtype) != tensor.dtype:
+        if not tensor.dtype.is_floating_point or torch.promote_types(x.dtype, tensor.dtype) != tensor.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, wanted x's {x.dtype} or a wider floating-point dtype")

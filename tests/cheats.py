@@ -4,6 +4,7 @@ import collections
 import copy
 import ctypes
 import os
+import signal
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from model.evaluate.ngram_tilt import Tilt
 from model.evaluate.plain import evaluate_plain
 from model.evaluate.session import Session
 from model.evaluate.sliding import sliding_windows
+from model.signals import Terminated
 
 SHARD = "PGOLF_TEST_TRAINING_SHARD"
 
@@ -219,6 +221,16 @@ def leaves(session: Session) -> None:
 def ends_at_once(session: Session) -> None:
     """The same, so that nobody can catch it."""
     os._exit(0)
+
+
+def is_terminated(session: Session) -> None:
+    """Is asked to end, as by `kill`."""
+    raise Terminated(143)
+
+
+def runs_out_of_memory(session: Session) -> None:
+    """Is ended by the system."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 _WORKED: list[bool] = []

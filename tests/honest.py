@@ -1,5 +1,8 @@
 """Scorers that keep the rules in ways of their own: what the verifier must let pass."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -66,3 +69,12 @@ def the_last_document_first(session: Session) -> None:
         session.ledger.score(state, start + 1, start + length, nll)
         state = session.ledger.update(state, start + 1, start + length)
         np.add.at(seen, session.tokens[start + 1 : start + length], 1)
+
+
+def keeps_scratch_files(session: Session) -> None:
+    """Writes a file of a fixed name and reads it back, and keeps nothing in it."""
+    path = Path(tempfile.gettempdir()) / "pgolf_scratch.bin"
+    path.write_bytes(session.tokens.tobytes())
+    assert path.read_bytes() == session.tokens.tobytes()
+    path.unlink()
+    run_mode(session, "plain")

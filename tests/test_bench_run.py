@@ -112,7 +112,7 @@ def test_pytest_benchmark_compares(toy, pytester, tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_CASES", "toy new")
     with_new = run_toy(pytester, toy, *options)
     assert with_new.ret == 0
-    assert "not compared, without a record: toy/part (new)\n" in with_new.stdout.str() + "\n"
+    assert "not compared, without a record: toy/part (new), pgolf_kernels\n" in with_new.stdout.str() + "\n"
     monkeypatch.delenv("TOY_CASES")
 
     monkeypatch.setenv("TOY_SECONDS", "0.01")

@@ -119,11 +119,13 @@ def test_auto_falls_back_loudly(build, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("archs", ["sm_90", ""])
-def test_a_mistaken_list_of_architectures_builds_nothing(build, tmp_path, monkeypatch, archs):
+def test_a_mistaken_list_of_architectures_builds_nothing_with_cuda(build, tmp_path, monkeypatch, archs):
     monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", compiles=True)))
     monkeypatch.setenv("PGOLF_CUDA_ARCHS", archs)
     with pytest.raises(ExecError, match="PGOLF_CUDA_ARCHS: got"):
         run_build(build, tmp_path)
+    monkeypatch.setenv("PGOLF_CUDA", "0")
+    assert built_with_cuda(run_build(build, tmp_path)) == "False"
 
 
 def test_an_nvcc_that_may_not_be_run_is_none(build, tmp_path, monkeypatch):

@@ -191,6 +191,7 @@ def test_double_backward_raises():
         ({"w_up": torch.empty(12, 8, device="meta")}, ValueError, "w_up: got device meta"),
         ({"hidden_gain": torch.randn(3)}, ValueError, r"hidden_gain: got shape \(3,\)"),
         ({"x": torch.randn(3, 8, dtype=torch.float64)}, TypeError, "w_up: got torch.float32, wanted x's torch.float64"),
+        ({"w_up": torch.randn(12, 8, dtype=torch.complex64)}, TypeError, "w_up: got torch.complex64"),
         ({"negative_slope": -0.1}, ValueError, "negative_slope: got -0.1"),
         ({"negative_slope": float("inf")}, ValueError, "negative_slope: got inf"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from model import legality, legality_files
 from model.checks import Check, Report
 from model.data.dataset import open_dataset
-from model.errors import DataError, NotVerified, PgolfError
+from model.errors import ConfigError, DataError, NotVerified, PgolfError
 from model.evaluate.ledger import Ledger
 from model.legality import verify_artifact, verify_command
 from model.pack import entry_script, pack_submission
@@ -127,6 +128,9 @@ def test_doctored_scores_are_not_legal(run: Path, tmp_path: Path, monkeypatch: p
     assert failed_with(np.ones(len(honest["nll"]))) == []
     whole = verify_artifact(copy, mode="lora-ttt", seed=0, whole=True)
     assert whole.legal and "tokens rescored" in figures(whole)["saved scores"]
+    np.savez(path, **{**honest, "nll": honest["nll"] * np.where(np.arange(len(factors)) < 9, np.nan, 1.0)})
+    report = verify_artifact(copy, mode="lora-ttt", seed=0)
+    assert report.failed == ["ledger"] and "nll is damaged" in figures(report)["ledger"]
 
 
 def test_the_time_in_the_ledger_counts(run: Path, tmp_path: Path) -> None:
@@ -217,20 +221,32 @@ def test_a_run_that_cannot_be_written_is_verified_all_the_same(run: Path, monkey
     assert "not kept: verify_plain.json: cannot be written" in result.stderr
 
 
-def test_an_evaluation_of_ones_own_is_no_way_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a scorer does to the numbers that it is given does not reach the score; leaving is no score; and work that
-    only the first of all calls does is timed."""
+@pytest.fixture
+def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Report]:
+    """`pgolf verify` of a scorer in tests/cheats.py without the checks that run it over and over."""
     monkeypatch.setattr(legality, "check_scorer", lambda *_, **__: Report())
+    return lambda cheat: verify_artifact(run, evaluator=f"tests.cheats:{cheat}", seed=0, whole=True)
 
-    def verified(cheat: str) -> Report:
-        return verify_artifact(run, evaluator=f"tests.cheats:{cheat}", seed=0, whole=True)
 
-    late = verified("works_at_first")
+def test_an_own_scorer_is_timed_from_its_first_call_and_counts_no_bytes(evaluated: Callable[[str], Report]) -> None:
+    late = evaluated("works_at_first")
     assert late.legal and float(figures(late)["evaluation time"].split()[0]) > 2.0
-    assert figures(verified("counts_bytes_twice"))["ledger"] == figures(late)["ledger"]
-    for cheat, said in (("leaves", "SystemExit: 0"), ("ends_at_once", "its process ended without a score")):
-        report = verified(cheat)
-        assert "ledger" in report.failed and said in figures(report)["ledger"]
+    assert figures(evaluated("counts_bytes_twice"))["ledger"] == figures(late)["ledger"]
+
+
+@pytest.mark.parametrize(
+    ("cheat", "said"), [("leaves", "SystemExit: 0"), ("ends_at_once", "its process ended without a score")]
+)
+def test_leaving_the_process_is_no_score(cheat: str, said: str, evaluated: Callable[[str], Report]) -> None:
+    report = evaluated(cheat)
+    assert report.failed == ["ledger"] and said in figures(report)["ledger"]
+
+
+def test_an_own_scorer_that_cannot_be_run_is_no_cheat(evaluated: Callable[[str], Report]) -> None:
+    with pytest.raises(ConfigError, match=r"evaluator: got 'tests\.cheats:nobody', wanted module:function"):
+        evaluated("nobody")
+    with pytest.raises(ConfigError, match="evaluator: its process was ended by SIGKILL"):
+        evaluated("runs_out_of_memory")
 
 
 def test_the_data_folder_is_hidden_where_nothing_else_lies_in_it(run: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_minus_one_is_none():
         ({"xsa_last_n": 12}, "xsa_last_n: got 12"),
         ({"mlp_mult": 0.001}, "mlp_mult: got 0.001, wanted a hidden unit or more"),
         ({"bigram_vocab_size": 1}, r"bigram_vocab_size: got 1, wanted 0 \(none\) or at least 2"),
-        ({"bigram_dim": 0}, "bigram_dim: got 0, wanted at least 1"),
+        ({"bigram_vocab_size": 9, "bigram_dim": 0}, "bigram_dim: got 0, wanted at least 1"),
         ({"cu_bucket_size": 10**9}, "cu_bucket_size: got 1000000000, wanted 1 to 65536"),
         ({"adam_eps": 0.0}, "adam_eps: got 0.0, wanted above 0"),
         ({"gptq_damping": -0.1}, "gptq_damping: got -0.1, wanted at least 0"),

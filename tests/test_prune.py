@@ -163,12 +163,16 @@ def test_checks_that_have_nothing_left_to_do_are_not_called():
                 check_magic(x)
                 _check_all(x)
                 _check_state(x)
+                check_elsewhere(x)
                 record(x)
                 return check_dtype(x)
 
             def _check_all(x):
                 for name in "x":
                     check_size(x)
+
+            def check_elsewhere(x):
+                check_magic(x)
 
             def _check_state(x):
                 if x > 1:
@@ -197,5 +201,5 @@ def test_checks_that_have_nothing_left_to_do_are_not_called():
     left = pruned("from a import run\nrun(1)", modules, unchecked=["a", "b"])
     run = left["a"].partition("def run")[2].partition("def ")[0]
     assert "check_size" not in left["a"] + left["b"] and "_check_all" not in left["a"]
-    assert all(call in run for call in ("check_magic(x)", "_check_state(x)", "record(x)", "return check_dtype(x)"))
-    assert "wanted at most 3" in left["c"]
+    assert all(call in run for call in ("check_magic(x)", "_check_state(x)", "check_elsewhere(x)", "record(x)"))
+    assert "return check_dtype(x)" in run and "wanted at most 3" in left["c"]

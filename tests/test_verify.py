@@ -19,6 +19,7 @@ from model.errors import ConfigError
 from model.evaluate import MODES
 from model.evaluate.observe import NORMALISATION, ONCE, ORDER, WARM_UP
 from model.gpt import GPT
+from model.signals import Terminated
 from model.verify import (
     CAUSALITY,
     FULL_SCALE,
@@ -258,8 +259,8 @@ def test_where_files_cannot_be_hidden_nothing_is_proved(tmp_path, monkeypatch) -
     without = "import sys, model.isolation as i; i._hide = lambda paths: 'no namespaces'; i.main()"
 
     def fresh_process(command: list[str], **options: Any) -> Any:
-        assert command[1:3] == ["-m", "model.isolation"]
-        return run([command[0], "-c", without, *command[3:]], **options)
+        assert command[1:4] == ["-P", "-m", "model.isolation"]
+        return run([command[0], "-P", "-c", without, *command[4:]], **options)
 
     monkeypatch.setattr("model.verify.subprocess.run", fresh_process)
     shard = shard_of_sevens(tmp_path, monkeypatch)
@@ -313,6 +314,16 @@ def test_the_dropped_sequences_of_1530_are_named() -> None:
     report = verify("plain", compat=True)
     assert report.failed == [ONCE], report.lines()
     assert "tokens have no score" in next(c.figure for c in report.checks if c.name == ONCE)
+
+
+def test_a_signal_ends_the_verifier() -> None:
+    with pytest.raises(Terminated):
+        verify("tests.cheats:is_terminated")
+
+
+def test_own_scratch_files_are_no_memory(tmp_path, monkeypatch) -> None:
+    report = verify("tests.honest:keeps_scratch_files", shards=[shard_of_sevens(tmp_path, monkeypatch)])
+    assert report.legal, report.lines()
 
 
 def test_an_unknown_scorer_is_an_error() -> None:
