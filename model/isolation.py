@@ -92,12 +92,12 @@ def isolate(paths: Sequence[str]) -> Isolation:
         if event.startswith("tempfile.mk"):
             isolation.own.add(os.path.realpath(str(arguments[0])))
         elif event == "open" and isinstance(arguments[0], str | bytes):
-            path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
+            path, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[2]
             if path in real or path.startswith(folders):
                 isolation.opened.append(path)
             elif isinstance(flags, int) and flags & (os.O_TRUNC | os.O_EXCL) and path not in isolation.read:
                 isolation.own.add(path)  # nothing from before is left in it
-            elif isinstance(flags, int) and flags & os.O_ACCMODE != os.O_WRONLY and "w" not in str(mode):
+            elif isinstance(flags, int) and flags & os.O_ACCMODE != os.O_WRONLY:
                 isolation.read.add(path)
         elif event == "os.rename":
             isolation.own.discard(os.path.realpath(str(arguments[1])))

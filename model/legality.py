@@ -116,28 +116,15 @@ def verify_artifact(
         )
     report.seed, report.scorer = sample.seed, evaluator or mode
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved, broken = None, ""
-    if run is not None and not evaluator:
-        try:
-            saved = saved_evaluation(run, model, dataset, mode, config)
-        except LegalityError as error:
-            broken = str(error)
-    if broken:
-        scores, timed = _no_score(broken)
-    elif saved is not None and not whole:
-        scores, timed = _check_saved(
-            saved, model, dataset, config, mode=mode, device=device, seed=sample.seed, quiet=quiet
-        )
-    elif evaluator:
+    if evaluator:
         scores, timed = _check_own_evaluation(
             artifact, dataset, origin, config, evaluator=evaluator, device=device, whole=whole, quiet=quiet
         )
     else:
-        scores, timed = _check_evaluation(
-            artifact, saved, dataset, config, mode=mode, device=device, whole=whole, quiet=quiet
-        )
-    if run is not None and saved is None and not evaluator and not broken:
-        scores += _unfounded(run, mode)
+        scores, timed = _check_mode(
+            artifact, run, model, dataset, config,
+            mode=mode, device=device, whole=whole, seed=sample.seed, quiet=quiet,
+        )  # fmt: skip
     for check in scores:
         report.add(check)
     report.add(check_documents_apart(dataset, quiet=quiet))
@@ -201,6 +188,37 @@ def verify_command(path: Path, as_json: bool, **options: Any) -> None:
         except PgolfError as error:
             click.echo(f"not kept: {error}", err=True)
     sys.exit(0 if report.legal else 1)
+
+
+def _check_mode(
+    artifact: Path,
+    run: RunDir | None,
+    model: GPT,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mode: str,
+    device: str,
+    whole: bool,
+    seed: int,
+    quiet: bool,
+) -> tuple[list[Check], Check]:
+    """The checks "ledger", "saved scores" and "evaluation time" of a mode: of what `pgolf eval` left of just this
+    evaluation, or of one that is made here."""
+    try:
+        saved = None if run is None else saved_evaluation(run, model, dataset, mode, config)
+    except LegalityError as error:
+        return _no_score(str(error))
+    if saved is not None and not whole:
+        return _check_saved(saved, model, dataset, config, mode=mode, device=device, seed=seed, quiet=quiet)
+    checks, timed = _check_evaluation(
+        artifact, saved, dataset, config, mode=mode, device=device, whole=whole, quiet=quiet
+    )
+    recorded = None if run is None or saved is not None else run.result().get("bpb", {}).get(mode_name(mode))
+    if recorded is not None:
+        figure = f"result.json says {recorded:.5f} bpb, no ledger of just this evaluation is there to compare"
+        checks.append(Check(SAVED_SCORES, SKIPPED, figure))
+    return checks, timed
 
 
 def _check_saved(
@@ -362,15 +380,6 @@ def evaluate_own(request_file: str) -> None:
 
 def _no_score(why: str) -> tuple[list[Check], Check]:
     return [Check("ledger", FAIL, why)], Check(TIME, SKIPPED, "no score")
-
-
-def _unfounded(run: RunDir, mode: str) -> list[Check]:
-    """What can be said of a score in result.json of which there is no ledger."""
-    recorded = run.result().get("bpb", {}).get(mode_name(mode))
-    if recorded is None:
-        return []
-    figure = f"result.json says {recorded:.5f} bpb, no ledger of just this evaluation is there to compare"
-    return [Check(SAVED_SCORES, SKIPPED, figure)]
 
 
 def saved_evaluation(run: RunDir, model: GPT, dataset: Dataset, mode: str, config: Config) -> Saved | None:

@@ -1,7 +1,6 @@
 """Documents, windows, schedules: the arithmetic under every mode."""
 
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from model.evaluate.documents import (
     pad_boundaries,
     ranges_to_positions,
 )
-from model.evaluate.lora_ttt import choose_sizes, plan_steps
+from model.evaluate.lora_ttt import Step, choose_sizes, plan_steps
 from model.evaluate.phased_ttt import plan_phases
 from model.evaluate.plain import plain_windows
 from model.evaluate.sgd_ttt import cosine_rate
@@ -30,21 +29,10 @@ from tests.evaluation import arrays, results
 B = BOS_ID
 
 
-class ChunkWindow(NamedTuple):
-    """Where one chunk of a document is read: positions count the document's inputs."""
-
-    start: int  # first input of the window
-    length: int  # inputs in the window
-    offset: int  # of the chunk's first prediction, in the window
-    scored: int  # predictions of the chunk
-
-
-def chunk_window(chunk: int, predictions: int, chunk_size: int, seq_len: int) -> ChunkWindow:
-    """The window of a chunk: it ends with the chunk and reaches back at most `seq_len` inputs."""
-    first = chunk * chunk_size
-    end = min(first + chunk_size, predictions)
-    start = max(0, end - seq_len)
-    return ChunkWindow(start, end - start, first - start, end - first)
+def alone(predictions: int, chunk_size: int, seq_len: int) -> list[Step]:
+    """The steps of one document."""
+    document = np.array([[0, predictions + 1]])
+    return list(plan_steps(document, np.array([0]), slots=1, chunk_size=chunk_size, seq_len=seq_len))
 
 
 def test_documents_of_the_golden_stream() -> None:
@@ -71,18 +59,17 @@ def test_documents_at_the_edges(tokens: list[int], documents: list[list[int]]) -
 
 def test_chunk_windows_are_the_golden_ones() -> None:
     for chunk, predictions, chunks, size, seq_len, *window in arrays()["chunk_window_cases"].tolist():
-        assert num_chunks(predictions, size) == chunks
-        assert list(chunk_window(chunk, predictions, size, seq_len)) == window
+        steps = alone(predictions, size, seq_len)
+        assert len(steps) == num_chunks(predictions, size) == chunks
+        step = steps[chunk]
+        assert [int(part[0]) for part in (step.start, step.length, step.offset, step.count)] == window
 
 
 def test_document_costs_are_the_inputs_read() -> None:
     lengths = np.arange(2, 300)
     documents = np.stack([np.zeros_like(lengths), lengths], axis=1)
     for chunk, seq_len in ((16, 64), (16, 70), (7, 50)):
-        want = [
-            sum(chunk_window(c, n, chunk, seq_len).length + CHUNK_OVERHEAD_TOKENS for c in range(num_chunks(n, chunk)))
-            for n in lengths - 1
-        ]
+        want = [sum(step.length[0] + CHUNK_OVERHEAD_TOKENS for step in alone(n, chunk, seq_len)) for n in lengths - 1]
         assert document_costs(documents, chunk, seq_len).tolist() == want
 
 
@@ -204,9 +191,9 @@ def test_steps_read_every_chunk_once_and_keep_the_slots_full() -> None:
         for slot in np.flatnonzero(step.document >= 0):
             document, chunk = int(step.document[slot]), int(step.chunk[slot])
             start, predictions = documents[document, 0], documents[document, 1] - 1
-            window = chunk_window(chunk, int(predictions), 16, 64)
-            assert (step.start[slot], step.length[slot]) == (start + window.start, window.length)
-            assert (step.offset[slot], step.count[slot]) == (window.offset, window.scored)
+            own = alone(int(predictions), 16, 64)[chunk]
+            assert (step.start[slot], step.length[slot]) == (start + own.start[0], own.length[0])
+            assert (step.offset[slot], step.count[slot]) == (own.offset[0], own.count[0])
             assert step.trains[slot] == (chunk + 1 < num_chunks(int(predictions), 16))
             assert step.new[slot] == (chunk == 0)
             read.setdefault(document, []).append(chunk)

@@ -100,7 +100,7 @@ def test_streams_that_do_not_fit_are_refused() -> None:
         data = dataset([B, 24])
         data.byte_tables = ByteTables(np.ones(30, np.int16), np.zeros(30, bool), np.zeros(30, bool))
         evaluate(small.model(), data, "plain", CONFIG, device="cpu")
-    with pytest.raises(DataError, match="no bytes to score, wanted text"):
+    with pytest.raises(DataError, match="validation stream: no bytes, wanted text"):
         data = dataset([B, B, B])
         data.byte_tables = ByteTables(np.arange(24) > 3, np.zeros(24, bool), np.arange(24) < 4)
         evaluate(small.model(), data, "plain", CONFIG, device="cpu")

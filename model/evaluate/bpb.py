@@ -44,11 +44,7 @@ def score_per_document(nll: np.ndarray, token_bytes: np.ndarray, documents: np.n
 
     nll: float64 [T], nan where a token has no score. token_bytes: int64 [T]. documents: int64 [n, 2] of start and
     length as `find_documents` gives them; a document's first token belongs to the one before it.
-
-    Raises DataError where no token stands for a byte: there is no number of bits per byte.
     """
-    if not token_bytes.any():
-        raise DataError("no bytes to score, wanted text")
     scored = ~np.isnan(nll)
     columns = (np.where(scored, nll, 0.0), np.where(scored, token_bytes, 0), scored)
     starts, ends = documents[:, 0] + 1, documents[:, 0] + documents[:, 1]

@@ -78,6 +78,8 @@ class Session:
                 f"validation stream: token {int(self.tokens.max())}, wanted ids below the model's vocabulary of "
                 f"{self.model.config.vocab_size}: the artifact and the data have different tokenizers"
             )
+        if not self.token_bytes.any():
+            raise DataError("validation stream: no bytes, wanted text")
         self.input_ids = torch.from_numpy(self.tokens.astype(np.int64)).to(self.device)
         self.target_ids = self.input_ids
         if self.targets is not None:
